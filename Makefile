@@ -1,0 +1,46 @@
+# make run    set up everything and run the main job on the built-in task  (ARGS="--seed 1" adds arguments)
+# make test   set up everything and run the tests                          (ARGS="-k resume" adds arguments)
+# make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
+# make clean  remove the environment and caches; runs/ stays
+
+PYTHON ?= python3
+NPROC ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+# One thread for each of several processes that share the CPU, unless the user says otherwise.
+OMP_NUM_THREADS ?= 1
+TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --standalone --nproc-per-node
+
+.PHONY: setup run smoke test lint clean
+.DEFAULT_GOAL := run
+
+setup: $(STAMP)
+
+# torch first: its dependencies bring the setuptools that builds this package, so nothing is downloaded twice.
+$(STAMP): setup.py constraints.txt mstar_mega/__init__.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	    "make setup: $(PYTHON) is Python %d.%d, but 3.10 or newer is needed: make setup PYTHON=python3.12" % v[:2])'
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+run: $(STAMP)
+	$(TORCHRUN) $(NPROC) examples/pretrain_mstar.sh $(ARGS)
+
+smoke: $(STAMP)
+	$(TORCHRUN) 1 examples/pretrain_mstar.sh --config examples/configs/smoke.yaml $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

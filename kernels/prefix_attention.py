@@ -1,0 +1,117 @@
+"""Attention of many continuations to one shared prefix: the prefix's keys and values are read once per group.
+
+For a query row with scores s_p over the prefix and s_o over its own tokens, softmax([s_p, s_o]) [v_p; v_o] is computed
+jointly, so sharing changes nothing but the order of additions. These are the plain PyTorch definitions.
+
+Shapes: G groups, n continuations each, R query tokens each, P prefix and L own key tokens; Hq query heads, Hk key heads
+(Hq a multiple of Hk, query head h reads key head h // (Hq / Hk)), D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal self-attention [G, P, Hq, D] over right-padded rows; rows past a row's length hold finite garbage."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return out.transpose(1, 2)
+
+
+def prefix_attention(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """Continuations attend to their group's prefix and to themselves.
+
+    Args:
+        q: [G, n, R, Hq, D].
+        k_prefix, v_prefix: [G, Hk, P, D], once per group.
+        prefix_bias: float32 [G, P]: 0 or minus infinity (padding of the prefix).
+        k_own, v_own: [G, n, Hk, L, D].
+        own_bias: float32, broadcastable to [G, n, R, L]: 0 or minus infinity (causality, padding).
+        scale: factor on the scores.
+
+    Returns:
+        [G, n, R, Hq, D]. A row that may attend to nothing is a caller's mistake (NaN).
+    """
+    G, n, R, Hq, D = q.shape
+    Hk, P = k_prefix.size(1), k_prefix.size(2)
+    rep = Hq // Hk
+    # [G, Hk, n, R, rep, D]: all rows that read one prefix head, side by side
+    grouped = (q * scale).view(G, n, R, Hk, rep, D).permute(0, 3, 1, 2, 4, 5)
+    s_prefix = torch.matmul(grouped.reshape(G, Hk, n * R * rep, D), k_prefix.transpose(-1, -2))
+    s_prefix = s_prefix.view(G, Hk, n, R, rep, P) + prefix_bias[:, None, None, None, None, :]
+    own_rows = grouped.transpose(1, 2).reshape(G, n, Hk, R * rep, D)
+    s_own = torch.matmul(own_rows, k_own.transpose(-1, -2)).view(G, n, Hk, R, rep, -1)
+    s_own = s_own.transpose(1, 2) + own_bias[:, None, :, :, None, :]
+    weights = torch.cat([s_prefix, s_own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    w_prefix, w_own = weights[..., :P], weights[..., P:]
+    out = torch.matmul(w_prefix.reshape(G, Hk, n * R * rep, P), v_prefix).view(G, Hk, n, R, rep, D)
+    own = torch.matmul(w_own.transpose(1, 2).reshape(G, n, Hk, R * rep, -1), v_own)
+    out = out + own.view(G, n, Hk, R, rep, D).transpose(1, 2)
+    return out.permute(0, 2, 3, 1, 4, 5).reshape(G, n, R, Hq, D)
+
+
+def decode_attention(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+    table: Tensor,
+    place: Tensor,
+    scale: float,
+) -> Tensor:
+    """One new token per slot: slots of one group share the prefix, wherever they lie in the batch.
+
+    Args:
+        q: [B, Hq, D].
+        k_prefix, v_prefix: [G, Hk, P, D].
+        prefix_bias: float32 [G, P]: 0 or minus infinity.
+        k_own, v_own: [B, Hk, L, D], the new token's included.
+        own_bias: float32 [B, L]: 0 or minus infinity.
+        table: int64 [G, c]: the slots of each group, padded with any slot.
+        place: int64 [B]: where each slot stands in the flattened table.
+        scale: factor on the scores.
+
+    Returns:
+        [B, Hq, D].
+    """
+    B, Hq, D = q.shape
+    G, Hk, P, _ = k_prefix.shape
+    rep, (c, L) = Hq // Hk, (table.size(1), own_bias.size(1))
+    slots = table.flatten()
+
+    def to_table(x: Tensor) -> Tensor:
+        """[B, Hk, rep, X] -> [G, Hk, c, rep, X]."""
+        return x[slots].view(G, c, Hk, rep, -1).transpose(1, 2)
+
+    def from_table(x: Tensor) -> Tensor:
+        """[G, Hk, c, rep, X] -> [B, Hk, rep, X]."""
+        return x.transpose(1, 2).reshape(G * c, Hk, rep, -1)[place]
+
+    # Scores are normalised where the table groups them: own parts and outputs move, the longer prefix parts do not.
+    q = (q * scale).view(B, Hk, rep, D)
+    rows = to_table(q).reshape(G, Hk, c * rep, D)
+    s_prefix = torch.matmul(rows, k_prefix.transpose(-1, -2)).view(G, Hk, c, rep, P)
+    s_own = torch.matmul(q, k_own.transpose(-1, -2)) + own_bias[:, None, None, :]
+    scores = torch.empty(G, Hk, c, rep, P + L, device=q.device)
+    torch.add(s_prefix, prefix_bias[:, None, None, None, :], out=scores[..., :P])
+    scores[..., P:] = to_table(s_own)
+    weights = scores.softmax(dim=-1).to(q.dtype)
+    out = from_table(torch.matmul(weights[..., :P].reshape(G, Hk, c * rep, P), v_prefix).view(G, Hk, c, rep, D))
+    out += torch.matmul(from_table(weights[..., P:]), v_own)
+    return out.view(B, Hq, D)

@@ -1,0 +1,183 @@
+"""The ``mstar`` command. Each subcommand's code is imported only when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mstar_mega.config import Config
+from mstar_mega.platform.files import DISK_FULL
+
+USER_ERROR = 2
+"""Exit code of a mistake that the user can mend."""
+
+_USER_OS_ERRORS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand on every rank of the job; returns the exit code.
+
+    A user's mistake (ValueError, a full disk, missing permission) is one line on rank 0 and exit code 2; so is an
+    OSError without a number, which is our own and says what to do.
+    ``MSTAR_TRACEBACK=1`` shows where it came from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (ValueError, OSError) as error:
+        is_users = isinstance(error, ValueError) or error.errno in (None, *_USER_OS_ERRORS)
+        if os.environ.get("MSTAR_TRACEBACK") == "1" or not is_users:
+            raise
+        _report(_one_line(error))
+        return USER_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
+    if _rank() != 0 and any(argument in ("-h", "--help") for argument in rest):
+        return 0
+    COMMANDS[name][1](name, rest)
+    return 0
+
+
+def _job(until: str | None) -> Callable[[str, list[str]], None]:
+    """A command that runs the job up to and including the stage ``until`` (None: all of it)."""
+
+    def command(name: str, rest: list[str]) -> None:
+        from mstar_mega import settings
+
+        config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
+        settings.validate(config)
+        from mstar_mega.recipe import job
+
+        job.run(config, until)
+
+    return command
+
+
+def _evaluate(name: str, rest: list[str]) -> None:
+    _, config = _config_of_run(_run_directory_parser(name), rest)
+    from mstar_mega.recipe import job
+
+    job.evaluate(config)
+
+
+def _generate(name: str, rest: list[str]) -> None:
+    parser = _run_directory_parser(name, "--question TEXT [--image FILE ...] [--responses N] [--temperature T] ")
+    parser.add_argument("--question", required=True, help="the question, its choices included")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    parser.add_argument("--responses", type=int, default=4, help="responses to sample (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default: %(default)s)")
+    options, config = _config_of_run(parser, rest)
+    if options.responses < 1:
+        raise ValueError(f"--responses is {options.responses}: it must be at least 1")
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"--temperature is {options.temperature}: it must be a finite number of at least 0")
+    for image in options.image:
+        if not Path(image).is_file():
+            raise ValueError(f"--image {image}: there is no such file")
+    from mstar_mega.recipe import job
+
+    job.generate(config, options.question, options.image, options.responses, options.temperature)
+
+
+def _report_page(name: str, rest: list[str]) -> None:
+    parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run, also of a running job")
+    run_dir = parser.parse_args(rest).run_dir
+    if _rank() == 0:
+        from mstar_mega.report.html import write_report
+
+        print(write_report(run_dir))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
+    "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
+    "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
+    "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
+    "train-prm": ("The job until the process reward model is trained.", _job("prm")),
+    "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),
+    "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
+    "report": ("Rebuild report.html of a run directory.", _report_page),
+}
+"""Name -> (what it does, its function)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that leaves the reporting of a mistake to :func:`main`, which prints it on one rank only."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(f"{message} ('{self.prog} --help' shows how it is used)")
+
+
+def _run_directory_parser(name: str, options: str = "") -> _Parser:
+    parser = _Parser(
+        prog=f"mstar {name}",
+        usage=f"mstar {name} RUN_DIR {options}[--NAME VALUE ...]",
+        description=COMMANDS[name][0],
+        epilog="The settings are those of the run; --NAME VALUE changes one ('mstar evolve --help' lists them).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run (its run.dir)")
+    return parser
+
+
+def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The command's own options, and the run's checked settings with the overrides on top."""
+    from mstar_mega import settings
+
+    if rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help"):
+        # Behind an unknown --name the parser would take that setting's value for RUN_DIR.
+        raise ValueError(f"RUN_DIR comes first: {parser.prog} RUN_DIR ...")
+    options, overrides = parser.parse_known_args(rest)
+    base = settings.load(options.run_dir)
+    base.run.dir = options.run_dir
+    config = settings.parse(overrides, prog=parser.prog, base=base)
+    settings.validate(config)
+    return options, config
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report(message: str) -> None:
+    """Print on rank 0; on every rank leave the message where torchrun looks for the cause of a failure."""
+    if _rank() == 0:
+        print(f"mstar: error: {message}", file=sys.stderr, flush=True)
+    # When one rank alone fails, its line in torchrun's closing table is the only place that says why.
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def _one_line(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.errno and not error.filename else str(error)
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _print_help() -> None:
+    if _rank() != 0:
+        return
+    width = max(map(len, COMMANDS))
+    print("usage: mstar COMMAND [arguments]\n\nSelf-evolving training of multimodal reasoners.\n\ncommands:")
+    for name, (what, _) in COMMANDS.items():
+        print(f"  {name:<{width}}  {what}")
+    print("\n'mstar COMMAND --help' shows its settings. On several processes: torchrun ... -m mstar_mega.cli COMMAND")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

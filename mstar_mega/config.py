@@ -1,0 +1,248 @@
+"""Every setting of a run, as one typed tree. Defaults stand here and nowhere else.
+
+The defaults are the paper's final recipe (arXiv 2412.17451). Where the paper is silent the field's comment says so and
+the value is our documented choice. Small or large runs override them in ``examples/configs/*.yaml`` or on the command
+line (``--evolve.interval 0.125``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
+SelectionRule = Literal["top_k", "all_correct", "random_k", "threshold"]
+Reduction = Literal["min", "prod", "mean", "last"]
+TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives on disk."""
+
+    dir: str = "runs/mstar"
+    """Run directory. The same command resumes what it finds there."""
+    allow_changed_settings: bool = False
+    """Continue a run directory that was made with other settings."""
+    checkpoint_every_steps: int = 200
+    """Optimizer steps between checkpoints inside a stage; every stage and iteration also ends with one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept per stage; older ones are deleted after a newer one is complete."""
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the model-parallel groups; data parallel is what is left of the job's ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    """Sequence parallelism of the language model's norms and residuals (needs tensor > 1)."""
+
+
+@dataclass
+class ModelConfig:
+    """Which policy, at which size."""
+
+    family: str = "internvl2"
+    size: str = "digits"
+    """A named size of the family (``mstar_mega/models/families``)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    """Recompute each transformer layer in the backward pass instead of storing its activations."""
+
+
+@dataclass
+class DataConfig:
+    """The queries. ``digits`` is the built-in task."""
+
+    name: Literal["digits"] = "digits"
+    dir: str | None = None
+    """Where the built-in task's images are written; None: ``<run.dir>/data``."""
+    warmup_examples: int = 2000
+    """Questions with a written-out chain of thought, for the warm-up."""
+    labelled_queries: int = 2048
+    unlabelled_queries: int = 512
+    """Questions whose answers are hidden from training (prompt variation, paper section 5)."""
+    validation_queries: int = 250
+    test_queries: int = 750
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW through megatron-core. The paper gives learning rate, constant schedule and batch size only."""
+
+    lr: float = 1e-6
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """How the learning rate falls to min_lr; wsd: constant, then linear over the last ``decay_share`` of the steps."""
+    decay_share: float = 0.3
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    """Steps of linear learning-rate warm-up."""
+    batch_size: int = 128
+    """Responses per optimizer step, over all ranks. Responses of one query stay in one step."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    microbatch_tokens: int = 4096
+    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank."""
+
+
+@dataclass
+class WarmupConfig:
+    """Warm-up SFT on written-out chains of thought (paper section 3, 'CoT unlocking')."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: float = 1.0
+
+
+@dataclass
+class AnnotateConfig:
+    """Monte-Carlo step labels from the warm-up policy (the paper is silent on the counts)."""
+
+    queries: int = 3125
+    """Labelled queries to annotate; with 16 responses each, 50K annotated responses."""
+    responses: int = 16
+    """Responses sampled per query."""
+    rollouts: int = 8
+    """Continuations sampled from each step boundary."""
+    temperature: float = 1.0
+    held_out: float = 0.1
+    """Share of the annotated queries kept out of PRM training, to measure its quality."""
+
+
+@dataclass
+class PRMConfig:
+    """Process reward model: the policy's trunk with a head that scores every reasoning step."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, schedule="cosine"))
+    epochs: float = 2.0
+    labels: Literal["hard", "soft"] = "hard"
+    """hard: 1 if any continuation reaches the gold answer; soft: the share that does."""
+    freeze_vision: bool = True
+    reduction: Reduction = "min"
+    """How step scores become the response's process score."""
+
+
+@dataclass
+class EvolveConfig:
+    """Self-evolving training (paper section 3)."""
+
+    method: Method = "continuous"
+    interval: float | None = None
+    """Share of the labelled queries per iteration; None: the method's own (continuous 0.25, others 1.0)."""
+    optimizer_state: Literal["inherit", "reset"] | None = None
+    """Optimizer and scheduler between iterations; None: the method's own (continuous inherits, others reset)."""
+    start_from: Literal["last", "warmup"] | None = None
+    """Weights at the start of an iteration; None: the method's own (rest_em warmup, others last)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 1
+    """Passes over each iteration's selected responses."""
+    responses: int = 16
+    """Responses sampled per query."""
+    max_steps: int = 10_000
+    """Optimizer steps in total, the warm-up's included; 0: no limit."""
+    passes: float = 0.0
+    """Passes over the labelled queries; 0: no limit. The run ends at whichever limit comes first."""
+
+
+@dataclass
+class SelectionConfig:
+    """Which correct responses are trained on (paper section 4, operator H)."""
+
+    rule: SelectionRule = "top_k"
+    k: int = 2
+    """For top_k (by process score) and random_k."""
+    threshold: float = 0.5
+    """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
+
+
+@dataclass
+class PromptsConfig:
+    """Prompt variation (paper section 5). The final recipe uses labelled prompts only."""
+
+    unlabelled: Literal["none", "voting", "oracle"] = "none"
+    """voting: pseudo answers by PRM-weighted vote; oracle: the hidden true answers."""
+    mixin: float = 0.0
+    """Share of the training done before unlabelled prompts join (T_mixin)."""
+
+
+@dataclass
+class TemperatureConfig:
+    """Sampling temperature of the training rollouts (paper section 6.3, automatic balancing)."""
+
+    mode: TemperatureMode = "reward_pass_at_k"
+    value: float = 1.0
+    """The temperature when mode is fixed."""
+    grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
+    every: int = 2
+    """Iterations between two sweeps; the first is before the first iteration."""
+    k: int = 2
+    """K of Reward-Pass@K (or Pass@K) in the sweep."""
+    responses: int = 16
+    """Responses per validation query and temperature (the paper is silent)."""
+    queries: int = 250
+    """Validation queries used in the sweep."""
+
+
+@dataclass
+class GenerationConfig:
+    """The coupled generation engine."""
+
+    max_new_tokens: int = 512
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    prefill_tokens: int = 16_384
+    """Most prompt tokens in one prefill batch."""
+    slots: int = 512
+    """Responses decoded at once on one rank."""
+    queries_per_block: int = 64
+    """Queries whose responses are written to disk together: what a killed run loses at most, per rank."""
+    log_prob_gap_limit: float | None = None
+    """Stop above this gap between generating and training log-probs; None: 1e-3 in float32, 0.5 in bfloat16."""
+    log_prob_gap_queries: int = 8
+    """Queries per iteration whose responses are scored again by the training forward."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Accuracy and exploration measures, on validation and test queries."""
+
+    k: int = 16
+    """K of Pass@K (temperature 1)."""
+    reward_k: int = 2
+    """K of Reward-Pass@K."""
+    every: int = 1
+    """Iterations between validation measurements; 0: only at the start and the end."""
+
+
+@dataclass
+class ReportConfig:
+    """What a person looks at."""
+
+    samples_per_iteration: int = 12
+    """Queries per iteration in the report's browser."""
+
+
+@dataclass
+class Config:
+    """The whole tree. ``config.yaml`` in a run directory is one of these, resolved."""
+
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    prm: PRMConfig = field(default_factory=PRMConfig)
+    evolve: EvolveConfig = field(default_factory=EvolveConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -1,0 +1,1 @@
+"""Queries, images, the built-in task, and what is written to disk."""

@@ -1,0 +1,1 @@
+"""The built-in task: questions about pictures of several handwritten digits."""

@@ -1,0 +1,150 @@
+"""The built-in task: sets of questions about handwritten digits, with their pictures on disk.
+
+Problem i of a set depends on (seed, set, i) only, so a larger set begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.config import DataConfig
+from mstar_mega.data.digits.questions import Problem, draw_problem
+from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, digest, render
+from mstar_mega.data.types import ImageRef, Query
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""Raised whenever problems or pictures change, so that sets made before are made again."""
+
+
+@dataclass(frozen=True)
+class DigitsTask:
+    """All sets of a run. ``warmup`` pairs each query with its chain of thought."""
+
+    warmup: list[tuple[Query, str]]
+    labelled: list[Query]
+    unlabelled: list[Query]
+    validation: list[Query]
+    test: list[Query]
+
+
+@dataclass(frozen=True)
+class _Set:
+    name: str
+    part: Handwriting
+    count: int
+
+
+def _sets(config: DataConfig) -> list[_Set]:
+    sets = [
+        _Set("warmup", "warmup", config.warmup_examples),
+        _Set("train", "train", config.labelled_queries),
+        _Set("unlabelled", "train", config.unlabelled_queries),
+        _Set("validation", "validation", config.validation_queries),
+        _Set("test", "test", config.test_queries),
+    ]
+    for each in sets:
+        if each.count < 0:
+            raise ValueError(f"the digits task was asked for {each.count} {each.name} queries; use 0 or more")
+    return sets
+
+
+def problem(seed: int, name: str, part: Handwriting, index: int) -> Problem:
+    """Problem ``index`` of the set called ``name``."""
+    return draw_problem(random.Random(f"digits {seed} {name} {index}"), part)
+
+
+def build(config: DataConfig, dir: Path, seed: int) -> DigitsTask:
+    """Make all sets and bring the pictures under ``dir`` up to date.
+
+    Pictures that are there and whole are kept; missing, damaged or outdated ones are written again, each atomically, so
+    a second call after an interrupted one completes the set, and calls at the same time do not disturb each other.
+
+    Raises:
+        ValueError: a set's size is negative.
+        OSError: ``dir`` cannot be written.
+    """
+    sets = _sets(config)
+    problems = {each.name: [problem(seed, each.name, each.part, i) for i in range(each.count)] for each in sets}
+    named = {f"digits-{name}-{i:06d}": made for name, many in problems.items() for i, made in enumerate(many)}
+    images = _write_images(named, dir, seed)
+
+    def queries(name: str, hidden: bool = False) -> list[Query]:
+        ids = [f"digits-{name}-{i:06d}" for i in range(len(problems[name]))]
+        return [_query(id, named[id], images[id], hidden) for id in ids]
+
+    chains = [made.chain_of_thought for made in problems["warmup"]]
+    return DigitsTask(
+        warmup=list(zip(queries("warmup"), chains, strict=True)),
+        labelled=queries("train"),
+        unlabelled=queries("unlabelled", hidden=True),
+        validation=queries("validation"),
+        test=queries("test"),
+    )
+
+
+def _query(id: str, made: Problem, image: ImageRef, hidden: bool) -> Query:
+    return Query(
+        id=id,
+        question=made.question,
+        images=(image,),
+        answer=None if hidden else made.answer,
+        choices=made.choices,
+        kind=made.kind,
+        hidden_answer=made.answer if hidden else None,
+    )
+
+
+def _write_images(problems: dict[str, Problem], dir: Path, seed: int) -> dict[str, ImageRef]:
+    """Bring ``dir/images`` and the manifest up to date; returns each problem's picture."""
+    folder = dir / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"task": "digits", "format": FORMAT, "seed": seed, "image_size": IMAGE_SIZE}
+    known = _known_digests(dir / MANIFEST, settings)
+    digests: dict[str, str] = {}
+    for id, made in problems.items():
+        path = folder / f"{id}.png"
+        whole = known.get(id)
+        if whole is None or whole != _file_digest(path):
+            data = render(made.scene)
+            whole = digest(data)
+            _write(path, data)
+        digests[id] = whole
+    if {**known, **digests} != known:
+        # The pictures of larger sets made before stay listed: they are as good as when they were written.
+        manifest = {"settings": settings, "images": {**known, **digests}}
+        _write(dir / MANIFEST, json.dumps(manifest, indent=0).encode())
+    return {id: ImageRef(str(folder / f"{id}.png"), value) for id, value in digests.items()}
+
+
+def _known_digests(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Digest by id of the pictures that the manifest lists; none if it is missing, damaged or of other settings."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["settings"] != settings:
+            return {}
+        return {str(id): str(value) for id, value in manifest["images"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _file_digest(path: Path) -> str | None:
+    try:
+        return digest(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomic: a reader sees the old file or the whole new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

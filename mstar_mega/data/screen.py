@@ -1,0 +1,97 @@
+"""Set aside queries that no stage can use: unreadable images and malformed questions, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mstar_mega.data.types import ImageRef, Query
+
+_DRAFT = (64, 64)
+"""JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One query that is left out, as the event ``skipped`` tells it."""
+
+    what: str
+    """``query ID`` and the set it belongs to."""
+    where: str
+    """The image file, or the field of the query."""
+    reason: str
+
+
+def screen(
+    queries: Sequence[Query], name: str, check_image: Callable[[ImageRef], None], needs_answer: bool = True
+) -> tuple[list[Query], list[Skipped]]:
+    """(usable queries in their order, the others). ``name`` is the set's, for the reasons.
+
+    ``check_image`` raises OSError or ValueError for an unusable image; each file is looked at once, several at a time.
+    """
+    refs = list(dict.fromkeys(image for query in queries for image in query.images))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        images = dict(zip(refs, pool.map(lambda ref: _image_problem(ref, check_image), refs), strict=True))
+    good: list[Query] = []
+    skipped: list[Skipped] = []
+    seen: set[str] = set()
+    for query in queries:
+        problem = _question_problem(query, seen, needs_answer) or next(
+            ((image.path, why) for image in query.images if (why := images[image])), None
+        )
+        seen.add(query.id)
+        if problem is None:
+            good.append(query)
+        else:
+            skipped.append(Skipped(f"query {query.id} of the {name} set", *problem))
+    return good, skipped
+
+
+def check_image(image: ImageRef) -> None:
+    """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
+    from hashlib import sha256
+    from io import BytesIO
+
+    from PIL import Image
+
+    content = Path(image.path).read_bytes()
+    if sha256(content).hexdigest()[:16] != image.digest:
+        raise ValueError("the file is not the one that the data name (its digest differs)")
+    try:
+        with Image.open(BytesIO(content)) as picture:
+            picture.draft("RGB", _DRAFT)
+            picture.load()
+    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
+        raise ValueError(str(error)) from error
+
+
+def _image_problem(ref: ImageRef, check: Callable[[ImageRef], None]) -> str:
+    try:
+        check(ref)
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _question_problem(query: Query, seen: set[str], needs_answer: bool) -> tuple[str, str] | None:
+    """(field, what is wrong with it) of a malformed query."""
+    letters = [chr(ord("A") + i) for i in range(len(query.choices))]
+    if not query.id.strip():
+        return "id", "it is empty"
+    if query.id in seen:
+        return "id", "an earlier query has the same"
+    if not query.question.strip():
+        return "question", "it is empty"
+    answer = query.answer if needs_answer else query.hidden_answer
+    if answer is None:
+        return ("answer", "there is no gold answer") if needs_answer else None
+    if not answer.strip():
+        return "answer", "it is empty"
+    if letters and answer not in letters:
+        return "answer", f"{answer!r} is none of the choices {', '.join(letters)}"
+    return None

@@ -1,0 +1,99 @@
+"""The few dataclasses that flow through every stage and are what is written to disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by reference: pixels are decoded where they are needed and never copied between processes."""
+
+    path: str
+    digest: str
+    """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about images: the unit of work of every stage."""
+
+    id: str
+    question: str
+    """The question as the model sees it, choices included (``A. ...`` lines)."""
+    images: tuple[ImageRef, ...]
+    answer: str | None
+    """Gold answer; None where it is hidden (unlabelled prompts)."""
+    choices: tuple[str, ...] = ()
+    """Texts of the choices; empty for free-form questions. The answer of a multiple-choice query is a letter."""
+    kind: str = ""
+    """Question type, for breakdowns."""
+    hidden_answer: str | None = None
+    """The answer of an unlabelled query, read by nothing but the oracle setting."""
+
+
+@dataclass
+class Step:
+    """One reasoning step of a response: tokens [start, end) of ``Response.tokens``, its separator included."""
+
+    start: int
+    end: int
+    text: str
+    score: float | None = None
+    """Process score in [0, 1] from the PRM."""
+    label: float | None = None
+    """Monte-Carlo label: the share of continuations from this step's end that reach the gold answer."""
+
+
+@dataclass
+class Response:
+    """One sampled response of a query."""
+
+    index: int
+    """Sample index within the query; with the query id it names the random numbers."""
+    tokens: list[int]
+    """Token ids, the stop token included when one was sampled."""
+    text: str
+    log_probs: list[float] = field(default_factory=list)
+    """Per token, at the sampling temperature over the whole vocabulary (natural log)."""
+    truncated: bool = False
+    """True when the length limit ended it."""
+    answer: str | None = None
+    """Extracted final answer; None when there is no answer block."""
+    correct: bool | None = None
+    verdict: str | None = None
+    """How the answer was judged: exact, numeric, choice, symbolic; none, timeout or error where it is not correct."""
+    steps: list[Step] = field(default_factory=list)
+    score: float | None = None
+    """Process score of the whole response (``prm.reduction`` over its steps)."""
+    selected: bool = False
+
+
+@dataclass
+class Group:
+    """A query with its responses."""
+
+    query: Query
+    responses: list[Response]
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """Plain dict of a group, ready for ``json.dumps``."""
+    return asdict(group)
+
+
+def query_from_json(obj: dict[str, Any]) -> Query:
+    """Inverse of ``dataclasses.asdict`` for a query. Raises KeyError or TypeError on a malformed object."""
+    fields = dict(obj)
+    fields["images"] = tuple(ImageRef(**image) for image in obj["images"])
+    fields["choices"] = tuple(obj["choices"])
+    return Query(**fields)
+
+
+def group_from_json(obj: dict[str, Any]) -> Group:
+    """Inverse of :func:`group_to_json`. Raises KeyError or TypeError on a malformed object."""
+    responses = [
+        Response(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}) for fields in obj["responses"]
+    ]
+    return Group(query_from_json(obj["query"]), responses)

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy and exploration measures over judged groups."""

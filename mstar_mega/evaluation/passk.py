@@ -1,0 +1,208 @@
+"""Accuracy and exploration measures (paper section 6.1) over judged groups, and the quality of step scores.
+
+Every measure is a mean over queries, and None where there is nothing to measure. Responses must have been judged
+(``Response.correct``), otherwise ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mstar_mega.data.types import Group, Response
+from mstar_mega.rewards.selection import is_correct
+from mstar_mega.rewards.voting import best_winner, majority_winner, rank_by_score, weighted_winner
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _correct_count(group: Group) -> int:
+    return sum(is_correct(response, group.query.id) for response in group.responses)
+
+
+def _need(group: Group, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"K is {k}; it must be at least 1")
+    if len(group.responses) < k:
+        raise ValueError(f"query {group.query.id!r} has {len(group.responses)} responses; K = {k} needs at least {k}")
+
+
+def greedy_accuracy(groups: Sequence[Group]) -> float | None:
+    """Share of queries answered correctly; every group has exactly one (greedy) response, otherwise ValueError."""
+    for group in groups:
+        if len(group.responses) != 1:
+            raise ValueError(
+                f"query {group.query.id!r} has {len(group.responses)} responses; greedy accuracy needs exactly one"
+            )
+    return sample_accuracy(groups)
+
+
+def sample_accuracy(groups: Sequence[Group]) -> float | None:
+    """Mean share of correct responses (Pass@1 of the sampling policy). A query without responses counts as 0."""
+    return _mean([_correct_count(group) / max(len(group.responses), 1) for group in groups])
+
+
+def pass_at_k(groups: Sequence[Group], k: int) -> float | None:
+    """Share of queries with at least one correct response among k samples.
+
+    With n > k samples the unbiased estimate 1 - C(n - c, k) / C(n, k), c of them correct (Chen et al. 2021, arXiv
+    2107.03374), which is the plain share when n = k. Raises ValueError when a query has fewer than k responses.
+    """
+    values = []
+    for group in groups:
+        _need(group, k)
+        total, wrong = len(group.responses), len(group.responses) - _correct_count(group)
+        values.append(1.0 - math.comb(wrong, k) / math.comb(total, k))
+    return _mean(values)
+
+
+def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
+    """Share of queries with a correct response among the k with the best process score.
+
+    The ranking is over all samples, without an answer filter; ties by sample index, responses without a score last.
+    Raises ValueError when a query has fewer than k responses.
+    """
+    values = []
+    for group in groups:
+        _need(group, k)
+        best = rank_by_score(group.responses)[:k]
+        values.append(float(any([is_correct(response, group.query.id) for response in best])))
+    return _mean(values)
+
+
+def _picked_accuracy(groups: Sequence[Group], picks: Sequence[Response | None]) -> float | None:
+    hits = [
+        float(pick is not None and is_correct(pick, group.query.id)) for group, pick in zip(groups, picks, strict=True)
+    ]
+    return _mean(hits)
+
+
+def best_of_n_accuracy(groups: Sequence[Group]) -> float | None:
+    """Share of queries whose response with the best process score is correct."""
+    return _picked_accuracy(groups, [best_winner(group.responses) for group in groups])
+
+
+def weighted_vote_accuracy(groups: Sequence[Group]) -> float | None:
+    """Share of queries whose PRM-weighted vote is correct; no answer at all is wrong."""
+    return _picked_accuracy(groups, [weighted_winner(group.responses, group.query.choices) for group in groups])
+
+
+def majority_vote_accuracy(groups: Sequence[Group]) -> float | None:
+    """Share of queries whose most frequent answer is correct; no answer at all is wrong."""
+    return _picked_accuracy(groups, [majority_winner(group.responses, group.query.choices) for group in groups])
+
+
+@dataclass
+class KindAccuracy:
+    """Sample accuracy on the queries of one kind."""
+
+    queries: int
+    accuracy: float
+
+
+def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, KindAccuracy]:
+    """:func:`sample_accuracy` by ``Query.kind``, in alphabetical order."""
+    by_kind: dict[str, list[Group]] = {}
+    for group in groups:
+        by_kind.setdefault(group.query.kind, []).append(group)
+    result = {}
+    for kind, members in sorted(by_kind.items()):
+        accuracy = sample_accuracy(members)
+        assert accuracy is not None
+        result[kind] = KindAccuracy(len(members), accuracy)
+    return result
+
+
+@dataclass
+class Exploration:
+    """All measures of one policy at one temperature. None: not measured (no greedy responses, no process scores)."""
+
+    queries: int
+    responses: int
+    k: int
+    reward_k: int
+    greedy: float | None
+    sample_accuracy: float | None
+    pass_at_k: float | None
+    headroom: float | None
+    """Pass@K minus greedy accuracy: what exploration still offers."""
+    reward_pass_at_k: float | None
+    best_of_n: float | None
+    weighted_vote: float | None
+    majority_vote: float | None
+    by_kind: dict[str, KindAccuracy] = field(default_factory=dict)
+    """Of the greedy responses where there are any, otherwise of the samples."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for ``json.dumps``."""
+        return asdict(self)
+
+
+def measure(groups: Sequence[Group], k: int, reward_k: int, greedy: Sequence[Group] | None = None) -> Exploration:
+    """All measures over sampled ``groups``, and over the ``greedy`` ones of the same queries if given.
+
+    The measures that rank by process score are None when no response at all has a score. Raises ValueError when greedy
+    and sampled groups are of different queries.
+    """
+    if greedy is not None and {g.query.id for g in greedy} != {g.query.id for g in groups}:
+        raise ValueError("greedy and sampled groups are of different queries; their difference would mean nothing")
+    scored = any(response.score is not None for group in groups for response in group.responses)
+    greedy_share = greedy_accuracy(greedy) if greedy is not None else None
+    passed = pass_at_k(groups, k)
+    return Exploration(
+        queries=len(groups),
+        responses=sum(len(group.responses) for group in groups),
+        k=k,
+        reward_k=reward_k,
+        greedy=greedy_share,
+        sample_accuracy=sample_accuracy(groups),
+        pass_at_k=passed,
+        headroom=None if passed is None or greedy_share is None else passed - greedy_share,
+        reward_pass_at_k=reward_pass_at_k(groups, reward_k) if scored else None,
+        best_of_n=best_of_n_accuracy(groups) if scored else None,
+        weighted_vote=weighted_vote_accuracy(groups) if scored else None,
+        majority_vote=majority_vote_accuracy(groups),
+        by_kind=accuracy_by_kind(groups if greedy is None else greedy),
+    )
+
+
+def _check_scores(scores: Sequence[float], labels: Sequence[int]) -> None:
+    if len(scores) != len(labels):
+        raise ValueError(f"{len(scores)} scores but {len(labels)} labels")
+    if not all(label in (0, 1) for label in labels):
+        raise ValueError("labels must be 0 or 1; cut soft labels first")
+    if any(math.isnan(score) for score in scores):
+        raise ValueError("a score is NaN; the process reward model has diverged")
+
+
+def accuracy(scores: Sequence[float], labels: Sequence[int], threshold: float = 0.5) -> float | None:
+    """Share of scores on their label's side of the threshold (at it: positive); None for empty input.
+
+    Raises ValueError for unequal lengths, labels other than 0 and 1, and NaN.
+    """
+    _check_scores(scores, labels)
+    return _mean([float((score >= threshold) == bool(label)) for score, label in zip(scores, labels, strict=True)])
+
+
+def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
+    """Area under the ROC curve: the probability that a positive scores above a negative, ties counting half.
+
+    None when there is only one class. Raises ValueError as :func:`accuracy`.
+    """
+    _check_scores(scores, labels)
+    positives = sum(map(int, labels))
+    negatives = len(labels) - positives
+    if positives == 0 or negatives == 0:
+        return None
+    tallies: dict[float, list[int]] = {}
+    for score, label in zip(scores, labels, strict=True):
+        tallies.setdefault(score, [0, 0])[int(label)] += 1
+    twice_won, below = 0, 0  # in integers, so that the result is exact
+    for _, (negative, positive) in sorted(tallies.items()):
+        twice_won += positive * (2 * below + negative)
+        below += negative
+    return twice_won / (2 * positives * negatives)

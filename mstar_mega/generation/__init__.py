@@ -1,0 +1,1 @@
+"""The coupled engine: prefill a query once, decode its n responses together."""

@@ -1,0 +1,271 @@
+"""The coupled generation engine: samples responses with the training weights, where they lie.
+
+Each image is encoded once, each prompt prefilled once, its samples decode together on the shared prefix cache, and a
+finished sample's slot is refilled with waiting work. Every rank of a model copy runs the same schedule; tokens are
+drawn on the last pipeline stage, identically on its tensor ranks, and broadcast to the other stages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from mstar_mega.config import GenerationConfig
+from mstar_mega.generation.slots import Entry, Prefixes, Slots
+from mstar_mega.kernels.noise import counters
+from mstar_mega.kernels.sampling import sample_with_logprob
+from mstar_mega.models.inference import from_last_stage, inference, run_packed, run_stages
+from mstar_mega.models.lmm import LMM
+from mstar_mega.models.packing import PackedBatch, Prompt, pack
+
+
+class Vocabulary(Protocol):
+    """What the engine needs of a policy family."""
+
+    stop_tokens: frozenset[int]
+    banned_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """One sample to draw."""
+
+    key: int
+    """Names its random numbers; with the position it is the whole source of randomness."""
+    draft: int = -1
+    """Which of the request's drafts it continues; -1: none."""
+    length: int = 0
+    """How many of the draft's tokens it keeps."""
+
+
+@dataclass
+class Request:
+    """A prompt and the samples wanted of it."""
+
+    prompt: Prompt
+    samples: list[SampleSpec]
+    drafts: list[list[int]] = field(default_factory=list)
+    """Responses whose beginnings are continued (Monte-Carlo rollouts); each is prefilled once."""
+
+
+@dataclass
+class Sample:
+    """A drawn continuation."""
+
+    tokens: list[int]
+    """Drawn token ids, without the draft's; the stop token included when one was drawn."""
+    log_probs: list[float]
+    """Per drawn token, at the sampling temperature over the whole vocabulary."""
+    truncated: bool
+    """The length limit ended it."""
+
+
+@dataclass
+class _Waiting:
+    """A sample whose prompt is prefilled (or about to be) and that has no slot yet."""
+
+    request: int
+    number: int
+    spec: SampleSpec
+
+
+@dataclass
+class _Prefilled:
+    """What waiting samples need of their request's prefill."""
+
+    batch: PackedBatch
+    row: int
+    """The request's place in that batch."""
+    hidden: Tensor | None
+    """[T, hidden] of the batch, last stage only."""
+    entry: int
+
+
+class Engine:
+    """Samples responses from a model; see the module's text."""
+
+    def __init__(self, model: LMM, vocabulary: Vocabulary, config: GenerationConfig, seed: int) -> None:
+        self.model, self.config, self.seed = model, config, seed
+        self._stop = torch.tensor(sorted(vocabulary.stop_tokens))
+        self._banned = torch.tensor(vocabulary.banned_tokens)
+        self.tokens_decoded = 0
+        """Tokens drawn since construction, for rates."""
+
+    def generate(self, requests: Sequence[Request], temperature: float) -> list[list[Sample]]:
+        """Draw every sample of every request; ``temperature`` 0 is greedy. Results in the requests' order."""
+        with inference(self.model):
+            return _Run(self, requests, temperature).finish()
+
+
+class _Run:
+    """State of one ``generate`` call."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], temperature: float) -> None:
+        self.engine, self.requests, self.temperature = engine, requests, temperature
+        self.model, self.config = engine.model, engine.config
+        limit = self.config.max_new_tokens
+        self.results: list[list[Sample | None]] = [[None] * len(r.samples) for r in requests]
+        self.work: list[_Waiting] = [
+            _Waiting(i, j, spec) for i, request in enumerate(requests) for j, spec in enumerate(request.samples)
+        ]
+        self.queue = deque(range(len(self.work)))
+        self.slots = Slots(min(self.config.slots, max(1, len(self.work))), limit)
+        self.prefixes = Prefixes()
+        self.prefilled: dict[int, _Prefilled] = {}
+
+    def finish(self) -> list[list[Sample]]:
+        slots = self.slots
+        refill_at = max(1, slots.capacity // 8)
+        while self.queue or slots.count:
+            # Refilling in batches keeps prefills large; the last samples are not worth waiting for.
+            if self.queue and (slots.free >= refill_at or not slots.count):
+                self._admit()
+            elif slots.count:
+                self._draw(range(slots.count), self._decode())
+            self._retire()
+        return [[sample for sample in samples if sample is not None] for samples in self.results]
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give free slots to waiting samples and draw their first tokens."""
+        taken = [self.queue.popleft() for _ in range(min(self.slots.free, len(self.queue)))]
+        missing = dict.fromkeys(self.work[i].request for i in taken if self.work[i].request not in self.prefilled)
+        for batch in self._by_tokens(list(missing)):
+            self._prefill(batch)
+        new = range(self.slots.count, self.slots.count + len(taken))
+        self.slots.count += len(taken)
+        hidden_rows = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
+        self._forget_prefills()
+        self._draw(new, torch.stack(hidden_rows) if self.model.post_process else None)  # type: ignore[arg-type]
+
+    def _by_tokens(self, requests: list[int]) -> list[list[int]]:
+        """Cut requests into prefill batches of about ``prefill_tokens``."""
+        batches: list[list[int]] = []
+        room = 0
+        for i in requests:
+            request = self.requests[i]
+            tokens = len(request.prompt.tokens) + sum(map(len, request.drafts))
+            if not batches or room < tokens:
+                batches.append([])
+                room = self.config.prefill_tokens
+            batches[-1].append(i)
+            room -= tokens
+        return batches
+
+    def _prefill(self, requests: list[int]) -> None:
+        chosen = [self.requests[i] for i in requests]
+        batch = pack([r.prompt for r in chosen], [r.drafts for r in chosen], self.model.stream_multiple)
+        batch.plan.keep = True
+        hidden = run_packed(self.model, batch)
+        self._compact_prefixes()
+        entries = [Entry(len(r.prompt.tokens), len(r.samples)) for r in chosen]
+        first = self.prefixes.add(batch.plan.prompts, entries)
+        self.slots.allocate(batch.plan.prompts)
+        for row, i in enumerate(requests):
+            self.prefilled[i] = _Prefilled(batch, row, hidden, first + row)
+
+    def _start(self, slot: int, index: int) -> Tensor | None:
+        """Put a sample into a slot; returns the hidden row that predicts its first token (last stage)."""
+        work, slots = self.work[index], self.slots
+        ready = self.prefilled[work.request]
+        spec, plan = work.spec, ready.batch.plan
+        slots.sample[slot] = index
+        slots.entry[slot] = ready.entry
+        slots.length[slot] = slots.forced[slot] = spec.length
+        slots.prompt_length[slot] = len(self.requests[work.request].prompt.tokens)
+        slots.key[slot] = spec.key
+        position = int(ready.batch.last_prompt[ready.row])
+        if spec.length:
+            assert plan.response_index is not None
+            draft_row = ready.row * plan.response_index.size(1) + spec.draft
+            for layer, kv in plan.responses.items():
+                slots.cache[layer].k[slot, :, : spec.length] = kv.k[draft_row, :, : spec.length]
+                slots.cache[layer].v[slot, :, : spec.length] = kv.v[draft_row, :, : spec.length]
+            position = ready.batch.response_start[ready.row][spec.draft] + spec.length - 1
+        return None if ready.hidden is None else ready.hidden[position]
+
+    def _forget_prefills(self) -> None:
+        """Drop prefill results that no waiting sample needs."""
+        needed = {self.work[i].request for i in self.queue}
+        self.prefilled = {i: ready for i, ready in self.prefilled.items() if i in needed}
+
+    # -- decoding ----------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> Tensor | None:
+        """Feed every running slot its newest token; returns hidden rows [count, hidden] on the last stage."""
+        slots, model = self.slots, self.model
+        B = slots.count
+        plan = slots.decode_plan(self.prefixes)
+        padding = -B % model.stream_multiple
+        tokens = slots.tokens[torch.arange(B), plan.lengths]
+        tokens = torch.nn.functional.pad(tokens, (0, padding))
+        positions = torch.nn.functional.pad(slots.prompt_length[:B] + plan.lengths, (0, padding))
+        embed = model.language.embedding.word_embeddings if model.pre_process else None
+        hidden = run_stages(model, lambda: embed(tokens[None]).squeeze(0), positions, plan)  # type: ignore[misc]
+        return None if hidden is None else hidden[:B]
+
+    def _draw(self, rows: range, hidden: Tensor | None) -> None:
+        """Draw the next token of some slots, from hidden rows [len(rows), hidden] on the last stage."""
+        slots = self.slots
+        index = torch.arange(rows.start, rows.stop)
+        drawn = torch.empty(len(rows), 2, dtype=torch.float64)
+        if hidden is not None:
+            sampled = sample_with_logprob(
+                self.model.logits(hidden),
+                temperature=self.temperature,
+                top_k=self.config.top_k,
+                top_p=self.config.top_p,
+                banned=self.engine._banned,
+                seed=self.engine.seed,
+                counters=counters(slots.key[index], slots.length[index]),
+                valid_vocab=self.model.size.vocab,
+                group=parallel_state.get_tensor_model_parallel_group(),
+            )
+            drawn = torch.stack([sampled.token.double(), sampled.log_prob.double()], dim=1)
+        drawn = from_last_stage(drawn)
+        slots.tokens[index, slots.length[index]] = drawn[:, 0].long()
+        slots.log_probs[index, slots.length[index]] = drawn[:, 1].float()
+        slots.length[index] += 1
+        self.engine.tokens_decoded += len(rows)
+
+    def _retire(self) -> None:
+        """Collect finished samples and free their slots."""
+        slots = self.slots
+        B = slots.count
+        length = slots.length[:B]
+        stopped = torch.isin(slots.tokens[torch.arange(B), length - 1], self.engine._stop)
+        finished = torch.nonzero(stopped | (length >= slots.limit)).flatten().tolist()
+        for slot in finished:
+            work = self.work[slots.sample[slot]]
+            begin, end = int(slots.forced[slot]), int(length[slot])
+            self.results[work.request][work.number] = Sample(
+                slots.tokens[slot, begin:end].tolist(),
+                slots.log_probs[slot, begin:end].tolist(),
+                not bool(stopped[slot]),
+            )
+            self.prefixes.entries[int(slots.entry[slot])].unfinished -= 1
+        if finished:
+            slots.remove(finished)
+            live = sum(entry.unfinished > 0 for entry in self.prefixes.entries)
+            if live * 2 <= len(self.prefixes.entries):
+                self._compact_prefixes()
+
+    def _compact_prefixes(self) -> None:
+        """Drop the prompts whose samples are all finished, and renumber the rest."""
+        live = [i for i, entry in enumerate(self.prefixes.entries) if entry.unfinished]
+        if len(live) == len(self.prefixes.entries):
+            return
+        renumbered = torch.zeros(len(self.prefixes.entries), dtype=torch.int64)
+        renumbered[live] = torch.arange(len(live))
+        self.prefixes.keep(live)
+        B = self.slots.count
+        self.slots.entry[:B] = renumbered[self.slots.entry[:B]]
+        for ready in self.prefilled.values():
+            ready.entry = int(renumbered[ready.entry])

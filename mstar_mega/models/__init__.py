@@ -1,0 +1,1 @@
+"""The LMM: vision tower, connector, megatron GPT, and the PRM head."""

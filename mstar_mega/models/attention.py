@@ -1,0 +1,160 @@
+"""Core attention of the language model: what a token attends to is said by an attention plan.
+
+The model always sees one packed stream of tokens [T, 1, H]. The plan that travels with it knows which stream positions
+form prompts, which form the responses that continue them, and where keys and values are cached; so training, scoring,
+prefill and decoding are one model with different plans.
+
+megatron-core hands ``attention_bias`` untouched through block, layer and recomputation to the core attention: that is
+the plan's way in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mstar_mega.kernels.prefix_attention import causal_attention, decode_attention, prefix_attention
+
+
+class AttentionPlan(Protocol):
+    """Who attends to whom in one forward pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; ``layer`` counts from 1 over all stages."""
+        ...
+
+
+class PlannedAttention(torch.nn.Module):
+    """The layer spec's ``core_attention``: delegates to the plan."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.scale = config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """[T, 1, heads, D] -> [T, 1, Hq * D]."""
+        plan: AttentionPlan = attention_bias
+        out = plan.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), self.scale)
+        return out.reshape(out.size(0), 1, -1)
+
+
+def bias_from_mask(allowed: Tensor) -> Tensor:
+    """Boolean mask -> float32 additive bias, 0 where allowed and minus infinity elsewhere."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of one layer, [rows, Hk, length, D] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass
+class GroupPlan:
+    """Prompts, each followed in the stream by the responses that share it.
+
+    G prompts of at most P tokens; group g has at most n responses of at most R tokens. All indices are stream
+    positions, int64; padding points at position 0 and is masked.
+    """
+
+    prompt_index: Tensor
+    """[G, P]"""
+    prompt_allowed: Tensor
+    """bool [G, P]"""
+    response_index: Tensor | None
+    """[G, n, R], or None when there are no responses."""
+    response_allowed: Tensor | None
+    """bool [G, n, R]"""
+    stream_from: Tensor
+    """[T]: where each stream token stands in the concatenation of flattened prompts and flattened responses."""
+    keep: bool = False
+    """Store every layer's keys and values in ``prompts`` and ``responses`` (prefill)."""
+    prompts: dict[int, KeyValues] = field(default_factory=dict)
+    """Per layer, rows G, after a forward with ``keep``."""
+    responses: dict[int, KeyValues] = field(default_factory=dict)
+    """Per layer, rows G * n."""
+
+    def __post_init__(self) -> None:
+        self._prompt_bias = bias_from_mask(self.prompt_allowed)
+        if self.response_index is not None:
+            R = self.response_index.size(2)
+            causal = torch.ones(R, R, dtype=torch.bool, device=self.response_index.device).tril()
+            self._own_bias = bias_from_mask(causal)[None, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        G, P = self.prompt_index.shape
+        k_prompt, v_prompt = k[self.prompt_index], v[self.prompt_index]
+        out = causal_attention(q[self.prompt_index], k_prompt, v_prompt, scale)
+        parts = [out.reshape(G * P, *out.shape[2:])]
+        # One transposed copy per layer serves every response, and later the cache.
+        k_prompt, v_prompt = (x.transpose(1, 2).contiguous() for x in (k_prompt, v_prompt))
+        if self.keep:
+            self.prompts[layer] = KeyValues(k_prompt, v_prompt)
+        if self.response_index is not None:
+            _, n, R = self.response_index.shape
+            k_own, v_own = (x[self.response_index].transpose(2, 3).contiguous() for x in (k, v))
+            if self.keep:
+                self.responses[layer] = KeyValues(k_own.flatten(0, 1), v_own.flatten(0, 1))
+            # Right padding of a response comes after its tokens, so causality alone hides it.
+            out = prefix_attention(
+                q[self.response_index], k_prompt, v_prompt, self._prompt_bias, k_own, v_own, self._own_bias, scale
+            )
+            parts.append(out.reshape(G * n * R, *out.shape[3:]))
+        return torch.cat(parts)[self.stream_from]
+
+
+@dataclass
+class DecodePlan:
+    """One new token for each of B running slots; see ``decode_attention`` for the table.
+
+    ``prefix`` and ``own`` hold the caches per layer; the new token's keys and values are written to ``own`` at
+    ``lengths`` before attending. Stream tokens past B are padding (sequence parallelism) and yield zeros.
+    """
+
+    prefix: dict[int, KeyValues]
+    prefix_bias: Tensor
+    own: dict[int, KeyValues]
+    lengths: Tensor
+    """int64 [B]: own tokens already cached."""
+    own_bias: Tensor
+    """float32 [B, L]."""
+    table: Tensor
+    place: Tensor
+
+    def __post_init__(self) -> None:
+        # Every stage holds at least one layer, and all caches have one shape.
+        _, heads, limit, _ = next(iter(self.own.values())).k.shape
+        device = self.lengths.device
+        row_of_head = torch.arange(self.lengths.numel() * heads, device=device).view(-1, heads)
+        self._new = (row_of_head * limit + self.lengths[:, None]).flatten()
+        """int64 [B * Hk]: where the new token lies in a cache seen as [slots * Hk * limit, D]."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        B, L = self.own_bias.shape
+        prefix, own = self.prefix[layer], self.own[layer]
+        for cache, new in ((own.k, k), (own.v, v)):
+            cache.view(-1, cache.size(-1))[self._new] = new[:B].reshape(-1, cache.size(-1))
+        G = self.table.size(0)
+        out = decode_attention(
+            q[:B], prefix.k[:G], prefix.v[:G], self.prefix_bias, own.k[:B, :, :L], own.v[:B, :, :L], self.own_bias,
+            self.table, self.place, scale,
+        )  # fmt: skip
+        return out if B == q.size(0) else torch.cat([out, out.new_zeros(q.size(0) - B, *out.shape[1:])])

@@ -1,0 +1,1 @@
+"""One file per policy: its sizes, image tiling, chat template and weight map."""

@@ -1,0 +1,268 @@
+"""The large multimodal model: vision tower -> connector -> megatron GPT -> vocabulary head or score head.
+
+Vision tower and connector live on the first pipeline stage, the heads on the last. The policy ends in the vocabulary
+head; the process reward model (PRM) is the same trunk with a score head of two rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mstar_mega.kernels.logprob import vocab_parallel_logprob
+from mstar_mega.kernels.process_scores import step_scores
+from mstar_mega.models.attention import AttentionPlan, PlannedAttention
+from mstar_mega.models.norms import RMSNorm
+from mstar_mega.models.packing import PackedBatch
+from mstar_mega.models.rope import Rope
+from mstar_mega.models.vision import PixelShuffleConnector, VisionTower
+
+Head = Literal["vocabulary", "score"]
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    """Sizes of the vision tower."""
+
+    image_size: int
+    patch_size: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LanguageSize:
+    """Sizes of the language model."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+    eps: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple of 128, so that the layout does not change a checkpoint's shapes."""
+        return -(-self.vocab // 128) * 128
+
+
+class LMM(MegatronModule):
+    """One pipeline stage of the model."""
+
+    def __init__(
+        self, vision: VisionSize, language: LanguageSize, config: TransformerConfig, head: Head = "vocabulary"
+    ) -> None:
+        super().__init__(config)
+        self.size = language
+        self.head = head
+        self.model_type = ModelType.encoder_or_decoder  # asked for by megatron's schedules
+        self.share_embeddings_and_output_weights = False  # likewise
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.rope = Rope(language.head_dim, language.rope_theta)
+        if self.pre_process:
+            tower = _vision_config(config, vision)
+            self.vision = VisionTower(tower, vision.image_size, vision.patch_size)
+            self.connector = PixelShuffleConnector(replace(config, sequence_parallel=False), vision.hidden)
+        self.language = GPTModel(
+            config,
+            _block_spec(config),
+            vocab_size=language.padded_vocab,
+            max_sequence_length=0,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+        )
+        if self.post_process and head == "score":
+            del self.language.output_layer
+            self.language.post_process = False  # or its checkpoint state would ask for the vocabulary head
+            self.score_head = nn.Parameter(torch.zeros(2, language.hidden))
+        _mark_shards(self)
+
+    @property
+    def stream_multiple(self) -> int:
+        """Streams must be this many tokens long, times anything."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """Called by megatron's schedules with the previous stage's output."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.language.set_input_tensor(tensor)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Token embeddings [T, hidden] with image features written over their positions (first stage only)."""
+        embedded = self.language.embedding.word_embeddings(batch.tokens[None]).squeeze(0)
+        if batch.pixels is None:
+            return embedded
+        pixels = batch.pixels.to(embedded.device, embedded.dtype)
+        features = self.connector(self.vision(pixels)).flatten(0, 1)
+        assert features.size(0) == batch.image_index.numel(), (features.shape, batch.image_index.shape)
+        return embedded.index_copy(0, batch.image_index, features.to(embedded.dtype))
+
+    def trunk(self, embedded: Tensor | None, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            embedded: [T, hidden] on the first stage, None on the others (their input was set).
+            positions: int64 [T].
+
+        Returns:
+            Last stage: [T, hidden] after the final norm, whole on every tensor rank.
+            Other stages: [T, 1, hidden], or this rank's slice of T under sequence parallelism.
+        """
+        if embedded is not None:
+            embedded = embedded[:, None]
+            if self.config.sequence_parallel:
+                embedded = scatter_to_sequence_parallel_region(embedded)
+        hidden = self.language.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            attention_bias=self.rope.rotating(plan, positions, self.config.params_dtype),
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # Behind the vocabulary head each rank holds a partial gradient (reduce-scatter adds them); behind the
+            # replicated score head each holds the whole (take the slice).
+            partial = self.head == "vocabulary"
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=partial).squeeze(1)
+        if self.head == "vocabulary":
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden.squeeze(1)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """One packed batch through this stage; see :meth:`trunk` for the result."""
+        embedded = self.embed(batch) if self.pre_process else None
+        return self.trunk(embedded, batch.positions, batch.plan)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[K, hidden] from :meth:`trunk` -> this rank's slice of the logits [K, padded_vocab / tensor] (last stage)."""
+        return nn.functional.linear(hidden, self.language.output_layer.weight)
+
+    def log_probs(self, hidden: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of target ids, float32 [K], for selected rows [K, hidden] (last stage)."""
+        local = self.size.padded_vocab // self.tensor_group.size()
+        return vocab_parallel_logprob(
+            self.logits(hidden),
+            target,
+            temperature=temperature,
+            valid_vocab=self.size.vocab,
+            vocab_start=self.tensor_group.rank() * local,
+            group=self.tensor_group,
+        )
+
+    def step_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """PRM logits, float32 [K], at stream positions int64 [K] (last stage, score head)."""
+        return step_scores(hidden, positions, self.score_head)
+
+
+def _mark_shards(model: nn.Module) -> None:
+    """Say of every cut weight along which dimension it is cut.
+
+    Initialisation and the gradient norm ask for it; megatron would do it while initialising, which we do ourselves.
+    """
+    for part in model.modules():
+        if isinstance(part, ColumnParallelLinear | VocabParallelEmbedding):
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(part, RowParallelLinear):
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=1, stride=1)
+
+
+def transformer_config(
+    size: LanguageSize, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype, recompute: bool
+) -> TransformerConfig:
+    """The language model's megatron configuration; no fusion that needs CUDA."""
+    return TransformerConfig(
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        ffn_hidden_size=size.ffn,
+        num_attention_heads=size.heads,
+        num_query_groups=size.kv_heads,
+        kv_channels=size.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=size.eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=size.init_std,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # unused, but variable lengths refuse the default
+        calculate_per_token_loss=True,
+        batch_p2p_comm=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _vision_config(config: TransformerConfig, size: VisionSize) -> TransformerConfig:
+    return replace(
+        config,
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        ffn_hidden_size=size.ffn,
+        num_attention_heads=size.heads,
+        num_query_groups=size.heads,
+        kv_channels=size.hidden // size.heads,
+        layernorm_epsilon=size.eps,
+        normalization="LayerNorm",
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        sequence_parallel=False,
+        pipeline_model_parallel_size=1,
+    )
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PlannedAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)

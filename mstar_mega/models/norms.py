@@ -1,0 +1,24 @@
+"""RMSNorm for megatron layer specs (torch's own norms are refused under sequence parallelism)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        # Under sequence parallelism each rank sees a part of the tokens: megatron sums these gradients over the group.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., hidden] -> the same shape and dtype."""
+        return nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.eps)

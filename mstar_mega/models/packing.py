@@ -1,0 +1,127 @@
+"""From prompts and responses to one packed token stream.
+
+Layout of a stream: prompt 1, its responses one after another, prompt 2, its responses, ... then padding up to a
+multiple (sequence parallelism). Positions of every response continue its prompt's, so that n responses of a query share
+the prompt's keys and values exactly as if each had been run alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mstar_mega.models.attention import GroupPlan
+
+
+@dataclass
+class Prompt:
+    """A query as the model reads it."""
+
+    tokens: list[int]
+    image_positions: list[int]
+    """Where image features replace token embeddings, in feature order. Said by the template, not by token ids."""
+    pixels: Tensor | None
+    """float32 [tiles, 3, S, S], or None without an image."""
+
+
+@dataclass
+class PackedBatch:
+    """One forward pass."""
+
+    tokens: Tensor
+    """int64 [T]"""
+    positions: Tensor
+    """int64 [T]"""
+    image_index: Tensor
+    """int64 [features]: stream positions that image features overwrite."""
+    pixels: Tensor | None
+    """float32 [tiles, 3, S, S] of all prompts, in order."""
+    plan: GroupPlan
+    last_prompt: Tensor
+    """int64 [G]: stream position of each prompt's last token."""
+    response_start: list[list[int]] = field(default_factory=list)
+    """Stream position of each response's first token, per group."""
+
+
+def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], multiple: int = 1) -> PackedBatch:
+    """Pack groups into one stream.
+
+    Args:
+        prompts: G prompts.
+        responses: for each prompt, the token ids of its responses (possibly none, possibly empty ones).
+        multiple: the stream's length is padded up to a multiple of it.
+    """
+    G = len(prompts)
+    n = max(len(group) for group in responses)
+    R = max((len(r) for group in responses for r in group), default=0)
+    P = max(len(p.tokens) for p in prompts)
+    prompt_index = torch.zeros(G, P, dtype=torch.int64)
+    prompt_allowed = torch.zeros(G, P, dtype=torch.bool)
+    response_index = torch.zeros(G, n, R, dtype=torch.int64)
+    response_allowed = torch.zeros(G, n, R, dtype=torch.bool)
+    tokens: list[int] = []
+    positions: list[int] = []
+    stream_from: list[int] = []
+    image_index: list[int] = []
+    starts: list[list[int]] = []
+    last_prompt: list[int] = []
+    for g, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        length, start = len(prompt.tokens), len(tokens)
+        prompt_index[g, :length] = torch.arange(start, start + length)
+        prompt_allowed[g, :length] = True
+        stream_from += range(g * P, g * P + length)
+        image_index += [start + p for p in prompt.image_positions]
+        tokens += prompt.tokens
+        positions += range(length)
+        last_prompt.append(len(tokens) - 1)
+        starts.append([])
+        for j, response in enumerate(group):
+            start = len(tokens)
+            starts[g].append(start)
+            response_index[g, j, : len(response)] = torch.arange(start, start + len(response))
+            response_allowed[g, j, : len(response)] = True
+            row = G * P + (g * n + j) * R
+            stream_from += range(row, row + len(response))
+            tokens += response
+            positions += range(length, length + len(response))
+    padding = -len(tokens) % multiple
+    tokens += [0] * padding
+    positions += [0] * padding
+    stream_from += [0] * padding
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
+    plan = GroupPlan(
+        prompt_index,
+        prompt_allowed,
+        response_index if R else None,
+        response_allowed if R else None,
+        torch.tensor(stream_from),
+    )
+    return PackedBatch(
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.tensor(image_index, dtype=torch.int64),
+        torch.cat(pixels) if pixels else None,
+        plan,
+        torch.tensor(last_prompt),
+        starts,
+    )
+
+
+def next_token_targets(batch: PackedBatch, responses: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    """Which stream position predicts which response token.
+
+    Returns:
+        (source int64 [K], target int64 [K]), responses in order; a response's first token is predicted by its prompt's
+        last one, so that position occurs once per response.
+    """
+    source: list[int] = []
+    target: list[int] = []
+    for last, starts, group in zip(batch.last_prompt.tolist(), batch.response_start, responses, strict=True):
+        for start, response in zip(starts, group, strict=True):
+            if response:
+                source += [last, *range(start, start + len(response) - 1)]
+                target += response
+    return torch.tensor(source, dtype=torch.int64), torch.tensor(target, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Devices, process groups and files: what differs from machine to machine."""

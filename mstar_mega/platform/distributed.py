@@ -1,0 +1,199 @@
+"""Processes, devices and model-parallel groups of a job, and the few collectives the recipe needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mstar_mega.config import ParallelConfig
+from mstar_mega.platform.cpu import apply_cpu_platform
+from mstar_mega.platform.memory import keep_freed_memory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands among the job's ranks."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the first pipeline stage (images and embeddings)."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the last pipeline stage (logits and losses)."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints and writes files for all."""
+        return self.rank == 0
+
+
+def check_sizes(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise ValueError, with the numbers and what to do, when ``world_size`` ranks cannot be laid out so."""
+    for name in ("tensor", "pipeline"):
+        if getattr(parallel, name) < 1:
+            raise ValueError(f"parallel.{name} is {getattr(parallel, name)}; it must be 1 or more")
+    size = parallel.tensor * parallel.pipeline
+    if world_size % size:
+        raise ValueError(
+            f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} = {size} ranks per model copy, "
+            f"but the job has {world_size} rank{'s' if world_size > 1 else ''}. Start a multiple of {size} "
+            f"(torchrun --nproc-per-node {size} ...), or lower one of the two settings"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError(
+            "parallel.sequence is true but parallel.tensor is 1: sequence parallelism splits over the tensor-parallel "
+            "ranks. Set parallel.tensor to 2 or more, or parallel.sequence to false"
+        )
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Join the job that torchrun's environment describes (alone without it) and build the model-parallel groups.
+
+    Uses nccl where CUDA is available and gloo elsewhere. A second call only changes layout and seed. Raises ValueError
+    for impossible sizes, before any process waits for another.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_sizes(parallel, world_size)
+    apply_cpu_platform()
+    if not dist.is_initialized():
+        _join(world_size)
+    reset_model_parallel(parallel, seed)
+
+
+def _join(world_size: int) -> None:
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Streams, plans and slots are made where the model is, without every line naming the device.
+        torch.set_default_device("cuda")
+    else:
+        keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))))
+    backend = "nccl" if on_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # In-memory store: no port that another job could hold.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def reset_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """(Re)build the model-parallel groups in the running process group and seed torch. Collective.
+
+    Models and optimizers made under the former layout must not be used any more.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    check_sizes(parallel, dist.get_world_size())
+    _destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        # Only the distributed optimizer would use them.
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the job. Safe to call when nothing was initialised."""
+    if dist.is_initialized():
+        _destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _destroy_model_parallel() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    # megatron only forgets its groups; their threads and connections would pile up.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def layout() -> Layout:
+    """This process's place in the current layout. Needs :func:`initialize`."""
+    from megatron.core import parallel_state as ps
+
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=ps.get_tensor_model_parallel_rank(),
+        tensor_size=ps.get_tensor_model_parallel_world_size(),
+        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
+        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
+        data_rank=ps.get_data_parallel_rank(),
+        data_size=ps.get_data_parallel_world_size(),
+    )
+
+
+def device() -> torch.device:
+    """The device of this process's tensors."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather_objects(obj: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable object, in group-rank order; ``group`` None: the data-parallel group. Collective."""
+    from megatron.core import parallel_state
+
+    group = group if group is not None else parallel_state.get_data_parallel_group()
+    if group.size() == 1:
+        return [obj]
+    gathered: list[T | None] = [None] * group.size()
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered  # type: ignore[return-value]
+
+
+def broadcast_object(obj: T) -> T:
+    """Global rank 0's picklable object, on every rank; the others' argument is ignored. Collective over the job."""
+    if dist.get_world_size() == 1:
+        return obj
+    holder = [obj if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]  # type: ignore[return-value]
+
+
+def sum_over_data(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum each value over the data-parallel ranks, in rank order; a name may be missing on some. Collective."""
+    total: dict[str, float] = {}
+    for part in all_gather_objects(dict(values)):
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def barrier() -> None:
+    """Wait for every rank of the job."""
+    if dist.get_world_size() > 1:
+        dist.barrier()

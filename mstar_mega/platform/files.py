@@ -1,0 +1,77 @@
+"""Files that are either whole or absent, whatever kills the process or fills the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk and of an exhausted quota."""
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """:func:`write_bytes_atomic` of UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: readers, now or after a crash, see the old file or the new one, never a part.
+
+    Directories above are made. Two processes may write the same path at once; the last rename wins. A process killed
+    on the way leaves ``.<name>.<pid>.tmp`` beside it, which nothing reads. Raises OSError; for a full disk its message
+    names the path and what to do, and the earlier file is untouched.
+    """
+    path = Path(path)
+    # In the same directory, because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise OSError(error.errno, _disk_full_message(path, len(data))) from error
+        raise
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, 64 hexadecimal digits; reads a block at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes free to this user on the file system of ``path``, which need not exist yet."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename survive a power cut: the directory's own entry has to reach the disk too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_full_message(path: Path, needed: int) -> str:
+    return (
+        f"cannot write {path}: the disk is full ({needed:,} bytes needed, {free_bytes(path):,} free). Free some space "
+        "and give the same command again: all that was finished before is intact"
+    )

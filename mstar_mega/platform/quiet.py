@@ -1,0 +1,22 @@
+"""Hides warnings that are normal without a GPU. Imports no torch: every command passes here, ``--help`` too."""
+
+from __future__ import annotations
+
+import warnings
+
+# Printed when megatron is imported or a model is built without CUDA.
+_NORMAL_WARNINGS = (
+    r"Transformer Engine and Apex are not installed\. Falling back to",
+    r"Apex is not installed\. Falling back to Torch Norm",
+    r"full scope is deprecated\. Use empty cuda_graph_scope",
+    r"When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
+
+
+def silence_normal_warnings() -> None:
+    """Hide what megatron-core warns about where Transformer Engine, apex and CUDA cannot be there anyway.
+
+    Most of it is said while megatron is imported, so call this before that.
+    """
+    for message in _NORMAL_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,139 @@
+"""Monte-Carlo annotation: how often does the warm-up policy reach the gold answer from the end of each step?
+
+Every response of a query and all continuations of its steps share the query's image and prompt; a beginning that
+several responses have in common is continued once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mstar_mega.config import AnnotateConfig
+from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.generation.engine import Request, Sample, SampleSpec
+from mstar_mega.kernels.noise import key_of
+from mstar_mega.platform.distributed import sum_over_data
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.rollouts import Actors, Sampling, in_blocks, judge, sample_groups, sampling_limits, to_response
+from mstar_mega.rewards.steps import count_stepless, warn_stepless
+
+Beginning = tuple[int, ...]
+"""Token ids from a response's start to the end of one of its steps."""
+
+
+def annotate(job: Job, actors: Actors) -> list[Group]:
+    """Step labels for this rank's share of the annotated queries, from disk where they are finished."""
+    with job.stage("annotate"):
+        timer = Timer()
+        groups = in_blocks(
+            job,
+            _queries(job, job.config.annotate),
+            job.rollouts / "annotate",
+            "annotate steps",
+            _origin(job, actors),
+            lambda block: _label(job, actors, block),
+        )
+        _log(job, groups, timer.seconds)
+    return groups
+
+
+def _origin(job: Job, actors: Actors) -> dict[str, Any]:
+    """What the labels depend on, besides the queries and the seed."""
+    settings = job.config.annotate
+    counts = {"responses": settings.responses, "rollouts": settings.rollouts, "temperature": settings.temperature}
+    return {"drawn_by": actors.fingerprint(), **counts, **sampling_limits(job)}
+
+
+def _log(job: Job, groups: list[Group], seconds: float) -> None:
+    steps = [step for group in groups for response in group.responses for step in response.steps]
+    counts = sum_over_data(
+        {
+            "queries": len(groups),
+            "responses": sum(len(group.responses) for group in groups),
+            "steps": len(steps),
+            "rollouts": sum(len(_beginnings(group)) for group in groups) * job.config.annotate.rollouts,
+            "positive": sum((step.label or 0) > 0 for step in steps),
+            "without_steps": count_stepless(groups),
+            "truncated": sum(response.truncated for group in groups for response in group.responses),
+        }
+    )
+    positive = counts.pop("positive") / max(1, counts["steps"])
+    whole = {name: int(value) for name, value in counts.items()}
+    job.log("annotation", **whole, positive_share=positive, seconds=seconds)
+    job.say(f"   {whole['steps']} steps of {whole['responses']} responses labelled, {100 * positive:.1f}% can succeed")
+    warning = warn_stepless(whole["without_steps"], whole["responses"])
+    if warning:
+        job.say(warning)
+
+
+def _queries(job: Job, settings: AnnotateConfig) -> list[Query]:
+    order = sorted(job.task.labelled, key=lambda query: key_of(job.config.seed, "annotate", query.id))
+    return order[: settings.queries]
+
+
+def _label(job: Job, actors: Actors, queries: list[Query]) -> list[Group]:
+    """Sample responses of a block of queries and label their steps."""
+    settings = job.config.annotate
+    sampling = Sampling("annotate", settings.temperature, settings.responses)
+    groups = sample_groups(job, actors.engine, queries, sampling)
+    judge(job, groups)
+    shares = _success_shares(job, actors, groups, settings)
+    for group, share in zip(groups, shares, strict=True):
+        for response in group.responses:
+            for step in response.steps[:-1]:
+                step.label = share[tuple(response.tokens[: step.end])]
+            # Nothing follows the last step: its outcome is the answer's.
+            for step in response.steps[-1:]:
+                step.label = float(bool(response.correct))
+    return groups
+
+
+def _success_shares(
+    job: Job, actors: Actors, groups: Sequence[Group], settings: AnnotateConfig
+) -> list[dict[Beginning, float]]:
+    """For each group, the share of correct continuations of every beginning."""
+    requests: list[Request] = []
+    for group in groups:
+        drafts = [response.tokens for response in group.responses]
+        samples = [
+            SampleSpec(key_of("annotate", group.query.id, beginning, i), draft, len(beginning))
+            for beginning, draft in _beginnings(group).items()
+            for i in range(settings.rollouts)
+        ]
+        requests.append(Request(job.family.prompt(group.query), samples, drafts))
+    drawn = actors.engine.generate(requests, settings.temperature)
+    continued = [
+        Group(group.query, _continuations(job, group, samples, settings.rollouts))
+        for group, samples in zip(groups, drawn, strict=True)
+    ]
+    judge(job, continued)
+    return [
+        _shares(list(_beginnings(group)), continuations.responses, settings.rollouts)
+        for group, continuations in zip(groups, continued, strict=True)
+    ]
+
+
+def _beginnings(group: Group) -> dict[Beginning, int]:
+    """Every distinct beginning that ends at a step before the last, with a response that has it."""
+    found: dict[Beginning, int] = {}
+    for response in group.responses:
+        for step in response.steps[:-1]:
+            found.setdefault(tuple(response.tokens[: step.end]), response.index)
+    return found
+
+
+def _continuations(job: Job, group: Group, samples: list[Sample], rollouts: int) -> list[Response]:
+    """Whole responses: each beginning with what was drawn after it."""
+    beginnings = [beginning for beginning in _beginnings(group) for _ in range(rollouts)]
+    return [
+        to_response(job, i, Sample([*beginning, *sample.tokens], sample.log_probs, sample.truncated))
+        for i, (beginning, sample) in enumerate(zip(beginnings, samples, strict=True))
+    ]
+
+
+def _shares(beginnings: list[Beginning], continuations: list[Response], rollouts: int) -> dict[Beginning, float]:
+    return {
+        beginning: sum(bool(r.correct) for r in continuations[b * rollouts : (b + 1) * rollouts]) / rollouts
+        for b, beginning in enumerate(beginnings)
+    }

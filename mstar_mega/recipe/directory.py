@@ -1,0 +1,138 @@
+"""What a job does before its first stage: take the run directory for itself, check its settings, screen its queries."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from mstar_mega import settings
+from mstar_mega.config import Config
+from mstar_mega.data.digits import task as digits
+from mstar_mega.data.digits.task import DigitsTask
+from mstar_mega.data.screen import Skipped, check_image, screen
+from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.platform.files import write_text_atomic
+
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def on_main(is_main: bool, action: Callable[[], T]) -> T:
+    """Rank 0's result of ``action``, on every rank; its ValueError or OSError is raised on all of them. Collective."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_main:
+        try:
+            outcome = (action(), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, error)
+    result, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def run_directory(config: Config, is_main: bool) -> Iterator[Path]:
+    """The run directory, made or checked, and held against other jobs while the context lasts. Collective.
+
+    Raises ValueError, on every rank, when it cannot be used, is in use, or was made with other settings.
+    """
+    directory = Path(config.run.dir)
+    descriptor = -1
+
+    def take() -> None:
+        nonlocal descriptor
+        descriptor = _take(config, directory)
+
+    try:
+        on_main(is_main, take)
+        yield directory
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _take(config: Config, directory: Path) -> int:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"run.dir {directory} cannot be used: {error.strerror}. Choose another --run.dir") from error
+    try:
+        _lock(directory, descriptor)
+        _check_settings(config, directory)
+        _remove_leftovers(directory)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(directory: Path, descriptor: int) -> None:
+    """A record lock: it ends with this process, however that dies, and no child inherits it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            logger.warning("%s: this file system has no locks; see that no other job uses it", directory)
+            return
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise ValueError(
+            f"{directory} is in use by another job ({holder or 'unknown'}). Wait for its end or stop it, or choose "
+            "another --run.dir"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _check_settings(config: Config, directory: Path) -> None:
+    path = directory / CONFIG_FILE
+    if path.exists():
+        changed = settings.differences(settings.load(path), config)
+        if not changed:
+            return
+        if not config.run.allow_changed_settings:
+            raise ValueError(
+                f"{directory} was made with other settings: {'; '.join(changed)}. Use another --run.dir, or continue "
+                "with the new ones by --run.allow_changed_settings true (finished work stays as it is)"
+            )
+    write_text_atomic(path, settings.dump(config))
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Half-written files of killed processes: nothing reads them, and nobody else is writing now."""
+    for path in directory.rglob(".*.tmp"):
+        if path.is_file():
+            path.unlink()
+
+
+def build_task(config: Config, directory: Path) -> tuple[DigitsTask, list[Skipped]]:
+    """The queries of all sets, and those left out. Raises ValueError where a set that is needed has none left."""
+    task = digits.build(config.data, Path(config.data.dir) if config.data.dir else directory / "data", config.seed)
+    skipped: list[Skipped] = []
+    warmup, dropped = screen([query for query, _ in task.warmup], "warm-up", check_image)
+    skipped += dropped
+    kept = set(map(id, warmup))
+    sets = {}
+    for name in ("labelled", "unlabelled", "validation", "test"):
+        sets[name], dropped = screen(getattr(task, name), name, check_image, needs_answer=name != "unlabelled")
+        skipped += dropped
+    needed = {"warm-up": warmup, **sets}
+    if config.prompts.unlabelled == "none":
+        needed.pop("unlabelled")
+    for name, queries in needed.items():
+        if not queries:
+            reasons = "; ".join(f"{each.where}: {each.reason}" for each in skipped if each.what.endswith(f"{name} set"))
+            raise ValueError(f"no query of the {name} set can be used ({reasons[:300] or 'it is empty'})")
+    return replace(task, warmup=[pair for pair in task.warmup if id(pair[0]) in kept], **sets), skipped

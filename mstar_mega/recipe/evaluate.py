@@ -1,0 +1,71 @@
+"""Measure a policy: greedy accuracy, Pass@K and Reward-Pass@K on validation and test queries."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from mstar_mega.data.types import Group, Query
+from mstar_mega.evaluation.passk import Exploration, accuracy_by_kind, greedy_accuracy, measure
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+
+Split = Literal["validation", "test"]
+
+
+def split_queries(job: Job, split: Split) -> list[Query]:
+    """The queries of an evaluation split."""
+    return job.task.validation if split == "validation" else job.task.test
+
+
+def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: Split) -> float | None:
+    """Greedy accuracy of a split, logged with its standard error and by question type."""
+    timer = Timer()
+    groups = _greedy(job, actors, iteration, split)
+    accuracy = greedy_accuracy(groups)
+    job.log("evaluation", **_greedy_fields(stage, iteration, split, groups), seconds=timer.seconds)
+    if accuracy is not None:
+        job.say(f"   {stage} {iteration}: {split} greedy accuracy {100 * accuracy:.1f}% of {len(groups)}")
+    return accuracy
+
+
+def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int) -> Exploration:
+    """Greedy accuracy, Pass@K and (with a PRM) Reward-Pass@K on the validation queries, sampled at temperature 1."""
+    timer = Timer()
+    settings = job.config.evaluation
+    greedy = _greedy(job, actors, iteration, "validation")
+    sampling = Sampling(f"evaluation_{iteration:04d}_validation_sampled", 1.0, settings.k)
+    sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
+    result = measure(sampled, settings.k, settings.reward_k, greedy)
+    job.log(
+        "evaluation",
+        **_greedy_fields(stage, iteration, "validation", greedy),
+        pass_at_k=result.pass_at_k,
+        k=result.k,
+        reward_pass_at_k=result.reward_pass_at_k,
+        reward_k=result.reward_k,
+        best_of_n=result.best_of_n,
+        weighted_vote=result.weighted_vote,
+        majority_vote=result.majority_vote,
+        seconds=timer.seconds,
+    )
+    return result
+
+
+def _greedy(job: Job, actors: Actors, iteration: int, split: Split) -> list[Group]:
+    sampling = Sampling(f"evaluation_{iteration:04d}_{split}_greedy", 0.0, 1)
+    unscored = Actors(job, actors.policy, None)
+    return gather_groups(rollout(job, unscored, split_queries(job, split), sampling))
+
+
+def _greedy_fields(stage: str, iteration: int, split: Split, groups: list[Group]) -> dict[str, Any]:
+    accuracy = greedy_accuracy(groups)
+    count = len(groups)
+    return {
+        "stage": stage,
+        "iteration": iteration,
+        "split": split,
+        "greedy_accuracy": accuracy,
+        "standard_error": None if not count or accuracy is None else (accuracy * (1 - accuracy) / count) ** 0.5,
+        "queries": count,
+        "by_kind": {kind: value.accuracy for kind, value in sorted(accuracy_by_kind(groups).items())},
+    }

@@ -1,0 +1,82 @@
+"""Self-evolving training: the recipe's loop (arXiv 2412.17451, sections 3 to 7).
+
+Everything it compares is a setting: the method (where weights and optimizer start), the interval, the selection, the
+prompts, the temperature.
+"""
+
+from __future__ import annotations
+
+from mstar_mega.models.lmm import LMM
+from mstar_mega.recipe.choose import choose, gold_examples
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
+from mstar_mega.recipe.fit import Position, fit, restore, save
+from mstar_mega.recipe.generate import check_log_probs, generate
+from mstar_mega.recipe.intervals import next_interval
+from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.rollouts import Actors
+from mstar_mega.recipe.temperature import tune_temperature
+from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.training.trainer import Trainer
+
+
+def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Position:
+    """Generate and improve until the budget is spent. ``policy`` holds the warm-up weights."""
+    method = resolve_method(job.config.evolve)
+    actors = Actors(job, policy.model, prm)
+    warmup_weights = policy.copy_weights() if method.start_from == "warmup" else None
+    position = restore(job, policy, "evolve") or Position(iteration=1, total_steps=warmup_steps)
+    if position.iteration == 1 and position.step == 0:
+        measure_exploration(job, actors, "warmup", 0)
+
+    while (now := next_interval(job, method, position)) is not None:
+        with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
+            if position.step == 0:
+                if warmup_weights is not None:
+                    policy.load_weights(warmup_weights)
+                if not method.inherit_optimizer:
+                    policy.reset_optimizer()
+                if now.sweep:
+                    position.temperature = tune_temperature(job, actors, now.number)
+            if job.config.evolve.method == "sft":
+                examples = gold_examples(job, now)
+            else:
+                groups = generate(job, actors, now, position)  # and reward: judged and scored
+                if position.step == 0:
+                    check_log_probs(job, policy.model, now, groups, position.temperature)
+                examples = choose(job, now, groups)  # select
+        improve(job, policy, examples, position)
+        measure(job, actors, position)
+        position.begin_next_iteration()
+        save(job, policy, "evolve", position)
+    return position
+
+
+def improve(job: Job, policy: Trainer, examples: list[TrainGroup], position: Position) -> None:
+    """Train on the selected responses, within the step budget."""
+    settings = job.config.evolve
+    timer = Timer()
+    batches: list[list[TrainGroup]] = []
+    for epoch in range(settings.epochs):
+        key = (job.config.seed, "improve", position.iteration, epoch)
+        batches += split_into_steps(examples, settings.optimizer.batch_size, key)
+    if settings.max_steps:
+        batches = batches[: max(0, settings.max_steps - position.total_steps + position.step)]
+    loss = fit(job, policy, "evolve", batches, position)
+    position.barren = 0 if examples else position.barren + 1
+    job.log(
+        "improve",
+        iteration=position.iteration,
+        steps=len(batches),
+        loss=loss,
+        total_steps=position.total_steps,
+        seconds=timer.seconds,
+    )
+
+
+def measure(job: Job, actors: Actors, position: Position) -> None:
+    """Validation and test measures of the policy after an iteration."""
+    every = job.config.evaluation.every
+    if every and position.iteration % every == 0:
+        measure_exploration(job, actors, "evolve", position.iteration)
+    measure_greedy(job, actors, "evolve", position.iteration, "test")

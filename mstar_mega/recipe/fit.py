@@ -1,0 +1,178 @@
+"""Optimizer steps with checkpoints: the part that warm-up, PRM training and self-evolving share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.training.batches import TrainGroup
+from mstar_mega.training.checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoints,
+    load_latest,
+    prune,
+    save_checkpoint,
+    set_aside,
+    verify_checkpoint,
+)
+from mstar_mega.training.trainer import NonFiniteLossError, Trainer
+
+STAGES = ("warmup", "prm", "evolve")
+
+
+@dataclass
+class Position:
+    """How far a stage is. Written into its checkpoints."""
+
+    iteration: int = 0
+    step: int = 0
+    """Optimizer steps done in this iteration."""
+    total_steps: int = 0
+    """Optimizer steps of the policy so far, the warm-up's included."""
+    temperature: float | None = None
+    """The sampling temperature of the last sweep."""
+    barren: int = 0
+    """Iterations in a row without anything to train on."""
+    drawn_by: str = ""
+    """Fingerprint of the policy and the PRM at this iteration's start, which drew and scored its responses."""
+    loss_sum: float = 0.0
+    """Sum of the losses of this iteration's steps so far."""
+    finished: bool = False
+
+    def begin_next_iteration(self) -> None:
+        """To step 0 of the iteration after this one."""
+        self.iteration, self.step, self.loss_sum, self.drawn_by = self.iteration + 1, 0, 0.0, ""
+
+
+def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
+    """Write a checkpoint of the stage and delete the oldest beyond ``run.keep_checkpoints``."""
+    common = {
+        "stage": stage,
+        "position": asdict(position),
+        "scheduler": trainer.scheduler.state_dict(),
+        "metrics": broadcast_object(_logged(job, stage, position)),
+    }
+    name = _name(position.iteration, position.step)
+    save_checkpoint(job.checkpoints / stage, name, trainer.sharded_state(), common)
+    # A checkpoint inside an iteration is good only as long as the responses are; without them its start is needed.
+    prune(job.checkpoints / stage, job.config.run.keep_checkpoints, needed=[_name(position.iteration, 0)])
+
+
+def _name(iteration: int, step: int) -> str:
+    return f"iteration_{iteration:04d}_step_{step:06d}"
+
+
+def _logged(job: Job, stage: str, position: Position) -> int:
+    """Number of events in the log when ``stage`` stands at ``position``."""
+    if not job.muted:
+        return job.metrics.position()
+    # A lost stage is made again while a later one goes on: its events are in the log, and others behind them.
+    before = STAGES[: STAGES.index(stage.removesuffix("_failed"))] + (("annotate",) if stage == "prm" else ())
+    return job.metrics.position_after(
+        lambda event: (
+            event["event"] in ("run", "skipped")
+            or (event["event"] == "stage" and event.get("stage") in before)
+            or (event["event"] == "step" and event.get("stage") == stage and event["step"] <= position.total_steps)
+        )
+    )
+
+
+def restore(job: Job, trainer: Trainer, stage: str) -> Position | None:
+    """Load a stage's newest good checkpoint into the trainer; None when it has none."""
+    found = load_latest(job.checkpoints / stage, trainer.sharded_state)
+    if found is None:
+        return None
+    state, common, _ = found
+    trainer.load_state(state, common["scheduler"])
+    return Position(**common["position"])
+
+
+def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
+    """Load only the weights of a stage's newest good checkpoint into a model that is not trained further."""
+    found = load_latest(job.checkpoints / stage, lambda: {"model": model.sharded_state_dict()})
+    if found is None:
+        return None
+    state, common, _ = found
+    model.load_state_dict(state["model"])
+    return Position(**common["position"])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an earlier start of this run left behind."""
+
+    stage: str
+    """The stage to go on with."""
+    logged: int
+    """Events in the log that belong to it; 0: a new run."""
+    position: Position | None
+    """Of the checkpoint to go on from."""
+
+
+def find_standing(job: Job, can_resume: Callable[[Position], bool]) -> Standing:
+    """How far the run is by its most advanced good checkpoint. Collective.
+
+    Damaged checkpoints are named and set aside, in every stage; so are those inside an iteration of evolving from which
+    the job cannot go on.
+    """
+    newest: Standing | None = None
+    for stage in reversed(STAGES):
+        for path in broadcast_object(find_checkpoints(job.checkpoints / stage)):
+            try:
+                common = verify_checkpoint(path)
+            except DamagedCheckpointError as error:
+                _set_aside(job, path, f"DAMAGED CHECKPOINT: {error}")
+                continue
+            position = Position(**common["position"])
+            if stage == "evolve" and not can_resume(position):
+                lost = f"it needs all responses of iteration {position.iteration}, and some are lost"
+                _set_aside(job, path, f"checkpoint {path} cannot be used: {lost}")
+                continue
+            newest = newest or Standing(stage, int(common["metrics"]), position)
+            break
+    return newest or Standing(STAGES[0], 0, None)
+
+
+def _set_aside(job: Job, path: Path, why: str) -> None:
+    if job.layout.is_main:
+        job.warn(f"{why}. It is set aside as {set_aside(path)}; the run goes on from the one before it")
+
+
+def fit(
+    job: Job, trainer: Trainer, stage: str, batches: Sequence[Sequence[TrainGroup]], position: Position
+) -> float | None:
+    """Train on ``batches`` from ``position.step`` on; returns the mean loss of all their steps (None: no step).
+
+    Counts in ``position``, logs each step and writes a checkpoint every ``run.checkpoint_every_steps`` steps. A loss
+    that is not finite stops the run with the state before that step saved.
+    """
+    every = job.config.run.checkpoint_every_steps
+    with job.progress.task(f"train {stage}", len(batches), "steps", done=position.step) as task:
+        for batch in batches[position.step :]:
+            timer = Timer()
+            try:
+                stats = trainer.step(batch)
+            except NonFiniteLossError as error:
+                save(job, trainer, f"{stage}_failed", position)
+                ids = ", ".join(group.query.id for group in batch[:4])
+                raise ValueError(
+                    f"{stage} training stopped at iteration {position.iteration}, step {position.step}: {error}. The "
+                    f"state before the step is in {job.checkpoints / f'{stage}_failed'}; the batch began with queries "
+                    f"{ids}. Look at these queries, or give the same command with a lower {stage}.optimizer.lr and "
+                    "--run.allow_changed_settings true: it goes on from the newest checkpoint (delete those whose loss "
+                    "is bad already)"
+                ) from error
+            position.step += 1
+            position.total_steps += 1
+            position.loss_sum += stats.loss
+            iteration = position.iteration if stage == "evolve" else None
+            fields = {"iteration": iteration, "step": position.total_steps, **asdict(stats), "seconds": timer.seconds}
+            job.log("step", stage=stage, **fields)
+            task.advance(1, loss=round(stats.loss, 3))
+            if position.step % every == 0 and position.step < len(batches):
+                save(job, trainer, stage, position)
+    return position.loss_sum / position.step if position.step else None

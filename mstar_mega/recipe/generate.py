@@ -1,0 +1,136 @@
+"""The generate phase of an iteration, and the check that generating and training agree on log-probs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from mstar_mega.data.types import Group
+from mstar_mega.models.inference import from_last_stage, inference, run_packed
+from mstar_mega.models.lmm import LMM
+from mstar_mega.models.packing import next_token_targets, pack
+from mstar_mega.platform.distributed import sum_over_data
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.fit import Position
+from mstar_mega.recipe.intervals import Interval, next_interval
+from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.rollouts import Actors, Sampling, all_on_disk, rollout
+from mstar_mega.rewards.steps import count_stepless, warn_stepless
+
+
+def iteration_directory(number: int) -> str:
+    """Where an iteration's rollouts lie, under ``rollouts``."""
+    return f"iteration_{number:04d}"
+
+
+def iteration_sampling(job: Job, number: int, temperature: float | None) -> Sampling:
+    """How the responses of an iteration are drawn."""
+    temperature = temperature if temperature is not None else job.config.temperature.value
+    return Sampling(iteration_directory(number), temperature, job.config.evolve.responses)
+
+
+def generate(job: Job, actors: Actors, now: Interval, position: Position) -> list[Group]:
+    """Sample, judge and score the interval's responses; returns this data-parallel rank's groups.
+
+    Notes in ``position`` who draws them. Resumed inside the iteration, the responses are those on disk.
+    """
+    position.drawn_by = position.drawn_by if position.step else actors.fingerprint()
+    timer = Timer()
+    actors.score_seconds = 0.0
+    sampling = iteration_sampling(job, now.number, position.temperature)
+    temperature = sampling.temperature
+    groups = rollout(job, actors, now.queries, sampling, position.drawn_by)
+    responses = [response for group in groups for response in group.responses]
+    counts = sum_over_data(
+        {
+            "queries": len(groups),
+            "responses": len(responses),
+            "tokens": sum(len(r.tokens) for r in responses),
+            "truncated": sum(r.truncated for r in responses),
+            "without_steps": count_stepless(groups),
+            "correct": sum(bool(r.correct) for r in responses),
+            "queries_without_correct": sum(not any(r.correct for r in group.responses) for group in groups),
+            **{f"checker {how}": n for how, n in Counter(str(r.verdict) for r in responses).items()},
+        }
+    )
+    whole = {name: int(value) for name, value in sorted(counts.items()) if not name.startswith("checker ")}
+    checker = {n.removeprefix("checker "): int(v) for n, v in sorted(counts.items()) if n.startswith("checker ")}
+    score_seconds = round(actors.score_seconds, 3)
+    job.log(
+        "generation",
+        iteration=now.number,
+        temperature=temperature,
+        **whole,
+        checker=checker,
+        unlabelled_queries=len(now.unlabelled),
+        seconds=round(timer.seconds - score_seconds, 3),
+        score_seconds=score_seconds,
+    )
+    job.say(
+        f"   iteration {now.number}: {whole['responses']} responses at temperature {temperature}, "
+        f"{100 * whole['correct'] / max(1, whole['responses']):.1f}% correct, "
+        f"{whole['queries_without_correct']} of {whole['queries']} queries without a correct one"
+    )
+    warning = warn_stepless(whole["without_steps"], whole["responses"])
+    if warning:
+        job.say(warning)
+    return groups
+
+
+def can_resume(job: Job, position: Position) -> bool:
+    """Whether a checkpoint taken at ``position`` can go on: inside an iteration the responses must all be on disk.
+
+    The weights that drew them are gone by then, so a missing one could only be drawn again from the iteration's start.
+    """
+    if position.step == 0 or job.config.evolve.method == "sft":
+        return True
+    now = next_interval(job, resolve_method(job.config.evolve), position)
+    if now is None:
+        return True
+    sampling = iteration_sampling(job, now.number, position.temperature)
+    return all_on_disk(job, now.queries, sampling, position.drawn_by)
+
+
+def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group], temperature: float | None) -> None:
+    """Score some responses again with the training forward; stop the run where the two disagree beyond the limit.
+
+    Raises ValueError with the gap and what it means.
+    """
+    settings = job.config.generation
+    limit = settings.log_prob_gap_limit
+    if limit is None:
+        limit = 1e-3 if job.config.model.precision == "float32" else 0.5
+    temperature = temperature if temperature is not None else job.config.temperature.value
+    chosen = [group for group in groups if group.responses][: settings.log_prob_gap_queries]
+    gaps = torch.cat([torch.zeros(0), *(_gaps(job, policy, group, temperature) for group in chosen)]).double()
+    largest = torch.tensor(float(gaps.max()) if gaps.numel() else 0.0, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    total = sum_over_data({"sum": float(gaps.sum()), "tokens": gaps.numel()})
+    mean = total["sum"] / max(1.0, total["tokens"])
+    tokens = int(total["tokens"])
+    job.log("log_prob_gap", iteration=now.number, largest=float(largest), mean=mean, tokens=tokens, limit=limit)
+    if not float(largest) <= limit:
+        raise ValueError(
+            f"iteration {now.number}: the log-prob of a generated token differs by {float(largest):.2e} between the "
+            f"generation engine and the training forward (mean {mean:.2e}, limit {limit:.0e}). The responses do not "
+            "come from the policy that is trained: this is a defect of the engine or of the hardware, not of the data. "
+            "Raise generation.log_prob_gap_limit only if you know why they differ"
+        )
+
+
+def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tensor:
+    """|generated - recomputed| log-prob of every token of a group, float32 [tokens]."""
+    tokens = [[response.tokens for response in group.responses]]
+    batch = pack([job.family.prompt(group.query)], tokens, policy.stream_multiple)
+    source, target = next_token_targets(batch, tokens)
+    with inference(policy):
+        hidden = run_packed(policy, batch)
+        again = torch.empty(target.numel())
+        if hidden is not None:
+            again = policy.log_probs(hidden[source], target, temperature)
+        again = from_last_stage(again)
+    generated = torch.tensor([value for response in group.responses for value in response.log_probs])
+    return (again.float() - generated).abs()

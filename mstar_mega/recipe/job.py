@@ -1,0 +1,190 @@
+"""One run of the recipe, from settings to report; the same call resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from mstar_mega.config import Config
+from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.generation.engine import Request
+from mstar_mega.models.build import build_family, build_model, check_divisible
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform import distributed
+from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.files import sha256_file
+from mstar_mega.recipe.annotate import annotate
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.directory import build_task, on_main, run_directory
+from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
+from mstar_mega.recipe.evolve import evolve
+from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, restore_weights
+from mstar_mega.recipe.generate import can_resume
+from mstar_mega.recipe.intervals import next_interval
+from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.prm import load_prm, train_prm
+from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
+from mstar_mega.recipe.warmup import warmup, warmup_steps
+from mstar_mega.report.html import write_report
+from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
+from mstar_mega.report.progress import Progress
+from mstar_mega.report.summary import write_summary
+from mstar_mega.report.tensorboard import TensorBoardLog
+from mstar_mega.rewards.checker import AnswerChecker
+from mstar_mega.training.trainer import Trainer
+
+
+def run(config: Config, until: str | None = None) -> None:
+    """Run the recipe up to and including a stage (``warmup``, ``annotate``, ``prm``), or all of it and the report."""
+    with open_job(config) as job:
+        standing = find_standing(job, lambda position: can_resume(job, position))
+        reached = STAGES.index(standing.stage)
+        if _is_done(job, standing, until):
+            job.say(f"{job.dir}: {until or 'everything'} is done already")
+        else:
+            on_main(job.layout.is_main, lambda: job.metrics.rewind(standing.logged))
+            if standing.logged:
+                job.say(f"Resuming {job.dir} in stage {standing.stage}")
+            _log_start(job, standing.logged == 0)
+            timer = Timer()
+            run_stages(job, reached, until)
+            if until is None:
+                job.log("stage", stage="total", seconds=timer.seconds)
+        if until is None:
+            finish(job)
+
+
+def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
+    """Nothing is left to do, so the log must stay as it is."""
+    if until is not None:
+        return STAGES.index(standing.stage) > (1 if until == "prm" else 0)
+    ended = job.metrics.position_after(lambda event: event["event"] == "stage" and event.get("stage") == "total")
+    if not broadcast_object(0 < ended == job.metrics.position()) or standing.stage != "evolve":
+        return False
+    assert standing.position is not None
+    return next_interval(job, resolve_method(job.config.evolve), standing.position) is None
+
+
+def run_stages(job: Job, reached: int, until: str | None) -> None:
+    """The recipe's stages in order; those before the resumed one pass quietly."""
+    policy = _policy(job)
+    with job.quiet(reached > 0):
+        steps = warmup(job, policy).total_steps
+    if until == "warmup":
+        return
+    prm = load_prm(job, policy.model) if reached > 1 and needs_prm(job.config) else None
+    if prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
+        with job.quiet(reached > 0):
+            groups = annotate(job, Actors(job, policy.model, None))
+        if until == "annotate":
+            return
+        with job.quiet(reached > 1):
+            prm = train_prm(job, policy.model, groups)
+    if until == "prm":
+        return
+    with job.stage("evolve"):
+        policy.reconfigure(job.config.evolve.optimizer, job.config.evolve.max_steps)
+        evolve(job, policy, prm, steps)
+
+
+def needs_prm(config: Config) -> bool:
+    """Whether any setting uses process scores."""
+    return (
+        config.evolve.method != "sft"
+        and config.selection.rule in ("top_k", "threshold")
+        or config.temperature.mode == "reward_pass_at_k"
+        or config.prompts.unlabelled == "voting"
+    )
+
+
+def finish(job: Job) -> None:
+    """Write summary.json and report.html and say where they are."""
+    if job.layout.is_main:
+        summary = write_summary(job.dir)
+        page = write_report(job.dir)
+        job.say(f"summary: {summary}\nreport:  {page}")
+    barrier()
+
+
+def evaluate(config: Config) -> None:
+    """Measure the newest policy of a run directory on its validation and test queries, and print the figures."""
+    with open_job(config) as job, job.quiet(True):
+        policy, position = _newest_policy(job)
+        actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
+        for split in ("validation", "test"):
+            accuracy = measure_greedy(job, actors, "evaluate", position.iteration - 1, split)
+            job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
+        result = measure_exploration(job, actors, "evaluate", position.iteration - 1)
+        job.progress.say(f"validation: Pass@{result.k} {100 * (result.pass_at_k or 0.0):.1f}%")
+        if result.reward_pass_at_k is not None:
+            job.progress.say(f"validation: Reward-Pass@{result.reward_k} {100 * result.reward_pass_at_k:.1f}%")
+
+
+def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
+    """Print sampled responses of a run's newest policy to a question about images."""
+    with open_job(config) as job, job.quiet(True):
+        policy, _ = _newest_policy(job)
+        actors = Actors(job, policy, None)
+        refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
+        query = Query("question", question, refs, None)
+        request = Request(job.family.prompt(query), sample_specs("generate", query, responses))
+        for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
+            response = to_response(job, index, sample)
+            cut = " (cut at the length limit)" if response.truncated else ""
+            job.progress.say(f"--- response {index + 1}{cut}\n{response.text}")
+
+
+@contextmanager
+def open_job(config: Config) -> Iterator[Job]:
+    """Join the process group, take the run directory and prepare the queries; close everything in the end."""
+    distributed.initialize(config.parallel, config.seed)
+    place = distributed.layout()
+    family = build_family(config)
+    check_divisible(config, family.vision, family.language)
+    with ExitStack() as stack:
+        directory = stack.enter_context(run_directory(config, place.is_main))
+        metrics: MetricsLog | NullMetrics = NullMetrics()
+
+        def open_log() -> None:
+            nonlocal metrics
+            metrics = MetricsLog(directory / METRICS_FILE, TensorBoardLog(directory / "tensorboard"))
+
+        on_main(place.is_main, open_log)
+        stack.callback(metrics.close)
+        task, skipped = on_main(place.is_main, lambda: build_task(config, directory))
+        progress = stack.enter_context(Progress(place.is_main))
+        checker = stack.enter_context(AnswerChecker())
+        yield Job(config, directory, place, family, task, metrics, progress, checker, skipped)
+    distributed.shutdown()
+
+
+def _log_start(job: Job, is_new: bool) -> None:
+    """The first event of a run, and an event for every query that is left out."""
+    place = job.layout
+    if is_new:
+        parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
+        job.log("run", world_size=place.world_size, parallel=parallel)
+    events = [{"event": "skipped", **asdict(skipped)} for skipped in job.skipped]
+    logged = comparable(read_metrics(job.dir / METRICS_FILE)) if events and place.is_main else []
+    for event in events:
+        if event not in logged:  # damaged since an earlier start
+            job.log(**event)
+    if events:
+        shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.skipped[:3])
+        job.warn(f"{len(events)} queries are left out: {shown}{' ...' if len(events) > 3 else ''}")
+
+
+def _policy(job: Job) -> Trainer:
+    model = build_model(job.config, job.family)
+    return Trainer(model, job.config.warmup.optimizer, job.family.prompt, len(warmup_steps(job)))
+
+
+def _newest_policy(job: Job) -> tuple[LMM, Position]:
+    """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
+    model = build_model(job.config, job.family)
+    position = restore_weights(job, model, "evolve")
+    if position is None and restore_weights(job, model, "warmup") is None:
+        raise ValueError(f"{job.dir} has no policy yet: run `mstar warmup` or `mstar evolve` with this run.dir first")
+    return model, position or Position(iteration=1)

@@ -1,0 +1,45 @@
+"""The four training methods that the paper compares, as settings of one loop (arXiv 2412.17451, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mstar_mega.config import EvolveConfig
+
+
+@dataclass(frozen=True)
+class ResolvedMethod:
+    """What a method means for the loop."""
+
+    interval: float
+    """Share of the labelled queries in one iteration."""
+    inherit_optimizer: bool
+    """Carry the optimizer's and the scheduler's state from iteration to iteration."""
+    start_from: str
+    """Weights at the start of an iteration: ``last`` or ``warmup``."""
+
+
+METHODS = {
+    # One run of training whose data are refreshed: nothing starts over between iterations.
+    "continuous": ResolvedMethod(interval=0.25, inherit_optimizer=True, start_from="last"),
+    "iterative_rft": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="last"),
+    "rest_em": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="warmup"),
+    # No responses are sampled: one training on the gold answers of all labelled queries.
+    "sft": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="last"),
+}
+
+
+def resolve_method(evolve: EvolveConfig) -> ResolvedMethod:
+    """The method's own choices, each replaced where ``evolve`` gives another."""
+    own = METHODS[evolve.method]
+    inherit = own.inherit_optimizer if evolve.optimizer_state is None else evolve.optimizer_state == "inherit"
+    return ResolvedMethod(
+        interval=own.interval if evolve.interval is None else evolve.interval,
+        inherit_optimizer=inherit,
+        start_from=own.start_from if evolve.start_from is None else evolve.start_from,
+    )
+
+
+def gold_response(answer: str) -> str:
+    """The response that SFT trains on: the gold answer in the answer block, without a rationale."""
+    return f"# Answer\n\n{answer}"

@@ -1,0 +1,105 @@
+"""PRM training: the warm-up policy's trunk learns to score reasoning steps from Monte-Carlo labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mstar_mega.data.types import Group
+from mstar_mega.evaluation.passk import accuracy, auc
+from mstar_mega.kernels.noise import key_of
+from mstar_mega.models.build import build_model
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import all_gather_objects
+from mstar_mega.recipe.context import Job
+from mstar_mega.recipe.fit import Position, fit, restore, restore_weights, save
+from mstar_mega.rewards.process import score_groups
+from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.training.trainer import Trainer
+
+
+def build_prm(job: Job, policy: LMM) -> LMM:
+    """A PRM whose trunk is a copy of the policy's present weights."""
+    prm = build_model(job.config, job.family, head="score")
+    weights = {name: value for name, value in policy.state_dict().items() if "output_layer" not in name}
+    missing, unexpected = prm.load_state_dict(weights, strict=False)
+    assert not unexpected and all("score_head" in name for name in missing), (missing, unexpected)
+    if job.config.prm.freeze_vision and prm.pre_process:
+        for module in (prm.vision, prm.connector):
+            module.requires_grad_(False)
+    return prm
+
+
+def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
+    """Train and measure the PRM on this rank's annotated groups. ``policy`` holds the warm-up weights."""
+    settings = job.config.prm
+    with job.stage("prm"):
+        train, held_out = _split(job, groups)
+        batches = _batches(job, train)
+        trainer = Trainer(build_prm(job, policy), settings.optimizer, job.family.prompt, len(batches))
+        position = restore(job, trainer, "prm") or Position()
+        if not position.finished:
+            fit(job, trainer, "prm", batches, position)
+            position.finished = True
+            save(job, trainer, "prm", position)
+        del trainer  # its gradients and moments go with it; what is used from here on is what was saved
+        prm = load_prm(job, policy)
+        assert prm is not None, "just saved"
+        _measure(job, prm, held_out)
+    return prm
+
+
+def load_prm(job: Job, policy: LMM) -> LMM | None:
+    """The trained, frozen PRM of a run; None when it is not finished."""
+    prm = build_prm(job, policy).requires_grad_(False)
+    position = restore_weights(job, prm, "prm")
+    return prm if position is not None and position.finished else None
+
+
+def _split(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """(training, held-out) annotated queries, over all ranks; a stable choice by query id."""
+    everyone = [group for part in all_gather_objects(list(groups)) for group in part]
+    everyone.sort(key=lambda group: key_of(job.config.seed, "held-out", group.query.id))
+    cut = round(len(everyone) * job.config.annotate.held_out)
+    return everyone[cut:], everyone[:cut]
+
+
+def _batches(job: Job, groups: Sequence[Group]) -> list[list[TrainGroup]]:
+    settings = job.config.prm
+    examples = [example for group in groups if (example := _example(group, settings.labels == "hard")).responses]
+    batches: list[list[TrainGroup]] = []
+    for epoch in range(math.ceil(settings.epochs)):
+        cut = split_into_steps(examples, settings.optimizer.batch_size, (job.config.seed, "prm", epoch))
+        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch))]
+    return batches
+
+
+def _example(group: Group, hard: bool) -> TrainGroup:
+    """Responses with their labelled step ends; a response without steps teaches nothing and is left out."""
+    responses = [response for response in group.responses if response.steps]
+    labels = [[_label(step.label, hard) for step in response.steps] for response in responses]
+    return TrainGroup(
+        group.query,
+        [response.tokens for response in responses],
+        [[step.end for step in response.steps] for response in responses],
+        labels,
+    )
+
+
+def _label(share: float | None, hard: bool) -> float:
+    assert share is not None, "an annotated step has a label"
+    return float(share > 0) if hard else share
+
+
+def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
+    """Accuracy and AUC on the steps of held-out queries, against the hard labels."""
+    score_groups(prm, job.family.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
+    steps = [step for group in held_out for response in group.responses for step in response.steps]
+    scores = [step.score for step in steps if step.score is not None]
+    labels = [int(_label(step.label, hard=True)) for step in steps]
+    threshold = 0.5
+    quality = {"accuracy": accuracy(scores, labels, threshold), "auc": auc(scores, labels)}
+    positive = sum(labels) / max(1, len(labels))
+    job.log("prm_quality", **quality, steps=len(steps), positive_share=positive, threshold=threshold)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in quality.items() if value is not None)
+    job.say(f"   PRM on {len(steps)} held-out steps: {shown or 'no steps to measure on'}")

@@ -1,0 +1,251 @@
+"""Generate and reward: sampled, judged and scored responses of queries, on disk block by block.
+
+A block of queries is the unit of work of a model copy and of a resume: its responses depend on nothing outside it, and
+its file is written atomically when they are sampled, judged and scored. What a killed run had finished is read back,
+if it comes from the same weights and settings: a file beside the blocks says from which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mstar_mega.data.records import DamagedFileError, read_groups, write_groups
+from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
+from mstar_mega.kernels.noise import key_of
+from mstar_mega.models.fingerprint import fingerprint
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import all_gather_objects, broadcast_object
+from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.rewards.answers import Verdict, extract_answer
+from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.steps import split_steps
+from mstar_mega.rewards.voting import apply_pseudo_answers
+
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    name: str
+    """Directory under ``rollouts``; with the query id and the sample index it names the random numbers."""
+    temperature: float
+    """0: greedy."""
+    responses: int
+
+
+class Actors:
+    """The policy's engine and the frozen PRM (None where the settings need none)."""
+
+    def __init__(self, job: Job, policy: LMM, prm: LMM | None) -> None:
+        self.engine = Engine(policy, job.family, job.config.generation, job.config.seed)
+        self.policy, self.prm = policy, prm
+        self._prm_fingerprint = "none" if prm is None else fingerprint(prm)
+        self.score_seconds = 0.0
+        """Time spent in the PRM since it was last set to 0."""
+
+    def fingerprint(self) -> str:
+        """Names the present weights of policy and PRM. Collective over the model copy."""
+        return f"policy {fingerprint(self.policy)}, PRM {self._prm_fingerprint}"
+
+
+def rollout(
+    job: Job, actors: Actors, queries: Sequence[Query], sampling: Sampling, drawn_by: str | None = None
+) -> list[Group]:
+    """Responses of this data-parallel rank's share of the queries: judged, and scored where there is a PRM.
+
+    ``drawn_by`` names the actors that draw them, as they were; None: as they are now.
+    """
+
+    def make(block: list[Query]) -> list[Group]:
+        groups = sample_groups(job, actors.engine, block, sampling)
+        if actors.prm is not None:
+            timer = Timer()
+            score_groups(
+                actors.prm, job.family.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens
+            )
+            actors.score_seconds += timer.seconds
+        groups = [_with_answer(job, group) for group in groups]
+        judge(job, groups)
+        return groups
+
+    origin = _origin(job, sampling, drawn_by or actors.fingerprint())
+    return in_blocks(job, queries, job.rollouts / sampling.name, f"sample {sampling.name}", origin, make)
+
+
+def in_blocks(
+    job: Job,
+    queries: Sequence[Query],
+    directory: Path,
+    description: str,
+    origin: Mapping[str, Any],
+    make: Callable[[list[Query]], list[Group]],
+) -> list[Group]:
+    """Run ``make`` on each of this rank's blocks of queries that is not finished on disk; all its groups, in order.
+
+    ``origin`` (plain data) is what the responses depend on besides the queries: blocks of another origin are made anew.
+    """
+    blocks = _blocks(job, queries)
+    mine = range(job.layout.data_rank, len(blocks), job.layout.data_size)
+    if job.layout.is_main:
+        _clear_foreign(job, directory, origin)
+    finished = broadcast_object(_finished_blocks(job, directory, blocks) if job.layout.is_main else set())
+    groups: list[Group] = []
+    with job.progress.task(description, len(mine), "blocks", done=sum(b in finished for b in mine)) as task:
+        for b in mine:
+            path = directory / f"block_{b:05d}.jsonl"
+            if b in finished:
+                groups += _with_images_of(blocks[b], read_groups(path))
+                continue
+            made = make(blocks[b])
+            if job.writes_files:
+                write_groups(path, made)
+            groups += made
+            task.advance(1)
+    return groups
+
+
+def all_on_disk(job: Job, queries: Sequence[Query], sampling: Sampling, drawn_by: str) -> bool:
+    """Whether a rollout by these actors (see :meth:`Actors.fingerprint`) is on disk, every block of it whole."""
+    blocks, directory = _blocks(job, queries), job.rollouts / sampling.name
+    return broadcast_object(
+        job.layout.is_main
+        and _read_origin(directory) == _origin(job, sampling, drawn_by)
+        and len(_finished_blocks(job, directory, blocks)) == len(blocks)
+    )
+
+
+def sampling_limits(job: Job) -> dict[str, Any]:
+    """The engine's settings that change what is drawn."""
+    generation = job.config.generation
+    return {"max_new_tokens": generation.max_new_tokens, "top_k": generation.top_k, "top_p": generation.top_p}
+
+
+def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
+    """What a rollout's responses depend on, besides the queries and the seed."""
+    return {
+        "drawn_by": drawn_by,
+        "temperature": sampling.temperature,
+        "responses": sampling.responses,
+        "reduction": job.config.prm.reduction,
+        "unlabelled": job.config.prompts.unlabelled,
+        **sampling_limits(job),
+    }
+
+
+def _with_images_of(queries: Sequence[Query], groups: Sequence[Group]) -> list[Group]:
+    """Groups from disk with the images where they are now: a run directory may have been moved."""
+    return [
+        Group(replace(group.query, images=query.images), group.responses)
+        for query, group in zip(queries, groups, strict=True)
+    ]
+
+
+def _blocks(job: Job, queries: Sequence[Query]) -> list[list[Query]]:
+    size = job.config.generation.queries_per_block
+    return [list(queries[i : i + size]) for i in range(0, len(queries), size)]
+
+
+def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
+    """Delete blocks of another origin, then note the present one."""
+    if _read_origin(directory) == origin:
+        return
+    foreign = sorted(directory.glob("block_*.jsonl"))
+    if foreign:
+        job.warn(f"{directory} holds responses of another policy or of other settings: they are sampled again")
+    for path in foreign:
+        path.unlink()
+    write_text_atomic(directory / ORIGIN, json.dumps(origin, indent=1) + "\n")
+
+
+def _read_origin(directory: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((directory / ORIGIN).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _finished_blocks(job: Job, directory: Path, blocks: list[list[Query]]) -> set[int]:
+    """Blocks whose file is whole and of these queries. Rank 0 decides for all ranks."""
+    finished: set[int] = set()
+    for b, block in enumerate(blocks):
+        path = directory / f"block_{b:05d}.jsonl"
+        try:
+            if path.exists() and [group.query.id for group in read_groups(path)] == [query.id for query in block]:
+                finished.add(b)
+        except DamagedFileError as error:
+            job.warn(f"DAMAGED ROLLOUT FILE, its responses are sampled again: {error}")
+    return finished
+
+
+def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:
+    """Sample responses and split them into steps; not judged, not scored."""
+    requests = [
+        Request(job.family.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries
+    ]
+    drawn = engine.generate(requests, sampling.temperature)
+    return [
+        Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
+        for query, samples in zip(queries, drawn, strict=True)
+    ]
+
+
+def sample_specs(name: str, query: Query, count: int) -> list[SampleSpec]:
+    """``count`` fresh samples of a query; their random numbers are named by (name, query id, sample index)."""
+    return [SampleSpec(key_of(name, query.id, i)) for i in range(count)]
+
+
+def to_response(job: Job, index: int, sample: Sample) -> Response:
+    """Text, answer and steps of a drawn sample."""
+    tokenizer = job.family.tokenizer
+    text = tokenizer.decode(sample.tokens)
+    steps = split_steps(sample.tokens, tokenizer.offsets(sample.tokens), text)
+    return Response(index, sample.tokens, text, sample.log_probs, sample.truncated, extract_answer(text), steps=steps)
+
+
+def judge(job: Job, groups: Sequence[Group]) -> None:
+    """Compare every response's answer with its query's, in place.
+
+    One rank of a model copy asks the checker and tells the others, so that a time-out cannot divide them.
+    """
+    pairs = [(group.query, response) for group in groups for response in group.responses]
+    verdicts = [_verdict(job, query, response) for query, response in pairs] if job.writes_files else []
+    holder = [verdicts]
+    model_ranks = parallel_state.get_model_parallel_group()
+    if model_ranks.size() > 1:
+        dist.broadcast_object_list(holder, src=dist.get_global_rank(model_ranks, 0), group=model_ranks)
+    for (_, response), verdict in zip(pairs, holder[0], strict=True):
+        response.correct, response.verdict = verdict.correct, verdict.how
+
+
+def _verdict(job: Job, query: Query, response: Response) -> Verdict:
+    """A truncated response has not answered, whatever it says; an unlabelled query has nothing to compare with."""
+    if query.answer is None or response.answer is None or response.truncated:
+        return Verdict(False, "none")
+    return job.checker.check(response.answer, query.answer, query.choices)
+
+
+def _with_answer(job: Job, group: Group) -> Group:
+    """Give an unlabelled query the answer that the settings let it have (paper section 5)."""
+    if group.query.answer is not None:
+        return group
+    if job.config.prompts.unlabelled == "oracle":
+        return Group(replace(group.query, answer=group.query.hidden_answer), group.responses)
+    return apply_pseudo_answers(group)
+
+
+def gather_groups(groups: Sequence[Group]) -> list[Group]:
+    """All data-parallel ranks' groups, by query id: for evaluation sets, which are small."""
+    everyone = [group for part in all_gather_objects(list(groups)) for group in part]
+    return sorted(everyone, key=lambda group: group.query.id)

@@ -1,0 +1,234 @@
+"""The event log of a run: ``metrics.jsonl``, one JSON object per event, and the contract of its events.
+
+Every event has ``event`` (its name) and ``time`` (unix seconds). ``iteration`` 0 is the warm-up policy. Accuracies and
+shares are in [0, 1], durations in seconds. Fields in brackets are optional.
+
+===============  =======================================================================================================
+event            fields
+===============  =======================================================================================================
+run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run
+step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
+                 responses, seconds
+evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
+                 by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k, best_of_n, weighted_vote,
+                 majority_vote]
+annotation       queries, responses, steps, rollouts, positive_share, without_steps, truncated, seconds
+prm_quality      accuracy, auc, steps, positive_share, threshold
+temperature      iteration, temperature, mode, k, grid [{temperature, reward_pass_at_k, pass_at_k}], seconds
+generation       iteration, temperature, queries, responses, tokens, truncated, without_steps, correct,
+                 queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds
+log_prob_gap     iteration, largest, mean, tokens, limit
+selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...}
+improve          iteration, steps, loss, total_steps, seconds
+stage            stage, seconds, [peak_memory_bytes]; written when a stage ends
+skipped          what, where, reason
+===============  =======================================================================================================
+
+Durations lie inside each other only one way: a stage's seconds contain those of its events, and no other two overlap
+(``score_seconds`` is not part of a generation's ``seconds``).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from mstar_mega.platform.files import write_bytes_atomic
+
+Event = dict[str, Any]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Follower(Protocol):
+    """Something that mirrors the log, like TensorBoard."""
+
+    def rebuild(self, events: Iterable[Event]) -> None:
+        """Forget everything and follow these events instead."""
+
+    def event(self, event: Event) -> None:
+        """Follow one more event."""
+
+    def close(self) -> None:
+        """Release what is held open."""
+
+
+def standard_json(value: Any) -> Any:
+    """Replace non-finite floats by the strings NaN, Infinity and -Infinity, which ``float`` reads back.
+
+    JSON has no such numbers; a null would make a diverged loss look like a missing one.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: standard_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [standard_json(item) for item in value]
+    return value
+
+
+def number(event: Event, key: str) -> float | None:
+    """A field as a float (NaN and infinities included); None where it is missing, null or no number."""
+    value = event.get(key)
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+
+
+def scan_metrics(path: str | Path) -> tuple[list[Event], list[str]]:
+    """Every good event of a log, and one message per damaged line that names file and line.
+
+    A last line without its newline is not damage: a killed process was writing it, and it never counted.
+    A file that does not exist yet has no events.
+    """
+    path = Path(path)
+    if not path.exists():
+        return [], []
+    events: list[Event] = []
+    problems: list[str] = []
+    for index, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{path}, line {index}: not JSON ({error})")
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            events.append(event)
+        else:
+            problems.append(f"{path}, line {index}: not an event (an object with an 'event' name)")
+    return events, problems
+
+
+def read_metrics(path: str | Path) -> list[Event]:
+    """The events of a log, without a half-written last line; empty where there is no file yet.
+
+    Raises ValueError naming file and line where a line is damaged.
+    """
+    events, problems = scan_metrics(path)
+    if problems:
+        raise ValueError(f"{problems[0]}. The log is damaged: repair that line or restore the file from a copy.")
+    return events
+
+
+def comparable(events: Iterable[Event]) -> list[Event]:
+    """The events without what two equal runs differ in: times, durations, rates and peak memory, at any depth."""
+    return [_without_times(event) for event in events]
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if not _is_time_like(key)}
+    if isinstance(value, list):
+        return [_without_times(item) for item in value]
+    return value
+
+
+def _is_time_like(key: str) -> bool:
+    return key in ("time", "peak_memory_bytes") or key.endswith(("seconds", "per_second"))
+
+
+class MetricsLog:
+    """The append-only ``metrics.jsonl`` of a run. One process, rank 0, owns it; the others hold a NullMetrics.
+
+    Opening drops a half-written last line. Raises ValueError naming file and line where an earlier line is damaged.
+    """
+
+    def __init__(self, path: str | Path, follower: Follower | None = None) -> None:
+        self.path = Path(path)
+        self._follower = follower
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        events = read_metrics(self.path)
+        self._open(events)
+
+    def _open(self, events: list[Event]) -> None:
+        # Unbuffered: a line is in the operating system's hands when append returns, so a killed process loses nothing.
+        self._file = open(self.path, "ab", buffering=0)
+        self._lines = len(events)
+        self._bytes = _complete_bytes(self.path)
+        self._file.truncate(self._bytes)
+        if self._follower is not None:
+            self._follower.rebuild(events)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event, stamped with the time. Raises OSError, leaving the log as it was, on a full disk."""
+        assert "event" not in fields and "time" not in fields
+        record = standard_json({"event": event, "time": round(time.time(), 3), **fields})
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            self._file.truncate(self._bytes)
+            raise
+        self._lines += 1
+        self._bytes += len(line)
+        if self._follower is not None:
+            self._follower.event(json.loads(line))
+
+    def position(self) -> int:
+        """Number of complete lines. They are on disk on return, so a checkpoint may name this position."""
+        os.fsync(self._file.fileno())
+        return self._lines
+
+    def position_after(self, belongs: Callable[[Event], bool]) -> int:
+        """Number of lines up to the last event that ``belongs``; 0 where none does."""
+        events = read_metrics(self.path)
+        return max((line for line, event in enumerate(events, start=1) if belongs(event)), default=0)
+
+    def rewind(self, lines: int) -> None:
+        """Drop every line after the first ``lines`` (atomically), so that work done again is logged once.
+
+        Raises ValueError where the log has fewer lines.
+        """
+        assert lines >= 0
+        if lines > self._lines:
+            raise ValueError(
+                f"{self.path} has {self._lines} events, but the checkpoint was written after event {lines}: "
+                "the log was cut or replaced. Restore the file, or start in a new run directory."
+            )
+        if lines == self._lines:
+            return
+        kept = self.path.read_bytes().split(b"\n")[:lines]
+        write_bytes_atomic(self.path, b"".join(line + b"\n" for line in kept))
+        self._file.close()
+        self._open([json.loads(line) for line in kept])
+
+    def close(self) -> None:
+        """Close the file and the follower. The log can be opened again."""
+        self._file.close()
+        if self._follower is not None:
+            self._follower.close()
+
+
+class NullMetrics:
+    """The log of the ranks that write none."""
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write nothing."""
+
+    def position(self) -> int:
+        """Always 0; only rank 0's position means anything."""
+        return 0
+
+    def position_after(self, belongs: Callable[[Event], bool]) -> int:
+        """Always 0."""
+        return 0
+
+    def rewind(self, lines: int) -> None:
+        """Drop nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
+def _complete_bytes(path: Path) -> int:
+    """Bytes up to and including the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1

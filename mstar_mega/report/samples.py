@@ -1,0 +1,178 @@
+"""The sample queries of the report's browser: a fixed few per iteration, with their images and all their responses."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import struct
+import zlib
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.config import ReportConfig
+from mstar_mega.data.records import read_groups
+from mstar_mega.data.types import Group, ImageRef, Response
+from mstar_mega.report.summary import Run
+
+MOST_SIDE = 448
+"""Pixels of an embedded image's longer side."""
+MOST_IMAGE_BYTES = 40_000
+"""A larger file is encoded again."""
+MOST_BYTES = 2_200_000
+"""Characters of all samples together, images included; what does not fit is left out and counted."""
+_EMBEDDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+
+
+@dataclass
+class Samples:
+    """What the browser shows, ready for JSON."""
+
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+    """{"iteration": n, "queries": [query]} in order; see :func:`query_data`."""
+    images: dict[str, str] = field(default_factory=dict)
+    """Image digest -> data URL."""
+    left_out: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def collect_samples(run: Run) -> Samples:
+    """Sample ``report.samples_per_iteration`` queries of each iteration that has rollouts on disk.
+
+    The choice depends on the files alone. Damaged blocks and images are named in ``problems``.
+    """
+    wanted = run.setting("report", "samples_per_iteration")
+    wanted = wanted if isinstance(wanted, int) else ReportConfig().samples_per_iteration
+    samples = Samples()
+    chosen: dict[int, list[Group]] = {}
+    for directory in sorted((run.directory / "rollouts").glob("iteration_*")):
+        match = re.fullmatch(r"iteration_(\d+)", directory.name)
+        if match is not None:
+            iteration = int(match[1])
+            chosen[iteration] = choose_groups(directory, iteration, wanted, samples.problems)
+    shown: dict[int, list[dict[str, Any]]] = {iteration: [] for iteration in sorted(chosen)}
+    size = 0
+    # One query of each iteration after the other, so that a full page still has every iteration.
+    for row in zip_longest(*(chosen[iteration] for iteration in shown)):
+        for iteration, group in zip(shown, row, strict=True):
+            if group is None:
+                continue
+            new = _load_images(group, run.directory, samples)
+            data = query_data(group)
+            needed = len(json.dumps(data, ensure_ascii=False)) + sum(map(len, new.values()))
+            if size + needed > MOST_BYTES:
+                samples.left_out += 1
+                continue
+            size += needed
+            samples.images.update(new)
+            shown[iteration].append(data)
+    samples.iterations = [{"iteration": i, "queries": queries} for i, queries in shown.items() if queries]
+    return samples
+
+
+def choose_groups(directory: Path, iteration: int, wanted: int, problems: list[str]) -> list[Group]:
+    """A fixed choice of an iteration's groups. Of many blocks only ``wanted``, evenly spread, are read."""
+    blocks = sorted(directory.glob("block_*.jsonl"))
+    if len(blocks) > wanted:
+        blocks = [blocks[i * len(blocks) // wanted] for i in range(wanted)]
+    groups: list[Group] = []
+    for block in blocks:
+        try:
+            groups += read_groups(block)
+        except (ValueError, OSError) as error:
+            problems.append(str(error) if str(block) in str(error) else f"{block}: {error}")
+    groups.sort(key=lambda group: hashlib.sha256(f"{iteration}:{group.query.id}".encode()).digest())
+    return groups[:wanted]
+
+
+def query_data(group: Group) -> dict[str, Any]:
+    """A group as the browser reads it: the query's fields, and its responses, the best process score first."""
+    query = group.query
+    order = sorted(group.responses, key=lambda r: (-(-1.0 if r.score is None else r.score), r.index))
+    return {
+        "id": query.id,
+        "kind": query.kind,
+        "question": query.question,
+        "answer": query.answer,
+        "hidden": query.hidden_answer,
+        "images": [image.digest for image in query.images],
+        "responses": [_response_data(response) for response in order],
+    }
+
+
+def _response_data(response: Response) -> dict[str, Any]:
+    return {
+        "index": response.index,
+        "answer": response.answer,
+        "correct": response.correct,
+        "score": _finite(response.score),
+        "selected": response.selected,
+        "truncated": response.truncated,
+        "tokens": len(response.tokens),
+        "steps": len(response.steps),
+        "pieces": pieces(response),
+    }
+
+
+def pieces(response: Response) -> list[list[Any]]:
+    """The whole text in order as [text, is a step, score, label]; what no step covers comes as pieces of its own."""
+    found: list[list[Any]] = []
+    position = 0
+    for step in response.steps:
+        text = step.text.strip()
+        at = response.text.find(text, position)
+        if at >= 0:
+            found.append([response.text[position:at].strip(), False, None, None])
+            position = at + len(text)
+        found.append([text, True, _finite(step.score), _finite(step.label)])
+    found.append([response.text[position:].strip(), False, None, None])
+    return [piece for piece in found if piece[0] or piece[1]]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def _load_images(group: Group, directory: Path, samples: Samples) -> dict[str, str]:
+    """Data URLs of a group's images that the page does not have yet; what cannot be shown becomes a problem."""
+    urls = {}
+    for image in group.query.images:
+        if image.digest in samples.images:
+            continue
+        try:
+            urls[image.digest] = data_url(image, directory)
+        except (OSError, ValueError) as error:
+            problem = f"image {image.path} of query {group.query.id} is not shown: {error}"
+            if problem not in samples.problems:
+                samples.problems.append(problem)
+    return urls
+
+
+def data_url(image: ImageRef, directory: Path) -> str:
+    """An image as a data URL, at most 448 pixels a side. A relative path may be relative to the run directory.
+
+    Raises OSError where it cannot be read or decoded, ValueError where the file is no longer the one the run used.
+    """
+    from PIL import Image
+
+    path = Path(image.path)
+    content = (path if path.exists() else directory / path).read_bytes()
+    if hashlib.sha256(content).hexdigest()[:16] != image.digest:
+        raise ValueError("the file has changed since the run used it")
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            kind = _EMBEDDABLE.get(picture.format or "")
+            if kind is None or max(picture.size) > MOST_SIDE or len(content) > MOST_IMAGE_BYTES:
+                small = picture.convert("RGB")
+                small.thumbnail((MOST_SIDE, MOST_SIDE))
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=82)
+                kind, content = "image/jpeg", buffer.getvalue()
+    except (Image.DecompressionBombError, SyntaxError, struct.error, zlib.error) as error:  # Pillow's, on damaged files
+        raise ValueError(str(error)) from error
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,189 @@
+"""``summary.json``: what a run came to, computed from its directory alone (``config.yaml`` and ``metrics.jsonl``)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.report.metrics import METRICS_FILE, Event, number, scan_metrics, standard_json
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass
+class Run:
+    """What a run directory holds so far."""
+
+    directory: Path
+    settings: dict[str, Any]
+    """The resolved settings as a plain tree; empty where there are none yet."""
+    settings_text: str
+    events: list[Event]
+    problems: list[str] = field(default_factory=list)
+    """One message per damaged file or line, naming it."""
+
+    def of(self, name: str, **fields: Any) -> list[Event]:
+        """The events of one name whose fields have these values, in the order they were written."""
+        return [
+            event
+            for event in self.events
+            if event["event"] == name and all(event.get(key) == value for key, value in fields.items())
+        ]
+
+    def setting(self, *path: str) -> Any:
+        """One setting by its path; None where it is missing."""
+        node: Any = self.settings
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    @property
+    def finished(self) -> bool:
+        """Whether the evolving stage has ended."""
+        return bool(self.of("stage", stage="evolve"))
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``."""
+    directory = Path(run_dir)
+    events, problems = scan_metrics(directory / METRICS_FILE)
+    text = ""
+    settings: dict[str, Any] = {}
+    path = directory / CONFIG_FILE
+    if path.exists():
+        text = path.read_bytes().decode(errors="replace")
+        try:
+            settings = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
+        if not isinstance(settings, dict):
+            problems.append(f"{path}: not a tree of settings")
+            settings = {}
+    return Run(directory, settings, text, events, problems)
+
+
+def build_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The summary of a run; what has not happened yet is None (empty for ``temperatures``).
+
+    Accuracies are greedy, on the test split; Pass@K and Reward-Pass@K are on the validation split. "final" and "end"
+    are the newest measurement of the evolving policy. Counts are of the evolving iterations. Raises ValueError naming
+    the file (and line) where the directory is damaged.
+    """
+    run = load_run(run_dir)
+    if run.problems:
+        raise ValueError(f"{run.problems[0]}. No summary can be made of a damaged run directory.")
+    return summarize(run)
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """The summary of an already loaded run, of its undamaged part."""
+    quality = _last(run.of("prm_quality"))
+    return {
+        "seed": run.setting("seed"),
+        "method": run.setting("evolve", "method"),
+        "parallel": _parallel(run),
+        "accuracy": {
+            "warmup": measured(run, "warmup", "test", "greedy_accuracy"),
+            "final": measured(run, "evolve", "test", "greedy_accuracy"),
+        },
+        **{
+            name: {
+                "start": measured(run, "warmup", "validation", name),
+                "end": measured(run, "evolve", "validation", name),
+            }
+            for name in ("pass_at_k", "reward_pass_at_k")
+        },
+        "temperatures": [number(event, "temperature") for event in run.of("generation")],
+        "responses_generated": _total(run.of("generation"), "responses"),
+        "responses_selected": _total(run.of("selection"), "selected"),
+        "queries_without_correct_response": _total(run.of("generation"), "queries_without_correct"),
+        "prm": {"accuracy": number(quality, "accuracy"), "auc": number(quality, "auc")},
+        "log_prob_gap_max": _largest(run.of("log_prob_gap"), "largest"),
+        "seconds": seconds_by_phase(run),
+        "peak_memory_bytes": _whole(_largest(run.events, "peak_memory_bytes")),
+    }
+
+
+def write_summary(run_dir: str | Path) -> Path:
+    """Write ``summary.json`` into the run directory, atomically; returns its path. Raises as build_summary."""
+    path = Path(run_dir) / SUMMARY_FILE
+    text = json.dumps(standard_json(build_summary(run_dir)), indent=2, allow_nan=False)
+    write_text_atomic(path, text + "\n")
+    return path
+
+
+def measured(run: Run, stage: str, split: str, name: str) -> float | None:
+    """The newest measurement of one kind."""
+    values = [number(event, name) for event in run.of("evaluation", stage=stage, split=split)]
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def seconds_by_phase(run: Run) -> dict[str, float | None]:
+    """Seconds of work that count towards the result: a killed attempt's lost work is not in the log.
+
+    ``total`` is that of the stages that have ended, or of the phases where this is more (a stage still runs).
+    """
+    phases = {
+        "warmup": _seconds(run.of("step", stage="warmup")),
+        "annotate": _seconds(run.of("annotation")),
+        "prm": _seconds(run.of("step", stage="prm")),
+        "temperature": _seconds(run.of("temperature")),
+        "generate": _seconds(run.of("generation")),
+        "score": _seconds(run.of("generation"), "score_seconds"),
+        "improve": _seconds(run.of("improve")),
+        "evaluate": _seconds(run.of("evaluation")),
+    }
+    known = [value for value in phases.values() if value is not None]
+    # The stage "total" closes the log of a whole run; the others add up to what it covers, over all its starts.
+    stages = _seconds([event for event in run.of("stage") if event.get("stage") != "total"])
+    total = max(sum(known), stages or 0.0) if known or stages is not None else None
+    return {**phases, "total": None if total is None else round(total, 3)}
+
+
+def _parallel(run: Run) -> dict[str, int | None]:
+    event = _last(run.of("run"))
+    declared = event.get("parallel")
+    declared = declared if isinstance(declared, dict) else {}
+    sizes = {
+        name: _whole(number(declared, name) or number({name: run.setting("parallel", name)}, name))
+        for name in ("tensor", "pipeline")
+    }
+    data, world = _whole(number(declared, "data")), _whole(number(event, "world_size"))
+    if data is None and world and sizes["tensor"] and sizes["pipeline"]:
+        data = world // (sizes["tensor"] * sizes["pipeline"])
+    return {**sizes, "data": data}
+
+
+def _last(events: list[Event]) -> Event:
+    return events[-1] if events else {}
+
+
+def _present(events: Iterable[Event], key: str) -> list[float]:
+    return [value for event in events if (value := number(event, key)) is not None]
+
+
+def _total(events: list[Event], key: str) -> int | None:
+    values = _present(events, key)
+    return int(sum(values)) if values else None
+
+
+def _seconds(events: list[Event], key: str = "seconds") -> float | None:
+    values = _present(events, key)
+    return round(sum(values), 3) if values else None
+
+
+def _largest(events: list[Event], key: str) -> float | None:
+    # A NaN compares with nothing, so max would keep or lose it by its place: it counts as the largest.
+    return max(_present(events, key), key=lambda value: (math.isnan(value), value), default=None)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

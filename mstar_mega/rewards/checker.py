@@ -1,0 +1,204 @@
+"""Answer checking that cannot hang the job: algebra runs in a worker process that is killed at its time limit.
+
+Plain comparison (:func:`mstar_mega.rewards.answers.plain_verdict`) decides nearly every answer in this process. Only
+short expressions that it cannot decide reach math-verify, in a worker started at the first need.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from mstar_mega.rewards.answers import WRONG, How, Verdict, normalize, plain_verdict, to_latex
+
+__all__ = ["AnswerChecker", "Verdict"]
+
+_START_SECONDS = 120.0
+_MEMORY_BYTES = 1 << 30
+_MEMO_SIZE = 4096
+_KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
+
+
+class AnswerChecker:
+    """Compare answers with gold answers; a context manager, and not to be shared between threads.
+
+    ``timeout_seconds`` limits the worker's processor time for one comparison, so that a busy machine does not change a
+    verdict; ``wall_seconds`` is the backstop for a worker that makes no progress (stopped, or swapped out). At either
+    limit the worker is killed and the answer counts as wrong (``timeout``). A worker that dies otherwise is replaced
+    and asked once more, then the answer counts as wrong (``error``).
+
+    ``counts`` holds the number of verdicts by their ``how``.
+    """
+
+    def __init__(self, timeout_seconds: float = 2.0, wall_seconds: float = 60.0) -> None:
+        if not (timeout_seconds > 0 and wall_seconds > 0):
+            raise ValueError(f"timeout_seconds is {timeout_seconds}, wall_seconds {wall_seconds}; both must be above 0")
+        self.timeout_seconds = timeout_seconds
+        self.wall_seconds = wall_seconds
+        self.counts: Counter[How] = Counter()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._memo: dict[tuple[str, str], Verdict] = {}
+
+    def __enter__(self) -> AnswerChecker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self, answer: str | None, gold: str, choices: Sequence[str] = ()) -> Verdict:
+        """Verdict on one answer; None (no answer block) is wrong.
+
+        Raises RuntimeError when the worker cannot be started at all (math-verify not installed).
+        """
+        verdict = WRONG if answer is None else plain_verdict(answer, gold, choices)
+        if verdict is None:
+            assert answer is not None
+            verdict = self._symbolic(answer, gold)
+        self.counts[verdict.how] += 1
+        return verdict
+
+    def close(self) -> None:
+        """Stop the worker, if there is one. The checker stays usable: the next need starts another."""
+        if self._worker is None:
+            return
+        worker, self._worker = self._worker, None
+        worker.kill()
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _symbolic(self, answer: str, gold: str) -> Verdict:
+        first, second = to_latex(normalize(answer)), to_latex(normalize(gold))
+        assert first is not None and second is not None
+        known = self._memo.get((first, second))
+        if known is not None:
+            return known
+        outcome = self._ask(first, second)
+        if outcome == "error":  # perhaps killed from outside: the verdict must not depend on that
+            outcome = self._ask(first, second)
+        verdict = outcome if isinstance(outcome, Verdict) else Verdict(False, outcome)
+        if len(self._memo) >= _MEMO_SIZE:
+            self._memo.clear()
+        self._memo[first, second] = verdict
+        return verdict
+
+    def _ask(self, answer: str, gold: str) -> Verdict | How:
+        """One comparison by the worker; after anything but a verdict the worker is gone."""
+        worker = self._worker or self._start()
+        request = json.dumps({"answer": answer, "gold": gold, "seconds": self.timeout_seconds})
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(request.encode() + b"\n")  # below the size that a pipe takes in one piece
+        except OSError:
+            self.close()
+            return "error"
+        reply, ended = _read_line(worker, self.wall_seconds)
+        if reply is not None:
+            return Verdict(True, "symbolic") if reply["equal"] else WRONG
+        if ended:
+            code = worker.wait()
+            self.close()
+            return "timeout" if code == -signal.SIGPROF else "error"
+        self.close()
+        return "timeout"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+            "PYTHONHASHSEED": "0",  # sympy orders some of its work by hash
+            "OMP_NUM_THREADS": "1",
+        }
+        self._worker = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # nothing left to flush, and to fail, when the pipe of a dead worker is closed
+            env=environment,
+            start_new_session=True,  # an interrupt from the terminal is for the job, which then closes the pipe
+        )
+        reply, _ = _read_line(self._worker, _START_SECONDS)
+        if reply is None or not reply["ready"]:
+            self.close()
+            reason = reply["reason"] if reply else f"no sign of life within {_START_SECONDS:.0f} s"
+            raise RuntimeError(f"the answer checker's worker did not start: {reason}; is math-verify installed?")
+        return self._worker
+
+
+def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> tuple[dict[str, Any] | None, bool]:
+    """(reply, False), or (None, True) when the worker has ended, or (None, False) when the time is over."""
+    assert worker.stdout is not None
+    descriptor = worker.stdout.fileno()
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN | select.POLLHUP)
+    deadline = time.monotonic() + seconds
+    line = b""
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not poller.poll(left * 1000):
+            return None, False
+        piece = os.read(descriptor, 65536)
+        if not piece:
+            return None, True
+        line += piece
+    reply: dict[str, Any] = json.loads(line)
+    return reply, False
+
+
+# ------------------------------------------------------------------------------------------- in the worker process
+
+
+def serve() -> None:
+    """The worker: one JSON object per line in (answer, gold, seconds), one out. Ends at end of input.
+
+    Each comparison runs under a processor-time alarm that ends the process, also from inside a C loop.
+    """
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # a library that prints must not garble the replies
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    except (ValueError, OSError):
+        pass  # some systems have no such limit; the time limit stands
+    try:
+        # Also loads the grammar, so that the first comparison's time limit is for that comparison.
+        ready = symbolically_equal("x+1", "1+x")
+        start: dict[str, Any] = {"ready": ready, "reason": "" if ready else "math-verify finds x+1 unequal to 1+x"}
+    except ImportError as error:
+        start = {"ready": False, "reason": str(error)}
+    print(json.dumps(start), file=replies)
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        equal = symbolically_equal(request["answer"], request["gold"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"equal": equal}), file=replies)
+
+
+def symbolically_equal(answer: str, gold: str) -> bool:
+    """Whether two LaTeX expressions are equal to math-verify; False where either cannot be read. May take for ever.
+
+    Only the LaTeX grammar is used: math-verify's reader of plain expressions would hand them to Python's ``eval``.
+    """
+    math_verify = importlib.import_module("math_verify")
+    rules = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True)
+    config = math_verify.LatexExtractionConfig(normalization_config=rules)
+    target, candidate = (
+        math_verify.parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+        for latex in (gold, answer)
+    )
+    return bool(target) and bool(candidate) and math_verify.verify(target, candidate, timeout_seconds=None)

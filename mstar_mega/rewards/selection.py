@@ -1,0 +1,112 @@
+"""Selection (operator H of the paper, section 4): which of a query's correct responses are trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from mstar_mega.config import SelectionConfig
+from mstar_mega.data.types import Group, Response
+
+
+def process_score(response: Response, query_id: str) -> float:
+    """The response's process score. Raises ValueError when it is missing or NaN."""
+    if response.score is None or math.isnan(response.score):
+        raise ValueError(
+            f"response {response.index} of query {query_id!r} has process score {response.score}; "
+            "score the responses with the process reward model first, or choose a selection without it "
+            "(selection.rule all_correct or random_k)"
+        )
+    return response.score
+
+
+def is_correct(response: Response, query_id: str) -> bool:
+    """The answer reward. Raises ValueError when the response has not been judged."""
+    if response.correct is None:
+        raise ValueError(f"response {response.index} of query {query_id!r} has not been judged against an answer")
+    return response.correct
+
+
+def _random_rank(seed: int, query_id: str, index: int) -> bytes:
+    return hashlib.sha256(json.dumps([seed, query_id, index]).encode()).digest()
+
+
+def _choose(correct: list[Response], query_id: str, config: SelectionConfig, rng_seed: int) -> list[Response]:
+    if config.rule == "all_correct":
+        return correct
+    if config.rule == "threshold":
+        return [response for response in correct if process_score(response, query_id) > config.threshold]
+    if config.rule not in ("top_k", "random_k"):
+        raise ValueError(f"selection.rule is {config.rule!r}; it must be top_k, all_correct, random_k or threshold")
+    if config.k < 1:
+        raise ValueError(f"selection.k is {config.k}; {config.rule} needs at least 1")
+    if config.rule == "random_k":
+        ranked = sorted(correct, key=lambda response: _random_rank(rng_seed, query_id, response.index))
+    else:
+        ranked = sorted(correct, key=lambda response: (-process_score(response, query_id), response.index))
+    return ranked[: config.k]
+
+
+def select(group: Group, config: SelectionConfig, rng_seed: int) -> list[Response]:
+    """Mark ``selected`` on every response of the group and return the selected ones, by sample index.
+
+    The answer filter comes first: only correct responses are eligible. ``random_k`` draws by (rng_seed, query id,
+    sample index), so that the order of queries and responses does not matter. Raises ValueError for responses that are
+    not judged or, where the rule needs it, not scored.
+    """
+    correct = [response for response in group.responses if is_correct(response, group.query.id)]
+    chosen = {response.index for response in _choose(correct, group.query.id, config, rng_seed)}
+    for response in group.responses:
+        response.selected = response.index in chosen
+    return sorted((response for response in group.responses if response.selected), key=lambda response: response.index)
+
+
+@dataclass
+class SelectionSummary:
+    """What the selection kept, over the groups added to it."""
+
+    queries: int = 0
+    responses: int = 0
+    correct: int = 0
+    selected: int = 0
+    queries_without_correct: int = 0
+    queries_without_selection: int = 0
+    kept_per_query: Counter[int] = field(default_factory=Counter)
+    """Number of queries by their number of selected responses."""
+
+    def add(self, group: Group) -> None:
+        """Count a group after :func:`select`."""
+        correct = sum(is_correct(response, group.query.id) for response in group.responses)
+        selected = sum(response.selected for response in group.responses)
+        self.queries += 1
+        self.responses += len(group.responses)
+        self.correct += correct
+        self.selected += selected
+        self.queries_without_correct += correct == 0
+        self.queries_without_selection += selected == 0
+        self.kept_per_query[selected] += 1
+
+    def merge(self, other: SelectionSummary) -> None:
+        """Add another summary's counts, for example another rank's."""
+        self.queries += other.queries
+        self.responses += other.responses
+        self.correct += other.correct
+        self.selected += other.selected
+        self.queries_without_correct += other.queries_without_correct
+        self.queries_without_selection += other.queries_without_selection
+        self.kept_per_query.update(other.kept_per_query)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for ``json.dumps``; the histogram's keys are strings, in rising order."""
+        histogram = {str(kept): count for kept, count in sorted(self.kept_per_query.items())}
+        return {**vars(self), "kept_per_query": histogram}
+
+    @staticmethod
+    def from_json(obj: dict[str, Any]) -> SelectionSummary:
+        """Inverse of :meth:`to_json`. Raises KeyError or TypeError on a malformed object."""
+        histogram = Counter({int(kept): count for kept, count in obj["kept_per_query"].items()})
+        return SelectionSummary(**{**obj, "kept_per_query": histogram})

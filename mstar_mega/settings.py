@@ -1,0 +1,404 @@
+"""Settings from YAML files and the command line to a checked :class:`~mstar_mega.config.Config`, and back.
+
+Files given with ``--config`` are read first, in their order; ``--dotted.name value`` on the command line comes on top,
+wherever it stands. A mistake is a ValueError of one line that names the setting, where it stands, and what is possible.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from mstar_mega import config as config_module
+from mstar_mega.config import Config
+
+END_OF_FILE = "...\n"
+"""YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
+
+_FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.")
+"""Settings, or groups of them, that a run may change between two starts without changing its results."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: its dotted name, resolved type, default, and the docstring under its field."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+@functools.cache
+def leaves() -> tuple[Leaf, ...]:
+    """Every setting of the tree, in the order of ``config.py``."""
+    return tuple(_walk(Config(), "", _field_docs()))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted name -> value, for every setting."""
+    return {leaf.name: leaf.default for leaf in _walk(config, "", {})}
+
+
+def _walk(node: Any, prefix: str, docs: Mapping[tuple[str, str], str]) -> Iterator[Leaf]:
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{prefix}{field.name}.", docs)
+        else:
+            doc = docs.get((type(node).__name__, field.name), "")
+            yield Leaf(prefix + field.name, hints[field.name], value, doc)
+
+
+@functools.cache
+def _field_docs() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string literal that follows the field; (class, "") -> the class docstring."""
+    docs: dict[tuple[str, str], str] = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        docs[node.name, ""] = ast.get_docstring(node) or ""
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                docs[node.name, field.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class _Rule:
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = _Rule("at least 1", lambda x: x >= 1)
+_COUNT_OR_NONE = _Rule("at least 0", lambda x: x >= 0)
+_POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+_SHARE = _Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
+_UNIT = _Rule("between 0 and 1", lambda x: 0 <= x <= 1)
+_INSIDE_UNIT = _Rule("above 0 and below 1", lambda x: 0 < x < 1)
+_DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+_TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
+_GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
+
+_NAMES_OF_RULE = (
+    (
+        _COUNT,
+        """
+        run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
+        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries
+        generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
+        optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
+        evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
+        temperature.every temperature.k temperature.responses temperature.queries
+        """,
+    ),
+    (
+        _COUNT_OR_NONE,
+        """
+        seed data.unlabelled_queries generation.top_k generation.log_prob_gap_queries optimizer.warmup_steps
+        evolve.max_steps evaluation.every report.samples_per_iteration
+        """,
+    ),
+    (
+        _POSITIVE,
+        """
+        generation.log_prob_gap_limit optimizer.eps warmup.epochs annotate.temperature prm.epochs temperature.value
+        """,
+    ),
+    (_NOT_NEGATIVE, "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes"),
+    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share"),
+    (_UNIT, "selection.threshold prompts.mixin"),
+    (_INSIDE_UNIT, "annotate.held_out"),
+    (_DECAY, "optimizer.beta1 optimizer.beta2"),
+    (_TEXT, "run.dir model.family model.size data.dir"),
+    (_GRID, "temperature.grid"),
+)
+_RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}
+
+
+def _rule(name: str) -> _Rule | None:
+    # The three optimizers share their rules: warmup.optimizer.lr -> optimizer.lr.
+    return _RULES.get(name) or _RULES.get(name.partition(".")[2])
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError for the first senseless value: its name, the value, and what is allowed."""
+    flat = flatten(config)
+    for name, value in flat.items():
+        rule = _rule(name)
+        if rule is not None and value is not None and not rule.holds(value):
+            raise ValueError(f"{name} is {_shown(value)}: it must be {rule.allowed}")
+    for stage in ("warmup", "prm", "evolve"):
+        lr, min_lr = flat[f"{stage}.optimizer.lr"], flat[f"{stage}.optimizer.min_lr"]
+        if min_lr > lr:
+            raise ValueError(f"{stage}.optimizer.min_lr is {min_lr}: it must be at most {stage}.optimizer.lr, {lr}")
+    _validate_pairs(config)
+
+
+def _validate_pairs(config: Config) -> None:
+    temperature, evaluation = config.temperature, config.evaluation
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
+    if config.evolve.max_steps == 0 and config.evolve.passes == 0:
+        raise ValueError("evolve.max_steps and evolve.passes are both 0: one must be above 0, or the run never ends")
+    if temperature.k > temperature.responses:
+        raise ValueError(
+            f"temperature.k is {temperature.k}: it must be at most temperature.responses, {temperature.responses}"
+        )
+    if evaluation.reward_k > evaluation.k:
+        raise ValueError(
+            f"evaluation.reward_k is {evaluation.reward_k}: it must be at most evaluation.k, {evaluation.k}, "
+            "the responses that are sampled"
+        )
+    if config.prompts.unlabelled != "none" and config.data.unlabelled_queries == 0:
+        raise ValueError(
+            f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.unlabelled_queries above 0, which is 0"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def parse(
+    argv: Sequence[str], prog: str = "mstar evolve", description: str | None = None, base: Config | None = None
+) -> Config:
+    """Settings from ``argv`` over ``base`` (None: the defaults). ``--help`` prints every setting and exits.
+
+    Raises ValueError for an unknown name, a value of the wrong type, and an unreadable or malformed file.
+    """
+    files, overrides, wants_help = _split(argv, {leaf.name for leaf in leaves()})
+    parser = _parser(prog, description)
+    if base is not None:
+        parser.set_defaults(flatten(base))
+    for file in files:
+        parser.set_defaults(_typed(parser, _read(Path(file)), f"in {file}"))
+    if wants_help:
+        parser.parse_args(["--help"])
+    try:
+        values = parser.parse_args(overrides)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_explain(str(error), "on the command line")) from None
+    return _build(Config(), "", values, "on the command line")
+
+
+def load(path: str | Path) -> Config:
+    """The settings of a run directory (or of its ``config.yaml``). Raises ValueError when missing or damaged."""
+    file = Path(path)
+    file = file / "config.yaml" if file.is_dir() else file
+    flat = _read(file)
+    if not file.read_text(encoding="utf-8").endswith(END_OF_FILE):
+        raise ValueError(f"{file} is cut off (its last line is not '...'): restore it, or start a new run directory")
+    parser = _parser("mstar", None)
+    values = parser.parse_object(_typed(parser, flat, f"in {file}"))
+    return _build(Config(), "", values, f"in {file}")
+
+
+def dump(config: Config) -> str:
+    """The whole tree as YAML; :func:`load` and ``--config`` read it back to an equal tree."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, explicit_end=True)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines ``name: old -> new`` for the settings that would change the results of a run begun with ``old``."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in before
+        if before[name] != after[name] and not name.startswith(_FREE_TO_CHANGE)
+    ]
+
+
+def _parser(prog: str, description: str | None) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE ...] [--NAME VALUE ...]",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=jsonargparse.SUPPRESS,
+        help="YAML file of settings; the command line goes over it",
+    )
+    docs = _field_docs()
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    groups: dict[str, Any] = {}
+    for leaf in leaves():
+        section, dot, _ = leaf.name.partition(".")
+        section = section if dot else ""
+        if section not in groups:
+            doc = docs.get((str(sections.get(section)), ""))
+            groups[section] = parser.add_argument_group(section or "job", doc)
+        groups[section].add_argument(f"--{leaf.name}", type=leaf.type, default=leaf.default, help=leaf.doc or None)
+    return parser
+
+
+def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], bool]:
+    """Files, the other arguments (names checked), and whether help is wanted."""
+    files: list[str] = []
+    overrides: list[str] = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        if token in ("-h", "--help"):
+            return files, [], True
+        if not token.startswith("--"):
+            raise ValueError(f"unexpected argument '{token}': a setting is given as --name value (see --help)")
+        name, equals, value = token[2:].partition("=")
+        # jsonargparse appends to a list setting under the name with a plus sign.
+        if name != "config" and name.removesuffix("+") not in known:
+            raise ValueError(f"unknown setting '--{name}' on the command line; {_nearest(name, known, '--')}")
+        if not equals:
+            if position + 1 == len(argv) or argv[position + 1].startswith("--"):
+                raise ValueError(f"--{name} on the command line has no value: give --{name} VALUE")
+            position += 1
+            value = argv[position]
+        if name == "config":
+            files.append(value)
+        else:
+            overrides.append(f"--{name}={value}")
+        position += 1
+    return files, overrides, False
+
+
+def _nearest(name: str, known: set[str], dashes: str = "") -> str:
+    """Advice: the known name most like ``name``; an exact ending wins, as the group is what people leave out."""
+    last = name.rpartition(".")[2]
+    near = (
+        [full for full in sorted(known) if full.endswith(f".{name}")][:3]
+        or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+        or [full for full in sorted(known) if full.rpartition(".")[2] == last][:3]
+        or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    )
+    if not near:
+        return "--help lists all settings"
+    return "did you mean " + " or ".join(f"'{dashes}{full}'" for full in near) + "?"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and drops the first without a word; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.constructor.ConstructorError on a repeated key."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Dotted name -> raw value of a YAML file; names are checked, values are not."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ValueError(f"cannot read the settings file {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the settings file {file} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"the settings file {file} is not valid YAML: {_yaml_problem(error)}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError(f"the settings file {file} holds {_shown(tree)}: expected lines like 'seed: 0'")
+    return dict(_flat(tree or {}, "", {leaf.name for leaf in leaves()}, file))
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str, known: set[str], file: Path) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in known:
+            yield name, value
+            continue
+        if not any(full.startswith(f"{name}.") for full in known):
+            raise ValueError(f"unknown setting '{name}' in {file}; {_nearest(name, known)}")
+        # `evolve:` with every line below commented out is an empty group, not a mistake.
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name} is {_shown(value)} in {file}: expected a group of settings below '{name}:'")
+        yield from _flat(value or {}, f"{name}.", known, file)
+
+
+def _typed(parser: jsonargparse.ArgumentParser, flat: dict[str, Any], where: str) -> dict[str, Any]:
+    """``flat`` with every value converted to its setting's type."""
+    try:
+        values = parser.parse_object(flat)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_explain(str(error), where)) from None
+    for leaf in leaves():
+        if leaf.name in flat:
+            _refuse_null(leaf.name, leaf.type, values[leaf.name], where)
+    return {name: values[name] for name in flat}
+
+
+def _build(node: Any, prefix: str, values: jsonargparse.Namespace, where: str) -> Any:
+    """A dataclass like ``node`` with its values from the flat ``values``."""
+    hints = typing.get_type_hints(type(node))
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        name, child = prefix + field.name, getattr(node, field.name)
+        if dataclasses.is_dataclass(child):
+            fields[field.name] = _build(child, f"{name}.", values, where)
+        else:
+            _refuse_null(name, hints[field.name], values[name], where)
+            fields[field.name] = values[name]
+    return type(node)(**fields)
+
+
+def _refuse_null(name: str, hint: Any, value: Any, where: str) -> None:
+    # The parser lets null pass for every type, as "not given".
+    if value is None and type(None) not in typing.get_args(hint):
+        raise ValueError(f"{name} is null {where}: expected {_type_text(hint)}")
+
+
+def _explain(message: str, where: str) -> str:
+    """The parser's message of several lines as one: setting, value, place, expected type."""
+    name = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"[Gg]iven value: (.*)|Got value: (.*)", message)
+    types = {leaf.name: leaf.type for leaf in leaves()}
+    if name is None or value is None or name[1] not in types:
+        return f"{' '.join(message.split())} ({where})"
+    return f"{name[1]} is '{value[1] or value[2] or ''}' {where}: expected {_type_text(types[name[1]])}"
+
+
+def _type_text(hint: Any) -> str:
+    """A type as a person says it: ``int``, ``float or null``, ``one of a, b``, ``list of float``."""
+    arguments = typing.get_args(hint)
+    if type(None) in arguments:
+        rest = [argument for argument in arguments if argument is not type(None)]
+        return " or ".join([*(_type_text(argument) for argument in rest), "null"])
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_type_text(arguments[0])}, like [0.5, 1.0]"
+    return {bool: "true or false", str: "text"}.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""The optimizer step through megatron's schedules, and checkpoints."""

@@ -1,0 +1,67 @@
+"""Package metadata. ``constraints.txt`` pins the exact versions that development and CI use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mstar_mega/__init__.py").read_text(), re.MULTILINE)
+assert VERSION is not None
+
+REQUIRES = [
+    "torch>=2.11,<2.14",
+    # Exactly: its internal interfaces, which the CPU platform layer replaces, move between patch releases.
+    "megatron-core==0.16.1",
+    # megatron-core needs these two and does not declare them. Without psutil saving a checkpoint hangs.
+    "psutil>=5.9",
+    "einops>=0.8",
+    "numpy>=1.26",
+    "pillow>=10.1",
+    "scikit-learn>=1.4",  # the handwritten digits of the built-in task; AUC of the PRM
+    "sentencepiece>=0.2",
+    "safetensors>=0.5",
+    "jsonargparse>=4.40,<5",
+    "pyyaml>=6.0",
+    "math-verify>=0.8",
+    "rich>=13.7",
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+]
+
+TRITON = 'triton>=3.6,<3.10; platform_system == "Linux"'
+TRANSFORMERS = "transformers>=5.0,<6"
+
+EXTRAS = {
+    # Accelerators. All are detected at run time; each has a reference in plain PyTorch beside it. flash-attn compiles
+    # against the torch that is installed: pip install --no-build-isolation. NVIDIA's apex is not on the package index.
+    "gpu": [TRITON, "flash-attn>=2.7"],
+    # What the benchmarks compare with: transformers' generate, and the kernels of Liger.
+    "peers": [TRANSFORMERS, TRITON, "liger-kernel>=0.6"],
+    # Tests (triton kernels run in its interpreter; transformers' models are references), lint and types.
+    "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS],
+}
+
+setup(
+    name="mstar-mega",
+    version=VERSION[1],
+    description="Self-evolving training of multimodal reasoners (the MSTaR recipe) on megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # kernels/ and checkpoint_tools/ lie at the top level and are found through the relative links inside mstar_mega/,
+    # which also keep a bare clone, type checkers and editors right. Naming them here as well makes an editable install
+    # map the packages one by one. Otherwise it would put the whole clone on sys.path, where `kernels` shadows the
+    # library of that name which transformers imports.
+    packages=find_packages(include=["mstar_mega", "mstar_mega.*"]),
+    package_dir={"mstar_mega.kernels": "kernels", "mstar_mega.checkpoint_tools": "checkpoint_tools"},
+    package_data={"mstar_mega": ["data/**/*.model", "report/**/*.html", "report/**/*.css", "report/**/*.js"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mstar = mstar_mega.cli:main"]},
+)

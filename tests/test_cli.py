@@ -1,0 +1,181 @@
+"""The ``mstar`` command, its words for mistakes, the launcher that is valid in two languages, and the package links."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mstar_mega.recipe
+from mstar_mega import cli, settings
+from mstar_mega.config import Config
+
+REPO = Path(__file__).parents[1]
+LAUNCHER = REPO / "examples" / "pretrain_mstar.sh"
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+
+
+class FakeJob(types.ModuleType):
+    """Stands in for ``mstar_mega.recipe.job``: keeps what it is called with, raises what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("mstar_mega.recipe.job")
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+
+    def _called(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+        if self.error is not None:
+            raise self.error
+
+    run = evaluate = generate = _called
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
+    fake = FakeJob()
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(mstar_mega.recipe, "job", fake, raising=False)
+    for name in ("RANK", "TORCHELASTIC_ERROR_FILE", "MSTAR_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(settings.dump(Config(seed=5)), encoding="utf-8")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "until"), [("evolve", None), ("warmup", "warmup"), ("annotate", "annotate"), ("train-prm", "prm")]
+)
+def test_the_jobs_commands_run_it_until_their_stage(job: FakeJob, command: str, until: str | None) -> None:
+    assert cli.main([command, "--seed", "3", "--evolve.method", "rest_em"]) == 0
+    config = Config(seed=3)
+    config.evolve.method = "rest_em"
+    assert job.calls == [(config, until)]
+
+
+def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir: Path) -> None:
+    expected = Config(seed=5)
+    expected.run.dir = str(run_dir)
+    expected.generation.slots = 4
+    image = str(run_dir / "config.yaml")
+    assert cli.main(["evaluate", str(run_dir), "--generation.slots", "4"]) == 0
+    arguments = ["--question", "How many?", "--image", image, "--responses", "2", "--temperature", "0"]
+    assert cli.main(["generate", str(run_dir), *arguments, "--generation.slots=4"]) == 0
+    assert job.calls == [(expected,), (expected, "How many?", [image], 2, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["evolv"], "there is no command 'evolv': choose one of evolve, warmup"),
+        (["evolve", "--sed", "1"], "unknown setting '--sed' on the command line; did you mean '--seed'?"),
+        (["evolve", "--evolve.interval", "2"], "evolve.interval is 2.0: it must be above 0 and at most 1"),
+        (["evaluate"], "the following arguments are required: RUN_DIR ('mstar evaluate --help' shows"),
+        (["evaluate", "--seed", "1", "{run}"], "RUN_DIR comes first: mstar evaluate RUN_DIR ..."),
+        (["evaluate", "{run}", "--sed", "1"], "unknown setting '--sed'"),
+        (["evaluate", "{run}/none"], "none: No such file or directory"),
+        (["generate", "{run}"], "required: --question"),
+        (["generate", "{run}", "--question", "?", "--image", "none.png"], "--image none.png: there is no such file"),
+        (["generate", "{run}", "--question", "?", "--responses", "0"], "--responses is 0: it must be at least 1"),
+        (["generate", "{run}", "--question", "?", "--temperature", "-1"], "--temperature is -1.0: it must be"),
+        (["report", "{run}/none"], "none is not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    job: FakeJob, run_dir: Path, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    assert cli.main([argument.replace("{run}", str(run_dir)) for argument in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("mstar: error: ") and said in captured.err
+    assert job.calls == []
+
+
+def test_other_ranks_are_quiet_but_leave_the_cause_for_torchrun(
+    job: FakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    job.error = ValueError("image 7\nis cut off")
+    assert cli.main(["evolve"]) == 2
+    assert cli.main(["evolve", "--help"]) == cli.main(["--help"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "image 7 is cut off"
+
+
+def test_a_full_disk_is_the_users_and_a_bug_is_not(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.error = OSError(errno.ENOSPC, "cannot write a.jsonl: the disk is full")
+    assert cli.main(["evolve"]) == 2
+    assert capsys.readouterr().err == "mstar: error: cannot write a.jsonl: the disk is full\n"
+    for error in (RuntimeError("shapes"), OSError(errno.EIO, "broken"), AssertionError()):
+        job.error = error
+        with pytest.raises(type(error)):
+            cli.main(["evolve"])
+    job.error = ValueError("mistake")
+    monkeypatch.setenv("MSTAR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="mistake"):
+        cli.main(["evolve"])
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    program = "import sys; from mstar_mega.cli import main; main(['--help']); main(['evolve', '--sed', '1'])"
+    program += "; sys.exit(bool({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("how", ["bash", "torchrun"])
+def test_the_launcher_is_bash_and_python(how: str, tmp_path: Path) -> None:
+    """Both start two ranks of ``mstar evolve`` from any directory; one of them prints."""
+    dropped = ("RANK", "WORLD_SIZE", "VIRTUAL_ENV", "CONDA_PREFIX")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"TORCHRUN": str(TORCHRUN), "NPROC": "2", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    torchrun = [str(TORCHRUN), "--standalone", "--nproc-per-node", "2"]
+    command = ["bash"] if how == "bash" else torchrun
+    done = subprocess.run(
+        [*command, str(LAUNCHER), "--seed", "12", "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: mstar evolve") == 1
+    # The digits config is taken where no other is given.
+    digits = settings.parse(["--config", str(LAUNCHER.parent / "configs" / "digits.yaml")])
+    assert f"default: {digits.data.warmup_examples})" in " ".join(done.stdout.split())
+
+
+def test_the_launcher_says_what_to_do_without_an_environment(tmp_path: Path) -> None:
+    copy = tmp_path / "examples" / LAUNCHER.name
+    copy.parent.mkdir()
+    copy.write_text(LAUNCHER.read_text())
+    done = subprocess.run(
+        ["bash", str(copy)], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2 and "run 'make setup' first" in done.stderr
+
+
+def test_top_level_rooms_import_under_the_packages_name() -> None:
+    for name in ("kernels", "checkpoint_tools"):
+        spec = importlib.util.find_spec(f"mstar_mega.{name}")
+        assert spec is not None and spec.origin is not None
+        assert Path(spec.origin).resolve() == REPO / name / "__init__.py"

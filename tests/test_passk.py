@@ -1,0 +1,190 @@
+"""Exploration measures and the quality of scores, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.evaluation.passk import (
+    accuracy,
+    accuracy_by_kind,
+    auc,
+    best_of_n_accuracy,
+    greedy_accuracy,
+    majority_vote_accuracy,
+    measure,
+    pass_at_k,
+    reward_pass_at_k,
+    sample_accuracy,
+    weighted_vote_accuracy,
+)
+
+
+def make_group(
+    name: str, correct: Sequence[bool | None], scores: Sequence[float | None] | None = None, kind: str = ""
+) -> Group:
+    """Right answers are "1", wrong ones "0"."""
+    responses = [
+        Response(i, [], "", answer=str(int(bool(c))), correct=c, score=scores[i] if scores else None)
+        for i, c in enumerate(correct)
+    ]
+    return Group(Query(name, "?", (), "1", kind=kind), responses)
+
+
+def random_groups(rng: random.Random, count: int, samples: int) -> list[Group]:
+    return [
+        make_group(
+            f"q{n}",
+            [rng.random() < 0.3 for _ in range(samples)],
+            [rng.choice([0.1, 0.4, 0.4, 0.8]) for _ in range(samples)],
+            kind=rng.choice("ab"),
+        )
+        for n in range(count)
+    ]
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        samples = rng.randrange(1, 8)
+        groups = random_groups(rng, 3, samples)
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations(range(samples), k))
+            hits = [any(group.responses[i].correct for i in subset) for group in groups for subset in subsets]
+            assert pass_at_k(groups, k) == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+
+
+def test_pass_at_k_edges() -> None:
+    assert pass_at_k([make_group("a", [False] * 16), make_group("b", [False] * 15 + [True])], 16) == 0.5
+    assert pass_at_k([make_group("a", [True] + [False] * 999)], 1) == pytest.approx(0.001)
+    assert pass_at_k([], 4) is None
+    with pytest.raises(ValueError, match="K = 4 needs"):
+        pass_at_k([make_group("a", [True] * 3)], 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        pass_at_k([make_group("a", [True])], 0)
+    with pytest.raises(ValueError, match="not been judged"):
+        pass_at_k([make_group("a", [True, None])], 1)
+
+
+def test_reward_pass_at_k_matches_brute_force_and_ignores_list_order() -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        groups = random_groups(rng, 4, 6)
+        for k in (1, 2, 6):
+            hits = 0
+            for group in groups:
+                pool = list(group.responses)
+                best = []
+                for _ in range(k):  # repeatedly take the first of the best
+                    top = max(pool, key=lambda r: r.score or 0.0)
+                    pool.remove(top)
+                    best.append(top.correct)
+                hits += any(best)
+            assert reward_pass_at_k(groups, k) == pytest.approx(hits / 4)
+            shuffled = [Group(g.query, rng.sample(g.responses, 6)) for g in groups]
+            assert reward_pass_at_k(shuffled, k) == reward_pass_at_k(groups, k)
+
+
+def test_reward_pass_ranks_unscored_last_and_refuses_nan() -> None:
+    group = make_group("a", [True, False, False], [None, -3.0, 0.0])
+    assert reward_pass_at_k([group], 2) == 0.0
+    assert reward_pass_at_k([group], 3) == 1.0
+    with pytest.raises(ValueError, match="NaN"):
+        reward_pass_at_k([make_group("a", [True], [float("nan")])], 1)
+    with pytest.raises(ValueError, match="not been judged"):
+        reward_pass_at_k([make_group("a", [True, None], [0.9, 0.8])], 2)
+
+
+def test_greedy_accuracy() -> None:
+    assert greedy_accuracy([make_group("a", [True]), make_group("b", [False]), make_group("c", [True])]) == 2 / 3
+    assert greedy_accuracy([]) is None
+    with pytest.raises(ValueError, match="exactly one"):
+        greedy_accuracy([make_group("a", [True, True])])
+
+
+def test_picks() -> None:
+    groups = [
+        make_group("a", [True, False, False], [0.9, 0.3, 0.3]),  # best and weighted vote right, majority wrong
+        make_group("b", [True, True, False], [0.1, 0.1, 0.8]),  # majority right only
+        make_group("c", [False, False, False], [0.1, 0.1, 0.8]),
+    ]
+    assert best_of_n_accuracy(groups) == pytest.approx(1 / 3)
+    assert weighted_vote_accuracy(groups) == pytest.approx(1 / 3)
+    assert majority_vote_accuracy(groups) == pytest.approx(1 / 3)
+    groups[0].responses[1].score = 0.7
+    assert weighted_vote_accuracy(groups) == 0.0
+    for group in groups:
+        for response in group.responses:
+            response.answer, response.correct = None, False
+    assert majority_vote_accuracy(groups) == weighted_vote_accuracy(groups) == 0.0
+
+
+def test_by_kind() -> None:
+    groups = [make_group("a", [True, False], kind="sum"), make_group("b", [True, True], kind="sum")]
+    groups.append(make_group("c", [False], kind="count"))
+    table = accuracy_by_kind(groups)
+    assert list(table) == ["count", "sum"]
+    assert (table["sum"].queries, table["sum"].accuracy, table["count"].accuracy) == (2, 0.75, 0.0)
+    assert sample_accuracy(groups) == 0.5
+    assert sample_accuracy([make_group("a", [])]) == 0.0
+
+
+def test_measure_bundles_everything() -> None:
+    groups = random_groups(random.Random(4), 30, 16)
+    greedy = [make_group(f"q{n}", [n % 2 == 0], kind="g") for n in range(30)]
+    result = measure(groups, 8, 2, greedy)
+    assert (result.queries, result.responses, result.k, result.reward_k) == (30, 480, 8, 2)
+    assert result.greedy == 0.5 and list(result.by_kind) == ["g"]
+    assert result.headroom == (result.pass_at_k or 0) - 0.5
+    assert result.reward_pass_at_k == reward_pass_at_k(groups, 2)
+    assert result.weighted_vote == weighted_vote_accuracy(groups) and result.best_of_n == best_of_n_accuracy(groups)
+    again = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert again["by_kind"]["g"] == {"queries": 30, "accuracy": 0.5}
+    with pytest.raises(ValueError, match="different queries"):
+        measure(groups, 8, 2, greedy[1:])
+
+
+def test_measure_without_scores_or_queries() -> None:
+    result = measure([make_group("a", [True, False], kind="x")], 2, 2)
+    assert (result.pass_at_k, result.majority_vote, result.sample_accuracy) == (1.0, 1.0, 0.5)
+    assert result.greedy is result.headroom is None
+    assert result.reward_pass_at_k is result.best_of_n is result.weighted_vote is None
+    assert list(result.by_kind) == ["x"]
+    empty = measure([], 2, 2, [])
+    assert empty.queries == 0 and empty.pass_at_k is empty.greedy is empty.headroom is None and empty.by_kind == {}
+
+
+def test_auc_matches_pairs_and_sklearn() -> None:
+    rng = random.Random(5)
+    for _ in range(200):
+        size = rng.randrange(2, 30)
+        scores = [rng.choice([0.0, 0.1, 0.5, rng.random()]) for _ in range(size)]
+        labels = [rng.randrange(2) for _ in range(size)]
+        positives = [s for s, y in zip(scores, labels, strict=True) if y]
+        negatives = [s for s, y in zip(scores, labels, strict=True) if not y]
+        if not positives or not negatives:
+            assert auc(scores, labels) is None
+            continue
+        won = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
+        assert auc(scores, labels) == pytest.approx(won / (len(positives) * len(negatives)), abs=1e-12)
+        assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_auc_and_accuracy_edges() -> None:
+    assert auc([0.1, 0.9], [0, 1]) == 1.0 and auc([0.9, 0.1], [0, 1]) == 0.0 and auc([0.5] * 4, [0, 1, 1, 0]) == 0.5
+    assert auc([], []) is None and accuracy([], []) is None
+    assert accuracy([0.2, 0.5, 0.7, 0.4], [0, 1, 0, 1]) == 0.5
+    assert accuracy([0.2, 0.3], [0, 1], threshold=0.25) == 1.0
+    for measure_of in (auc, accuracy):
+        with pytest.raises(ValueError, match="2 scores"):
+            measure_of([0.1, 0.2], [1])
+        with pytest.raises(ValueError, match="0 or 1"):
+            measure_of([0.1, 0.2], [1, 2])
+        with pytest.raises(ValueError, match="NaN"):
+            measure_of([0.1, float("nan")], [1, 0])
