@@ -70,9 +70,9 @@ def assert_equal(run_dir: Path, expected: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- kill -9, anywhere
 
 
-def logged(**fields: object) -> Callable[[Path], bool]:
-    """An event with these fields has been written."""
-    return lambda run_dir: any(fields.items() <= event.items() for event in events_of(run_dir))
+def logged(times: int = 1, **fields: object) -> Callable[[Path], bool]:
+    """So many events with these fields have been written."""
+    return lambda run_dir: sum(fields.items() <= event.items() for event in events_of(run_dir)) >= times
 
 
 def exists(pattern: str) -> Callable[[Path], bool]:
@@ -88,10 +88,10 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "PRM quality": logged(event="prm_quality"),
     "sweep": exists("rollouts/temperature_0001_0.50/block_*.jsonl"),
     "generation": exists("rollouts/iteration_0001/block_*.jsonl"),
-    "improve": logged(event="step", stage="evolve", iteration=1, step=2),
+    "improve": logged(2, event="step", stage="evolve", iteration=1),
     "evaluation": exists("rollouts/evaluation_0001_validation_sampled/block_*.jsonl"),
     "second iteration": logged(event="generation", iteration=2),
-    "improve again": logged(event="step", stage="evolve", iteration=2, step=1),
+    "improve again": logged(event="step", stage="evolve", iteration=2),
     "end of evolving": logged(event="stage", stage="evolve"),
     "report": logged(event="stage", stage="total"),
 }
