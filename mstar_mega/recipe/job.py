@@ -85,7 +85,8 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
     if until == "prm":
         return
     with job.stage("evolve"):
-        policy.reconfigure(job.config.evolve.optimizer, job.config.evolve.max_steps)
+        budget = job.config.evolve.max_steps  # includes the warm-up's steps
+        policy.reconfigure(job.config.evolve.optimizer, max(0, budget - steps))
         evolve(job, policy, prm, steps)
 
 

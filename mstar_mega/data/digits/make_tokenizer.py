@@ -22,7 +22,7 @@ VOCAB_SIZE = 512
 """An upper bound: there are only as many pieces as are named here, and the bytes."""
 CONTROL_SYMBOLS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 FORMAT_PIECES = ("\n\n", "\n", "# Answer", "user", "assistant", "system", "A. ", "B. ", "C. ", ", ", ": ")
-READING_PIECES = tuple(f"{reading}: " for reading in READINGS.values())
+READING_PIECES = tuple(f"{reading}: " for reading in dict.fromkeys(READINGS.values()))
 ARITHMETIC_PIECES = (" + ", " - ", " * ", " = ", " > ", " is ", "count ", "none", "yes", "no")
 QUESTION_PIECES = (
     "What is the", "Is the", "How many", "Which digit is larger, the", " sum of the", " difference of the", " and the",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from mstar_mega.data.digits.render import LAYOUTS, Handwriting, Layout, Scene, draw_scene
 
@@ -16,7 +17,7 @@ ORDINALS = ("first", "second", "third", "fourth")
 LETTERS = "ABC"
 COUNTS: dict[Layout, tuple[int, ...]] = {"row": (2, 3, 3), "column": (2, 3, 3), "grid": (4,), "scattered": (3, 4)}
 """How many digits a layout has; what stands twice is twice as likely."""
-READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row"}
+READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row", "scattered": "Row by row"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class _Draft:
     steps: tuple[str, ...]
 
 
-def _reading(scene: Scene) -> str:
-    if scene.layout == "scattered":
+def _reading(scene: Scene, by_colour: bool) -> str:
+    if by_colour:
         return ", ".join(f"{digit.colour} {digit.value}" for digit in scene.digits)
     return f"{READINGS[scene.layout]}: " + ", ".join(str(value) for value in scene.values)
 
@@ -165,20 +166,20 @@ class _Kind:
     """How many are multiple choice. Only kinds whose answers have one digit: matching a longer value with its letter
     takes a small model many times as many steps to learn."""
     layouts: tuple[Layout, ...] = LAYOUTS
-    distinct_colours: bool = False
-    """Whether scattered digits need different colours, because the question names digits by colour."""
+    colours: Literal["", "any", "distinct"] = ""
+    """Whether the question is about the colours of scattered digits, and whether these must differ to name a digit."""
 
 
 KINDS = (
-    _Kind("sum", 0.28, _sum),
-    _Kind("colour sum", 0.02, _colour_sum, layouts=("scattered",)),
-    _Kind("difference", 0.18, _difference, choices_share=0.25),
-    _Kind("extreme", 0.08, _extreme, choices_share=0.4),
-    _Kind("count", 0.1, _count, choices_share=0.1),
-    _Kind("colour count", 0.02, _colour_count, layouts=("scattered",)),
-    _Kind("larger", 0.04, _larger, distinct_colours=True),
-    _Kind("compare", 0.1, _compare, distinct_colours=True),
-    _Kind("expression", 0.18, _expression, distinct_colours=True),
+    _Kind("sum", 0.32, _sum),
+    _Kind("colour sum", 0.02, _colour_sum, layouts=("scattered",), colours="any"),
+    _Kind("difference", 0.2, _difference, choices_share=0.12),
+    _Kind("extreme", 0.06, _extreme, choices_share=0.4),
+    _Kind("count", 0.06, _count, choices_share=0.1),
+    _Kind("colour count", 0.02, _colour_count, layouts=("scattered",), colours="any"),
+    _Kind("larger", 0.03, _larger, colours="distinct"),
+    _Kind("compare", 0.05, _compare, colours="distinct"),
+    _Kind("expression", 0.24, _expression, colours="distinct"),
 )
 
 
@@ -188,11 +189,11 @@ def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
     while True:
         layout = rng.choice(kind.layouts)
         count = rng.choice(COUNTS[layout])
-        scene = draw_scene(rng, part, layout, count, kind.distinct_colours and layout == "scattered")
+        scene = draw_scene(rng, part, layout, count, kind.colours == "distinct" and layout == "scattered")
         draft = kind.make(rng, scene)
         if draft is not None:
             break
-    steps = (_reading(scene), *draft.steps)
+    steps = (_reading(scene, bool(kind.colours) and scene.layout == "scattered"), *draft.steps)
     if rng.random() < kind.choices_share:
         return _with_choices(rng, scene, kind.name, draft, steps)
     return Problem(scene, kind.name, draft.question, draft.answer, steps)

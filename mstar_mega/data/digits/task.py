@@ -18,7 +18,7 @@ from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, digest, rende
 from mstar_mega.data.types import ImageRef, Query
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Raised whenever problems or pictures change, so that sets made before are made again."""
 
 
