@@ -150,7 +150,7 @@ def main() -> None:
     place = distributed.layout()
     queries = build_queries(config, options.queries)
     family = build_family(config)
-    policy, prm = build_model(config, family), build_model(config, family, head="score")
+    policy, prm = build_model(config, family), build_model(config, family, head=config.prm.head)
     stages = {
         "generate": ("tokens", generate_stage(policy, family, queries, config)),
         "score": ("tokens", score_stage(prm, family, queries, config)),

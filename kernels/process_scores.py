@@ -16,3 +16,14 @@ def step_scores(hidden: Tensor, positions: Tensor, head_weight: Tensor) -> Tenso
     """
     z = torch.nn.functional.linear(hidden[positions].float(), head_weight.float())
     return z[:, 0] - z[:, 1]
+
+
+def span_sums(values: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Sums of ``values[start[k]:end[k]]``, float32 [K], from one running sum in float64. Differentiable.
+
+    Args:
+        values: float [N].
+        start, end: int64 [K] with 0 <= start <= end <= N; spans may overlap.
+    """
+    running = torch.nn.functional.pad(values.double().cumsum(0), (1, 0))
+    return (running[end] - running[start]).float()

@@ -118,6 +118,9 @@ class PRMConfig:
     """Process reward model: the policy's trunk with a head that scores every reasoning step."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, schedule="cosine"))
+    head: Literal["linear", "likelihood"] = "linear"
+    """linear: two rows at each step's end. likelihood: besides, how likely the PRM itself finds the step and what came
+    before it, so that a small or little-trained model judges by what it can already read."""
     epochs: float = 2.0
     labels: Literal["hard", "soft"] = "hard"
     """hard: 1 if any continuation reaches the gold answer; soft: the share that does."""

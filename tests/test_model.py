@@ -22,7 +22,7 @@ from mstar_mega.kernels.logprob import target_logprob_reference
 from mstar_mega.models.attention import GroupPlan
 from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM, LanguageSize, VisionSize
-from mstar_mega.models.packing import Prompt, next_token_targets, pack
+from mstar_mega.models.packing import Prompt, next_token_targets, pack, step_index
 from mstar_mega.models.vision import VisionTower, pixel_shuffle
 from mstar_mega.platform import distributed
 
@@ -40,9 +40,9 @@ def policy() -> LMM:
     return tiny.randomize(tiny.build()[0])
 
 
-@pytest.fixture(scope="module")
-def prm() -> LMM:
-    return tiny.randomize(tiny.build(head="score")[0], seed=1)
+@pytest.fixture(scope="module", params=["linear", "likelihood"])
+def prm(request: pytest.FixtureRequest) -> LMM:
+    return tiny.randomize(tiny.build(head=request.param)[0], seed=1)
 
 
 # Groups of unlike length: two tiles, none, one; one, three (an empty one among them) and two responses.
@@ -101,22 +101,36 @@ def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> N
 
 
 def test_step_logits_of_a_packed_stream_equal_each_response_alone(prm: LMM) -> None:
+    ends = [[sorted({1, len(response)}) if response else [] for response in group] for group in RESPONSES]
     batch = pack(PROMPTS, RESPONSES)
-    ends = [(g, j, end) for g, group in enumerate(RESPONSES) for j, r in enumerate(group) for end in {len(r), 1} if r]
-    positions = torch.tensor([batch.response_start[g][j] + end - 1 for g, j, end in ends])
-    shared = prm.step_logits(tiny.hidden(prm, batch), positions)
-    alone, total = [], torch.zeros(())
-    for g, j, end in ends:
-        prompt = PROMPTS[g]
-        whole = Prompt(prompt.tokens + RESPONSES[g][j], prompt.image_positions, prompt.pixels)
-        last = torch.tensor([len(prompt.tokens) + end - 1])
-        alone.append(prm.step_logits(tiny.hidden(prm, pack([whole], [[]])), last))
-        total = total + alone[-1].sum()
+    shared = prm.step_logits(tiny.hidden(prm, batch), step_index(batch, RESPONSES, ends))
+    alone = []
+    for prompt, group, ends_of_group in zip(PROMPTS, RESPONSES, ends, strict=True):
+        for response, its_ends in zip(group, ends_of_group, strict=True):
+            single = pack([prompt], [[response]])
+            hidden = tiny.hidden(prm, single)
+            alone.append(prm.step_logits(hidden, step_index(single, [[response]], [[its_ends]])))
     torch.testing.assert_close(shared, torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert shared.std() > 0.1
     gradients = tiny.gradients(prm, shared.sum())
-    assert_same_gradients(gradients, tiny.gradients(prm, total))
-    assert gradients["score_head"].abs().max() > 1e-3
+    assert_same_gradients(gradients, tiny.gradients(prm, torch.cat(alone).sum()))
+    assert all(gradients[name].abs().max() > 1e-3 for name in gradients if name.startswith(("score", "likelihood")))
+
+
+def test_the_likelihood_head_adds_up_log_probs() -> None:
+    prm = tiny.randomize(tiny.build(head="likelihood")[0], seed=1)
+    response = RESPONSES[0][0]
+    batch = pack([PROMPTS[0]], [[response]])
+    hidden = tiny.hidden(prm, batch)
+    steps = step_index(batch, [[response]], [[[2, 5, 7]]])
+    predictors = [int(batch.last_prompt[0]), *range(batch.response_start[0][0], batch.response_start[0][0] + 6)]
+    logits = hidden[predictors] @ prm.language.output_layer.weight.T
+    log_probs = logits[:, : prm.size.vocab].log_softmax(-1)[range(7), response]
+    linear = hidden[[predictors[2], predictors[5], predictors[6] + 1]] @ (prm.score_head[0] - prm.score_head[1])
+    of_response = torch.stack([log_probs[:end].sum() for end in (2, 5, 7)])
+    of_step = torch.stack([log_probs[start:end].sum() for start, end in ((0, 2), (2, 5), (5, 7))])
+    expected = linear + prm.likelihood_weights[0] * of_response + prm.likelihood_weights[1] * of_step
+    torch.testing.assert_close(prm.step_logits(hidden, steps), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pack_says_where_everything_stands() -> None:

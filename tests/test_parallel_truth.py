@@ -123,8 +123,8 @@ def run_policy(parallel: ParallelConfig, groups: list[TrainGroup], checkpoints: 
     )
 
 
-def run_prm(parallel: ParallelConfig, groups: list[TrainGroup]) -> Outcome:
-    trainer, _ = make_trainer(parallel, "score")
+def run_prm(parallel: ParallelConfig, groups: list[TrainGroup], head: Head) -> Outcome:
+    trainer, _ = make_trainer(parallel, head)
     stats = train(trainer, groups, range(STEPS))
     losses, counted, norms = [s.loss for s in stats], [s.tokens for s in stats], [s.grad_norm for s in stats]
     return Outcome(losses, counted, norms, tiny.shards(trainer.model), [], [], [], [])
@@ -164,10 +164,10 @@ def policy_runs(sft_groups: list[TrainGroup], tmp_path_factory: pytest.TempPathF
     return Truth(runs, folder)
 
 
-@pytest.fixture(scope="module")
-def prm_runs(prm_groups: list[TrainGroup]) -> dict[str, list[Outcome]]:
+@pytest.fixture(scope="module", params=["linear", "likelihood"])
+def prm_runs(request: pytest.FixtureRequest, prm_groups: list[TrainGroup]) -> dict[str, list[Outcome]]:
     return {
-        name: run_parallel(ranks, "test_parallel_truth:run_prm", parallel, prm_groups)
+        name: run_parallel(ranks, "test_parallel_truth:run_prm", parallel, prm_groups, request.param)
         for name, (ranks, parallel) in LAYOUTS.items()
     }
 
@@ -197,7 +197,7 @@ def test_policy_training_agrees_in_every_layout(policy_runs: Truth) -> None:
 
 def test_prm_training_agrees_in_every_layout(prm_runs: dict[str, list[Outcome]]) -> None:
     losses = prm_runs["1x1x1"][0].losses
-    assert losses[0] == pytest.approx(0.693147, abs=1e-5) and abs(losses[-1] - losses[0]) > 0.01
+    assert abs(losses[-1] - losses[0]) > 0.01
     check_training(prm_runs)
 
 

@@ -15,8 +15,8 @@ def initialize_weights(model: LMM, seed: int) -> None:
     """Fill all parameters of this stage.
 
     Matrices and embeddings N(0, init_std), those that write into the language model's residual stream divided by
-    sqrt(2 layers); biases 0; norms 1; layer scale 1 (InternVL's own factor). The score head starts at 0: every step
-    scores 0.5.
+    sqrt(2 layers); biases 0; norms 1; layer scale 1 (InternVL's own factor). The score head's rows start at 0:
+    without likelihoods every step scores 0.5.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -36,6 +36,9 @@ def _whole_tensor(name: str, parameter: Tensor, model: LMM, seed: int) -> Tensor
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= model.tensor_group.size()  # type: ignore[attr-defined]
+    if name == "likelihood_weights":
+        # What the trunk itself finds unlikely is doubtful from the start.
+        return torch.tensor([0.3, 0.0])
     if name == "score_head" or name.endswith("bias"):
         return torch.zeros(shape)
     if "norm" in name or name.endswith((".ls1", ".ls2")):

@@ -1,7 +1,7 @@
 """The large multimodal model: vision tower -> connector -> megatron GPT -> vocabulary head or score head.
 
 Vision tower and connector live on the first pipeline stage, the heads on the last. The policy ends in the vocabulary
-head; the process reward model (PRM) is the same trunk with a score head of two rows.
+head; the process reward model (PRM) is the same trunk with a score head.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mstar_mega.kernels.logprob import vocab_parallel_logprob
-from mstar_mega.kernels.process_scores import step_scores
+from mstar_mega.kernels.process_scores import span_sums, step_scores
 from mstar_mega.models.attention import AttentionPlan, PlannedAttention
 from mstar_mega.models.norms import RMSNorm
-from mstar_mega.models.packing import PackedBatch
+from mstar_mega.models.packing import PackedBatch, StepIndex
 from mstar_mega.models.rope import Rope
 from mstar_mega.models.vision import PixelShuffleConnector, VisionTower
 
-Head = Literal["vocabulary", "score"]
+Head = Literal["vocabulary", "linear", "likelihood"]
+"""What the trunk ends in: the policy's vocabulary head, or one of the PRM's two score heads (see ``LMM.step_logits``).
+"""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,13 @@ class LMM(MegatronModule):
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
         )
-        if self.post_process and head == "score":
+        if self.post_process and head != "vocabulary":
+            self.score_head = nn.Parameter(torch.zeros(2, language.hidden))
+        if self.post_process and head == "linear":
             del self.language.output_layer
             self.language.post_process = False  # or its checkpoint state would ask for the vocabulary head
-            self.score_head = nn.Parameter(torch.zeros(2, language.hidden))
+        if self.post_process and head == "likelihood":
+            self.likelihood_weights = nn.Parameter(torch.zeros(2))
         _mark_shards(self)
 
     @property
@@ -182,9 +187,26 @@ class LMM(MegatronModule):
             group=self.tensor_group,
         )
 
-    def step_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """PRM logits, float32 [K], at stream positions int64 [K] (last stage, score head)."""
-        return step_scores(hidden, positions, self.score_head)
+    def step_logits(self, hidden: Tensor, steps: StepIndex) -> Tensor:
+        """PRM logits, float32 [K]: that a step is good (last stage, score head).
+
+        linear: two rows on the trunk's output at the step's last token. likelihood: that, and the weighted
+        log-probabilities, by this trunk's own vocabulary head, of the response up to the step's end and of the step
+        alone. The trunk already knows what it would have written: judging needs no second way of seeing the image, and
+        every token of a step with a bad label is made less likely where it is wrong.
+        """
+        logits = step_scores(hidden, steps.position, self.score_head)
+        if self.head == "likelihood":
+            # Each rank's slice of the vocabulary gives a part of the gradient; the score rows give each rank all of it.
+            whole = copy_to_tensor_model_parallel_region(hidden)
+            log_probs = self.log_probs(whole[steps.source], steps.target)
+            of_response, of_step = (span_sums(log_probs, start, steps.end) for start in (steps.response, steps.start))
+            logits = logits + self.likelihood_weights[0] * of_response + self.likelihood_weights[1] * of_step
+        return logits
+
+    def score_parameters(self) -> list[nn.Parameter]:
+        """What a score head has besides the policy's weights (last stage)."""
+        return [self.score_head, *([self.likelihood_weights] if self.head == "likelihood" else [])]
 
 
 def _mark_shards(model: nn.Module) -> None:

@@ -110,6 +110,40 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]
     )
 
 
+@dataclass
+class StepIndex:
+    """Where the K reasoning steps of a packed stream lie, and its N response tokens with what predicts them."""
+
+    position: Tensor
+    """int64 [K]: stream position of each step's last token."""
+    source: Tensor
+    """int64 [N]: the stream position that predicts each response token."""
+    target: Tensor
+    """int64 [N]: the response tokens."""
+    response: Tensor
+    """int64 [K]: index into ``target`` of the first token of the step's response."""
+    start: Tensor
+    """int64 [K]: index into ``target`` of the step's first token."""
+    end: Tensor
+    """int64 [K]: one past the step's last token."""
+
+
+def step_index(
+    batch: PackedBatch, responses: Sequence[Sequence[Sequence[int]]], ends: Sequence[Sequence[Sequence[int]]]
+) -> StepIndex:
+    """The steps of packed responses. ``ends``: per group and response, the index one past each step's last token."""
+    rows: list[tuple[int, int, int, int]] = []
+    first = 0
+    for starts, group, ends_of_group in zip(batch.response_start, responses, ends, strict=True):
+        for stream, response, ends_of_response in zip(starts, group, ends_of_group, strict=True):
+            for begin, stop in zip([0, *ends_of_response], ends_of_response, strict=False):
+                rows.append((stream + stop - 1, first, first + begin, first + stop))
+            first += len(response)
+    position, of_response, start, end = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+    source, target = next_token_targets(batch, responses)
+    return StepIndex(position, source, target, of_response, start, end)
+
+
 def next_token_targets(batch: PackedBatch, responses: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor]:
     """Which stream position predicts which response token.
 

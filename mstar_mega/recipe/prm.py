@@ -20,10 +20,10 @@ from mstar_mega.training.trainer import Trainer
 
 def build_prm(job: Job, policy: LMM) -> LMM:
     """A PRM whose trunk is a copy of the policy's present weights."""
-    prm = build_model(job.config, job.family, head="score")
-    weights = {name: value for name, value in policy.state_dict().items() if "output_layer" not in name}
-    missing, unexpected = prm.load_state_dict(weights, strict=False)
-    assert not unexpected and all("score_head" in name for name in missing), (missing, unexpected)
+    prm = build_model(job.config, job.family, job.config.prm.head)
+    weights = policy.state_dict()
+    own = {name: value for name, value in prm.state_dict().items() if name in ("score_head", "likelihood_weights")}
+    prm.load_state_dict(own | {name: weights[name] for name in prm.state_dict() if name not in own})
     if job.config.prm.freeze_vision and prm.pre_process:
         for module in (prm.vision, prm.connector):
             module.requires_grad_(False)

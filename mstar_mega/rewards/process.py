@@ -10,7 +10,7 @@ from mstar_mega.config import Reduction
 from mstar_mega.data.types import Group, Query
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import Prompt, pack
+from mstar_mega.models.packing import Prompt, pack, step_index
 from mstar_mega.rewards.steps import reduce_scores
 
 
@@ -35,17 +35,14 @@ def score_groups(
 
 
 def _score(prm: LMM, groups: list[Group], prompts: list[Prompt]) -> None:
-    batch = pack(prompts, [[r.tokens for r in group.responses] for group in groups], prm.stream_multiple)
-    steps = []
-    position: list[int] = []
-    for group, starts in zip(groups, batch.response_start, strict=True):
-        for response, start in zip(group.responses, starts, strict=True):
-            steps += response.steps
-            position += [start + step.end - 1 for step in response.steps]
+    tokens = [[response.tokens for response in group.responses] for group in groups]
+    ends = [[[step.end for step in response.steps] for response in group.responses] for group in groups]
+    steps = [step for group in groups for response in group.responses for step in response.steps]
+    batch = pack(prompts, tokens, prm.stream_multiple)
     hidden = run_packed(prm, batch)
     scores = torch.empty(len(steps))
     if hidden is not None:
-        scores = torch.sigmoid(prm.step_logits(hidden, torch.tensor(position, dtype=torch.int64)))
+        scores = torch.sigmoid(prm.step_logits(hidden, step_index(batch, tokens, ends)))
     for step, score in zip(steps, from_last_stage(scores).tolist(), strict=True):
         step.score = score
 

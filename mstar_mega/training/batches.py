@@ -11,7 +11,7 @@ from torch import Tensor
 from mstar_mega.data.types import Query
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, pack
+from mstar_mega.models.packing import PackedBatch, Prompt, StepIndex, next_token_targets, pack, step_index
 
 
 @dataclass
@@ -46,14 +46,15 @@ class TokenLoss:
 class StepLoss:
     """PRM: binary cross-entropy at the end of every step."""
 
-    position: Tensor
+    steps: StepIndex
     label: Tensor
 
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of losses, number of steps) on the last stage."""
-        if not self.position.numel():
-            return hidden.sum() * 0.0 + model.score_head.sum() * 0.0, torch.tensor(0, dtype=torch.int)
-        logits = model.step_logits(hidden, self.position)
+        if not self.label.numel():
+            nothing = sum((parameter.sum() * 0.0 for parameter in model.score_parameters()), hidden.sum() * 0.0)
+            return nothing, torch.tensor(0, dtype=torch.int)
+        logits = model.step_logits(hidden, self.steps)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, self.label, reduction="sum")
         return loss, torch.tensor(self.label.numel(), dtype=torch.int)
 
@@ -111,11 +112,6 @@ def _microbatch(groups: list[TrainGroup], prompts: list[Prompt], multiple: int) 
     packed = pack(prompts, responses, multiple)
     if groups[0].step_ends is None:
         return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses)))
-    position: list[int] = []
-    label: list[float] = []
-    for group, starts in zip(groups, packed.response_start, strict=True):
-        assert group.step_ends is not None and group.step_labels is not None
-        for start, ends, labels in zip(starts, group.step_ends, group.step_labels, strict=True):
-            position += [start + end - 1 for end in ends]
-            label += labels
-    return Microbatch(packed, StepLoss(torch.tensor(position, dtype=torch.int64), torch.tensor(label)))
+    steps = step_index(packed, responses, [group.step_ends or [] for group in groups])
+    label = [label for group in groups for labels in group.step_labels or [] for label in labels]
+    return Microbatch(packed, StepLoss(steps, torch.tensor(label)))
