@@ -180,6 +180,9 @@ class TemperatureConfig:
     value: float = 1.0
     """The temperature when mode is fixed."""
     grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
+    tolerance: float = 0.0
+    """The highest temperature within so many standard errors of the best is taken: it explores more at no loss that
+    the sweep could measure. 0: the best, the highest of equal ones (the paper is silent on both)."""
     every: int = 2
     """Iterations between two sweeps; the first is before the first iteration."""
     k: int = 2

@@ -125,7 +125,10 @@ _NAMES_OF_RULE = (
         generation.log_prob_gap_limit optimizer.eps warmup.epochs annotate.temperature prm.epochs temperature.value
         """,
     ),
-    (_NOT_NEGATIVE, "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes"),
+    (
+        _NOT_NEGATIVE,
+        "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance",
+    ),
     (_SHARE, "generation.top_p evolve.interval optimizer.decay_share"),
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),

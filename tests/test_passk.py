@@ -24,6 +24,7 @@ from mstar_mega.evaluation.passk import (
     sample_accuracy,
     weighted_vote_accuracy,
 )
+from mstar_mega.recipe.temperature import choose_temperature
 
 
 def make_group(
@@ -188,3 +189,17 @@ def test_auc_and_accuracy_edges() -> None:
             measure_of([0.1, 0.2], [1, 2])
         with pytest.raises(ValueError, match="NaN"):
             measure_of([0.1, float("nan")], [1, 0])
+
+
+def test_the_temperature_within_the_tolerance_is_the_highest() -> None:
+    rng = random.Random(5)
+    good = [float(rng.random() < 0.6) for _ in range(200)]
+    # One query in 40 lost: as good within a standard error or two; one in 4: clearly worse.
+    a_bit_worse = [0.0 if i % 40 == 0 else value for i, value in enumerate(good)]
+    worse = [0.0 if i % 4 == 0 else value for i, value in enumerate(good)]
+    criterion = {0.5: good, 1.0: a_bit_worse, 1.5: worse}
+    assert sum(worse) < sum(a_bit_worse) < sum(good)
+    assert choose_temperature(criterion, 0.0) == 0.5
+    assert choose_temperature(criterion, 2.0) == 1.0
+    assert choose_temperature({**criterion, 0.7: list(reversed(good))}, 0.0) == 0.7, "the highest of equal ones"
+    assert choose_temperature({0.5: [1.0], 1.0: [1.0]}, 0.0) == 1.0

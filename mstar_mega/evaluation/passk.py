@@ -52,12 +52,17 @@ def pass_at_k(groups: Sequence[Group], k: int) -> float | None:
     With n > k samples the unbiased estimate 1 - C(n - c, k) / C(n, k), c of them correct (Chen et al. 2021, arXiv
     2107.03374), which is the plain share when n = k. Raises ValueError when a query has fewer than k responses.
     """
+    return _mean(pass_at_k_of_each(groups, k))
+
+
+def pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
+    """:func:`pass_at_k` of every query by itself."""
     values = []
     for group in groups:
         _need(group, k)
         total, wrong = len(group.responses), len(group.responses) - _correct_count(group)
         values.append(1.0 - math.comb(wrong, k) / math.comb(total, k))
-    return _mean(values)
+    return values
 
 
 def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
@@ -66,12 +71,17 @@ def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
     The ranking is over all samples, without an answer filter; ties by sample index, responses without a score last.
     Raises ValueError when a query has fewer than k responses.
     """
+    return _mean(reward_pass_at_k_of_each(groups, k))
+
+
+def reward_pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
+    """:func:`reward_pass_at_k` of every query by itself."""
     values = []
     for group in groups:
         _need(group, k)
         best = rank_by_score(group.responses)[:k]
         values.append(float(any([is_correct(response, group.query.id) for response in best])))
-    return _mean(values)
+    return values
 
 
 def _picked_accuracy(groups: Sequence[Group], picks: Sequence[Response | None]) -> float | None:

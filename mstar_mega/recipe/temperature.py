@@ -1,12 +1,15 @@
 """Automatic balancing (paper, dynamics section): sample the validation queries at each temperature, take the best.
 
-The criterion is Reward-Pass@K (exploration and exploitation together) or Pass@K. Of equally good temperatures the
-highest is taken: it explores more at no loss (the paper is silent on ties).
+The criterion is Reward-Pass@K (exploration and exploitation together) or Pass@K.
 """
 
 from __future__ import annotations
 
-from mstar_mega.evaluation.passk import pass_at_k, reward_pass_at_k
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from mstar_mega.evaluation.passk import pass_at_k_of_each, reward_pass_at_k_of_each
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
@@ -19,19 +22,44 @@ def tune_temperature(job: Job, actors: Actors, iteration: int) -> float:
         return settings.value
     timer = Timer()
     queries = sorted(job.task.validation, key=lambda query: key_of(job.config.seed, "sweep", query.id))
-    grid = []
+    grid: list[dict[str, float | None]] = []
+    criterion: dict[float, list[float]] = {}
     for temperature in settings.grid:
         sampling = Sampling(f"temperature_{iteration:04d}_{temperature:.2f}", temperature, settings.responses)
         groups = gather_groups(rollout(job, actors, queries[: settings.queries], sampling))
-        reward = reward_pass_at_k(groups, settings.k) if actors.prm is not None else None
-        grid.append(
-            {"temperature": temperature, "reward_pass_at_k": reward, "pass_at_k": pass_at_k(groups, settings.k)}
-        )
-    best = max(grid, key=lambda row: (row[settings.mode] or 0.0, row["temperature"] or 0.0))
-    chosen = float(best["temperature"] or settings.value)
+        measures = {"pass_at_k": pass_at_k_of_each(groups, settings.k)}
+        if actors.prm is not None:
+            measures["reward_pass_at_k"] = reward_pass_at_k_of_each(groups, settings.k)
+        grid.append({"temperature": temperature, "reward_pass_at_k": None} | _means(measures))
+        criterion[temperature] = measures[settings.mode]
+    chosen = choose_temperature(criterion, settings.tolerance)
     job.log(
         "temperature", iteration=iteration, temperature=chosen, mode=settings.mode, k=settings.k, grid=grid,
         seconds=timer.seconds,
     )  # fmt: skip
-    job.say(f"   temperature {chosen} has the best {settings.mode} ({100 * (best[settings.mode] or 0.0):.1f}%)")
+    job.say(f"   temperature {chosen} is chosen by {settings.mode} ({100 * (_mean(criterion[chosen]) or 0.0):.1f}%)")
     return chosen
+
+
+def choose_temperature(criterion: Mapping[float, Sequence[float]], tolerance: float) -> float:
+    """The highest temperature that falls short of the best by at most ``tolerance`` standard errors.
+
+    ``criterion`` has each temperature's value on each query, the same queries in the same order. The error is that of
+    the mean difference over queries. Without tolerance the best is taken, and the highest of equal ones.
+    """
+
+    def is_as_good(values: Sequence[float]) -> bool:
+        gaps = [one - other for one, other in zip(best, values, strict=True)]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+        return math.fsum(gaps) / max(1, len(gaps)) <= tolerance * error
+
+    best = max(criterion.values(), key=math.fsum)
+    return max(temperature for temperature, values in criterion.items() if is_as_good(values))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _means(measures: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    return {name: _mean(values) for name, values in measures.items()}
