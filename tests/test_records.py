@@ -8,12 +8,13 @@ import math
 import os
 import random
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mstar_mega.data.records import DamagedFileError, is_complete, read_groups, write_groups
-from mstar_mega.data.types import Group, ImageRef, Query, Response, Step, group_to_json
+from mstar_mega.data.types import Group, ImageRef, Query, Response, Step
 from mstar_mega.platform import files
 
 
@@ -58,12 +59,12 @@ def test_groups_come_back_equal_and_their_floats_bit_for_bit(tmp_path: Path) -> 
     assert isinstance(back[0].query.images, tuple) and isinstance(back[0].query.images[0], ImageRef)
 
 
-def test_a_line_is_what_group_to_json_gives(tmp_path: Path) -> None:
+def test_a_line_is_what_asdict_gives(tmp_path: Path) -> None:
     groups = make_groups()
     write_groups(tmp_path / "a.jsonl", groups)
     lines = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
     assert json.loads(lines[0])["format"] == "mstar-groups" and json.loads(lines[0])["groups"] == 3
-    assert [json.loads(line) for line in lines[1:-1]] == json.loads(json.dumps([*map(group_to_json, groups)]))
+    assert [json.loads(line) for line in lines[1:-1]] == json.loads(json.dumps([*map(asdict, groups)]))
     assert lines[-1] == b""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -78,11 +78,6 @@ class Group:
     responses: list[Response]
 
 
-def group_to_json(group: Group) -> dict[str, Any]:
-    """Plain dict of a group, ready for ``json.dumps``."""
-    return asdict(group)
-
-
 def query_from_json(obj: dict[str, Any]) -> Query:
     """Inverse of ``dataclasses.asdict`` for a query. Raises KeyError or TypeError on a malformed object."""
     fields = dict(obj)
@@ -92,7 +87,7 @@ def query_from_json(obj: dict[str, Any]) -> Query:
 
 
 def group_from_json(obj: dict[str, Any]) -> Group:
-    """Inverse of :func:`group_to_json`. Raises KeyError or TypeError on a malformed object."""
+    """Inverse of ``dataclasses.asdict`` for a group. Raises KeyError or TypeError on a malformed object."""
     responses = [
         Response(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}) for fields in obj["responses"]
     ]

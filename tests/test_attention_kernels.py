@@ -1,0 +1,95 @@
+"""Causal, prefix and decode attention against full attention, head by head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensors import randn
+from torch import Tensor
+
+from mstar_mega.kernels.prefix_attention import causal_attention, decode_attention, prefix_attention
+
+INF = float("inf")
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """The definition, head by head: q [T, Hq, D], k and v [S, Hk, D], allowed bool [T, S] -> [T, Hq, D]."""
+    share = q.size(1) // k.size(1)
+    heads = []
+    for h in range(q.size(1)):
+        scores = (q[:, h] @ k[:, h // share].T * scale).masked_fill(~allowed, -INF)
+        heads.append(scores.softmax(dim=-1) @ v[:, h // share])
+    return torch.stack(heads, dim=1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (6, 2), (5, 1)])
+def test_causal_attention(heads: int, kv_heads: int) -> None:
+    q, k, v = (randn(2, 7, h, 6, seed=s) for s, h in enumerate((heads, kv_heads, kv_heads)))
+    out = causal_attention(q, k, v, 0.4)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    for g in range(2):
+        expected = full_attention(q[g].double(), k[g].double(), v[g].double(), causal, 0.4)
+        torch.testing.assert_close(out[g].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "P", "R", "heads", "kv_heads"), [(3, 7, 5, 4, 2), (1, 1, 1, 2, 2), (2, 9, 1, 6, 2), (5, 3, 4, 3, 1)]
+)
+def test_prefix_attention_is_full_attention_of_every_continuation(
+    n: int, P: int, R: int, heads: int, kv_heads: int
+) -> None:
+    G, D, scale = 3, 6, 0.41
+    prefix_length = [P, max(1, P - 2), 1]
+    own_length = [[R - (g + j) % R for j in range(n)] for g in range(G)]
+    shapes = [(G, n, R, heads, D), *[(G, kv_heads, P, D)] * 2, *[(G, n, kv_heads, R, D)] * 2]
+    q, kp, vp, ko, vo = inputs = [randn(*shape, seed=s).requires_grad_() for s, shape in enumerate(shapes)]
+    prefix_bias = torch.zeros(G, P)
+    for g, length in enumerate(prefix_length):
+        prefix_bias[g, length:] = -INF
+    own_bias = torch.zeros(R, R).masked_fill_(~torch.ones(R, R, dtype=torch.bool).tril(), -INF)[None, None]
+    out = prefix_attention(q, kp, vp, prefix_bias, ko, vo, own_bias, scale)
+    upstream = randn(*out.shape, seed=99)
+    for g in range(G):
+        for j in range(n):
+            upstream[g, j, own_length[g][j] :] = 0.0  # padding rows hold garbage that nothing reads
+    gradients = torch.autograd.grad((out * upstream).sum(), inputs)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, kp, vp, ko, vo = exact
+    total = torch.zeros((), dtype=torch.float64)
+    for g in range(G):
+        p = prefix_length[g]
+        for j in range(n):
+            r = own_length[g][j]
+            k = torch.cat([kp[g, :, :p], ko[g, j, :, :r]], dim=1).transpose(0, 1)
+            v = torch.cat([vp[g, :, :p], vo[g, j, :, :r]], dim=1).transpose(0, 1)
+            allowed = torch.arange(p + r) <= p + torch.arange(r)[:, None]
+            expected = full_attention(q[g, j, :r], k, v, allowed, scale)
+            torch.testing.assert_close(out[g, j, :r].double(), expected, rtol=0, atol=2e-6)
+            total = total + (expected * upstream[g, j, :r]).sum()
+    for got, wanted in zip(gradients, torch.autograd.grad(total, exact), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (3, 1)])
+def test_decode_attention_is_prefix_attention_of_one_token(heads: int, kv_heads: int) -> None:
+    G, P, L, D, scale = 3, 5, 4, 6, 0.3
+    group_of = [2, 0, 2, 2, 0, 1, 2]  # slots of a group lie anywhere
+    B = len(group_of)
+    q, kp, vp = randn(B, heads, D), randn(G, kv_heads, P, D, seed=1), randn(G, kv_heads, P, D, seed=2)
+    ko, vo = randn(B, kv_heads, L, D, seed=3), randn(B, kv_heads, L, D, seed=4)
+    prefix_bias, own_bias = torch.zeros(G, P), torch.zeros(B, L)
+    prefix_bias[1, 3:] = prefix_bias[2, 1:] = -INF
+    for slot in range(B):
+        own_bias[slot, 1 + slot % L :] = -INF
+    table = torch.tensor([[1, 4, 0, 0], [5, 6, 6, 6], [0, 2, 3, 6]])  # padded with any slot
+    place = torch.tensor([8, 0, 9, 10, 1, 4, 11])
+    assert table.flatten()[place].tolist() == list(range(B))
+    out = decode_attention(q, kp, vp, prefix_bias, ko, vo, own_bias, table, place, scale)
+    for slot, g in enumerate(group_of):
+        one = slice(slot, slot + 1)
+        expected = prefix_attention(
+            q[one, None, None], kp[g : g + 1], vp[g : g + 1], prefix_bias[g : g + 1], ko[one, None], vo[one, None],
+            own_bias[one, None, None], scale,
+        )  # fmt: skip
+        torch.testing.assert_close(out[slot], expected[0, 0, 0], rtol=0, atol=1e-6)

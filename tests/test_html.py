@@ -1,0 +1,227 @@
+"""The page of a run: its plots, samples and images, at any moment and of damaged runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from report_runs import NASTY, log_step, make_run, write_image, write_rollouts
+
+from mstar_mega.data.records import read_groups
+from mstar_mega.data.types import Group, ImageRef, Response, Step
+from mstar_mega.report import samples as samples_module
+from mstar_mega.report.html import write_report
+from mstar_mega.report.metrics import MetricsLog
+from mstar_mega.report.plots import all_plots
+from mstar_mega.report.samples import choose_groups, collect_samples, data_url, pieces
+from mstar_mega.report.summary import build_summary, load_run
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the text of scripts, as a browser would read them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts[-1] += data
+        self.text += data
+
+    @property
+    def samples(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    run_dir = make_run(tmp_path_factory.mktemp("runs") / "finished")
+    return run_dir, Page(write_report(run_dir))
+
+
+def test_the_page_shows_the_run(finished: tuple[Path, Page]) -> None:
+    _, page = finished
+    for text in ("finished", "59.0%", "14.0 from 45.0%", "Reward-Pass@2", "samples_per_iteration: 4", "0.85", "a.png"):
+        assert text in page.text, text
+    figures = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
+    names = "accuracy exploration answering temperature sweep kept kinds loss_warmup loss_prm loss_evolve time"
+    assert figures == [f"plot-{name}" for name in names.split()]
+    iterations = page.samples["iterations"]
+    assert [entry["iteration"] for entry in iterations] == [1, 2]
+    assert [len(entry["queries"]) for entry in iterations] == [4, 4]
+    query = iterations[0]["queries"][0]
+    assert [(r["index"], r["correct"], r["score"], r["selected"]) for r in query["responses"]] == [
+        (0, True, 0.9, True), (1, False, 0.4, False), (2, False, None, False),
+    ]  # fmt: skip
+    assert query["images"][0] in page.samples["images"]
+
+
+def test_text_of_the_run_never_becomes_markup(finished: tuple[Path, Page]) -> None:
+    _, page = finished
+    assert len(page.scripts) == 2
+    assert not [attributes for tag, attributes in page.tags if tag == "img" or "onerror" in attributes]
+    assert page.samples["iterations"][0]["queries"][0]["question"] == f"What is the sum? {NASTY}"
+    assert "{{tiles}}" in page.text and "\u2028" not in page.scripts[0]
+    assert "innerHTML" not in page.source
+
+
+def test_the_page_needs_nothing_else(finished: tuple[Path, Page]) -> None:
+    run_dir, page = finished
+    for _, attributes in page.tags:
+        for key in ("src", "href", "xlink:href"):
+            assert (attributes.get(key) or "#").startswith("#"), attributes
+    assert "default-src 'none'" in page.source and "@import" not in page.source
+    assert len(page.source) < 1_000_000
+    assert write_report(run_dir).read_text(encoding="utf-8") == page.source  # and it is made the same again
+
+
+def test_the_plots_fit_one_page(finished: tuple[Path, Page]) -> None:
+    run_dir, page = finished
+    plots = all_plots(load_run(run_dir))
+    ids = [found for plot in plots for found in re.findall(r'\bid="([^"]+)"', plot.svg)]
+    assert len(ids) == len(set(ids))
+    for plot in plots:
+        assert not re.search(r"#[157]e000\d", plot.svg) and "var(--muted)" in plot.svg
+        assert plot.svg.startswith("<svg") and "viewBox" in plot.svg and plot.caption.endswith(".")
+    labels = {plot.name: re.findall(r"<text[^>]*>([^<]+)</text>", plot.svg) for plot in plots}
+    assert "greedy accuracy (%)" in labels["accuracy"] and "iteration" in labels["accuracy"]
+    assert "loss (nats per token)" in labels["loss_warmup"] and "optimizer step" in labels["loss_warmup"]
+    assert "Reward-Pass@2 (%)" in labels["sweep"] and "time (seconds)" in labels["time"]
+    assert "cost in $" in labels["kinds"]
+
+
+def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 1001):
+        log_step(log, "warmup", step, math.nan if step == 500 else 1.0 / step)
+    loss = next(plot for plot in all_plots(load_run(tmp_path)) if plot.name == "loss_warmup")
+    assert "1 steps without a finite loss" in loss.caption and "mean of 4 steps" in loss.caption
+    assert len(loss.svg) < 40_000
+
+
+@pytest.mark.parametrize("lines", [1, 6, 9, 14, 17, 21])
+def test_a_page_at_any_moment(tmp_path: Path, lines: int) -> None:
+    run_dir = make_run(tmp_path / "run", iterations=1, queries=1)
+    log = run_dir / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:lines]) + b'{"event": "ha')
+    page = Page(write_report(run_dir))
+    assert "pill done" not in page.source and "Damaged" not in page.text
+    build_summary(run_dir)
+
+
+def test_a_page_of_nothing(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path))
+    for text in ("no events yet", "Nothing has been measured yet", "No responses yet", "No settings yet"):
+        assert text in page.text
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_damage_becomes_a_notice(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    block = run_dir / "rollouts" / "iteration_0001" / "block_00000.jsonl"
+    block.write_bytes(block.read_bytes()[:-40])
+    for image in (run_dir / "images").glob("2-*.png"):
+        image.write_bytes(b"not an image")
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b"garbage\n")
+    (run_dir / "config.yaml").write_text("seed: [1")
+    page = Page(write_report(run_dir))
+    notices = page.source.split('class="notice"')[1].split("</section>")[0]
+    for text in ("block_00000.jsonl", "2-0.png of query q-2-0", "metrics.jsonl, line", "config.yaml: not YAML"):
+        assert text in notices, text
+    assert [(entry["iteration"], len(entry["queries"])) for entry in page.samples["iterations"]] == [(1, 1), (2, 6)]
+    assert "59.0%" in page.text
+
+
+def test_many_skipped_items_are_counted(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for i in range(250):
+        log.append("skipped", what="image", where=f"{i}.png", reason="cut off")
+    page = Page(write_report(tmp_path))
+    assert "250 × image" in page.text and "199.png" in page.text and "50 more are listed" in page.text
+
+
+def test_the_sample_does_not_depend_on_the_blocks(tmp_path: Path) -> None:
+    choices = []
+    for block in (2, 7):
+        write_rollouts(tmp_path / str(block), 1, 14, block=block)
+        directory = tmp_path / str(block) / "rollouts" / "iteration_0001"
+        choices.append([group.query.id for group in choose_groups(directory, 1, 7, [])])
+    assert choices[0] == choices[1] and len(choices[0]) == 7
+    assert choices[0] != [f"q-1-{i}" for i in range(7)]
+
+
+def test_of_many_blocks_only_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rollouts(tmp_path, 1, 10, block=1)
+    reads: list[str] = []
+
+    def read(path: Path) -> list[Group]:
+        reads.append(path.name)
+        return read_groups(path)
+
+    monkeypatch.setattr(samples_module, "read_groups", read)
+    assert len(choose_groups(tmp_path / "rollouts" / "iteration_0001", 1, 4, [])) == 4
+    assert reads == [f"block_{i:05d}.jsonl" for i in (0, 2, 5, 7)]
+
+
+def test_a_full_page_keeps_every_iteration_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run(tmp_path / "run", iterations=3)
+    one = len(json.dumps(collect_samples(load_run(run_dir)).iterations[0]["queries"][0]))
+    monkeypatch.setattr(samples_module, "MOST_BYTES", 5 * (one + 3000))
+    samples = collect_samples(load_run(run_dir))
+    kept = [len(entry["queries"]) for entry in samples.iterations]
+    assert len(kept) == 3 and min(kept) >= 1 and 0 < samples.left_out == 12 - sum(kept)
+    assert f"{samples.left_out} more sampled queries were left out" in Page(write_report(run_dir)).text
+
+
+def test_images_are_embedded_small(tmp_path: Path) -> None:
+    small = data_url(write_image(tmp_path / "small.png"), tmp_path)
+    assert small.startswith("data:image/png;base64,")
+    large = data_url(write_image(tmp_path / "large.png", (1600, 900)), tmp_path)
+    with Image.open(io.BytesIO(base64.b64decode(large.split(",")[1]))) as image:
+        assert image.size == (448, 252)
+    moved = ImageRef("small.png", write_image(tmp_path / "small.png").digest)
+    assert data_url(moved, tmp_path) and tmp_path != Path.cwd()
+    (tmp_path / "small.png").write_bytes(b"other")
+    with pytest.raises(ValueError, match="has changed"):
+        data_url(moved, tmp_path)
+
+
+def test_pieces_cover_the_whole_text() -> None:
+    text = "Look:\nFirst. \nSecond.\nThe answer is 5."
+    steps = [Step(0, 3, "First. \n", 0.5, 1.0), Step(3, 6, "Second.\n", math.nan)]
+    assert pieces(Response(0, [], text, steps=steps)) == [
+        ["Look:", False, None, None], ["First.", True, 0.5, 1.0], ["Second.", True, None, None],
+        ["The answer is 5.", False, None, None],
+    ]  # fmt: skip
+    assert pieces(Response(0, [], "no steps")) == [["no steps", False, None, None]]
+    assert pieces(Response(0, [], "x", steps=[Step(0, 1, "elsewhere", 0.1)]))[0] == ["elsewhere", True, 0.1, None]
+
+
+def test_the_room_opens_without_torch_and_matplotlib() -> None:
+    modules = "html metrics plots progress samples summary tensorboard".split()
+    imports = ", ".join(f"mstar_mega.report.{module}" for module in modules)
+    code = f"import sys, {imports}; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,78 @@
+"""Selection rules, what they refuse, and the summary of a selection."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from groups import make_group, make_response
+
+from mstar_mega.config import SelectionConfig
+from mstar_mega.data.types import Group
+from mstar_mega.rewards.selection import SelectionSummary, select
+
+
+def picked(group: Group, rule: str, k: int = 2, threshold: float = 0.5, seed: int = 0) -> list[int]:
+    chosen = select(group, SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
+    assert chosen == [response for response in sorted(group.responses, key=lambda r: r.index) if response.selected]
+    return [response.index for response in chosen]
+
+
+def test_selection_rules() -> None:
+    scores = [0.9, 0.2, 0.7, 0.7, 0.99, 0.7]
+    right = [True, True, True, True, False, True]
+    group = make_group([make_response(i, s, c) for i, (s, c) in enumerate(zip(scores, right, strict=True))])
+    assert picked(group, "all_correct") == [0, 1, 2, 3, 5]
+    assert picked(group, "top_k", 1) == [0]
+    assert picked(group, "top_k", 2) == [0, 2], "ties go to the lower index"
+    assert picked(group, "top_k", 99) == [0, 1, 2, 3, 5]
+    assert picked(group, "threshold", threshold=0.7) == [0], "above, not at"
+    assert picked(group, "threshold", threshold=0.1) == [0, 1, 2, 3, 5]
+    group.responses.reverse()
+    assert picked(group, "top_k", 3) == [0, 2, 3]
+    assert picked(make_group([make_response(0, 0.5, False)]), "top_k") == []
+
+
+def test_random_k_depends_on_seed_query_and_index_only() -> None:
+    responses = [make_response(i, correct=i % 3 != 0) for i in range(16)]
+    first = picked(make_group(responses, "q1"), "random_k")
+    assert len(first) == 2 and all(i % 3 for i in first)
+    assert first == picked(make_group(responses[::-1], "q1"), "random_k")
+    picks = [tuple(picked(make_group(responses, f"q{i}"), "random_k")) for i in range(300)]
+    assert len(set(picks)) > 30
+    counts = [sum(i in pick for pick in picks) for i in range(16)]
+    assert all(counts[i] == 0 if i % 3 == 0 else 30 < counts[i] < 95 for i in range(16)), "about uniform (60 expected)"
+    assert picks != [tuple(picked(make_group(responses, f"q{i}"), "random_k", seed=1)) for i in range(300)]
+
+
+def test_selection_refuses_what_it_cannot_judge() -> None:
+    with pytest.raises(ValueError, match="not been judged"):
+        picked(make_group([make_response(0, 0.5)]), "top_k")
+    for score in (None, float("nan")):
+        with pytest.raises(ValueError, match="process score"):
+            picked(make_group([make_response(0, score, True)]), "top_k")
+    with pytest.raises(ValueError, match="selection.k"):
+        picked(make_group([make_response(0, 0.5, True)]), "random_k", 0)
+    with pytest.raises(ValueError, match="selection.rule"):
+        picked(make_group([make_response(0, 0.5, True)]), "best")
+    assert picked(make_group([make_response(0, None, True)]), "all_correct") == [0], "needs no scores"
+
+
+def test_summary_adds_merges_and_survives_json() -> None:
+    rng = random.Random(2)
+    groups = [
+        make_group([make_response(i, rng.random(), rng.random() < 0.3) for i in range(4)], f"q{n}") for n in range(40)
+    ]
+    whole, left, right = SelectionSummary(), SelectionSummary(), SelectionSummary()
+    for number, group in enumerate(groups):
+        picked(group, "threshold", threshold=0.4)
+        whole.add(group)
+        (left if number % 3 else right).add(group)
+    left.merge(right)
+    assert left == whole == SelectionSummary.from_json(json.loads(json.dumps(whole.to_json())))
+    everything = [response for group in groups for response in group.responses]
+    assert (whole.queries, whole.responses) == (40, 160)
+    assert whole.correct == sum(bool(r.correct) for r in everything) > whole.selected
+    assert whole.selected == sum(r.selected for r in everything) == sum(k * n for k, n in whole.kept_per_query.items())
+    assert whole.kept_per_query[0] == whole.queries_without_selection > whole.queries_without_correct > 0

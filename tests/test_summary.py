@@ -1,0 +1,63 @@
+"""The summary of a run: finished, running, damaged, not begun."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from report_runs import evaluation, log_step, make_run
+
+from mstar_mega.report.metrics import MetricsLog
+from mstar_mega.report.summary import build_summary, write_summary
+
+SUMMARY_KEYS = [
+    "seed", "method", "parallel", "accuracy", "pass_at_k", "reward_pass_at_k", "temperatures", "responses_generated",
+    "responses_selected", "queries_without_correct_response", "prm", "log_prob_gap_max", "seconds", "peak_memory_bytes",
+]  # fmt: skip
+PHASES = ["warmup", "annotate", "prm", "temperature", "generate", "score", "improve", "evaluate", "total"]
+
+
+def test_summary_of_a_finished_run(tmp_path: Path) -> None:
+    summary = json.loads(write_summary(make_run(tmp_path / "run")).read_text())
+    assert list(summary) == SUMMARY_KEYS
+    assert summary["seed"] == 7 and summary["method"] == "continuous"
+    assert summary["parallel"] == {"tensor": 2, "pipeline": 2, "data": 2}
+    assert summary["accuracy"] == {"warmup": 0.45, "final": pytest.approx(0.59)}
+    assert summary["pass_at_k"] == {"start": 0.8, "end": 0.9}
+    assert summary["reward_pass_at_k"] == {"start": 0.6, "end": pytest.approx(0.72)}
+    assert summary["temperatures"] == [1.0, 1.0]
+    assert (summary["responses_generated"], summary["responses_selected"]) == (320, 26)
+    assert summary["queries_without_correct_response"] == 6
+    assert summary["prm"] == {"accuracy": 0.8, "auc": 0.85} and summary["log_prob_gap_max"] == 2e-6
+    assert list(summary["seconds"]) == PHASES
+    assert list(summary["seconds"].values()) == [2.0, 6.0, 0.5, 6.0, 20.0, 8.0, 10.0, 12.0, 103.5]
+    assert summary["peak_memory_bytes"] == 300
+
+
+def test_summary_before_anything_has_happened(tmp_path: Path) -> None:
+    summary = build_summary(tmp_path)
+    assert list(summary) == SUMMARY_KEYS
+    assert summary.pop("temperatures") == []
+    leaves = [leaf for part in summary.values() for leaf in (part.values() if isinstance(part, dict) else [part])]
+    assert len(leaves) == 27 and all(leaf is None for leaf in leaves)
+
+
+def test_summary_of_a_running_job(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    evaluation(log, "warmup", 0, "test", 0.45)
+    log_step(log, "warmup", 1, 0.4)
+    log.append("log_prob_gap", iteration=1, largest=math.nan)
+    log.append("log_prob_gap", iteration=2, largest=1.0)
+    summary = json.loads(write_summary(tmp_path).read_text())
+    assert summary["accuracy"] == {"warmup": 0.45, "final": None}
+    assert summary["seconds"]["total"] == 2.5 and summary["seconds"]["generate"] is None
+    assert summary["log_prob_gap_max"] == "NaN"
+
+
+def test_no_summary_of_a_damaged_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "run"}\ngarbage\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        write_summary(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
