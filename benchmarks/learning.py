@@ -37,6 +37,9 @@ METHODS = {
         "Iterative RFT",
         (
             "--evolve.method=iterative_rft",
+            # All correct responses are several times as many as the PRM's two: one epoch takes more optimizer steps
+            # than MSTaR's epochs do.
+            "--evolve.epochs=1",
             "--selection.rule=all_correct",
             "--temperature.mode=fixed",
             "--temperature.value=1.0",

@@ -135,7 +135,7 @@ def test_choices_differ_and_every_letter_is_used(problems: list[Problem]) -> Non
 def test_guessable_questions_are_a_meaningful_share(problems: list[Problem]) -> None:
     guessable = [p for p in problems if p.choices or p.kind in ("compare", "larger", "count", "colour count")]
     # Enough that process scores matter; more of them, and lucky answers drown what self-training can learn from.
-    assert 0.15 < len(guessable) / len(problems) < 0.3
+    assert 0.1 < len(guessable) / len(problems) < 0.25
 
 
 def test_digits_lie_inside_the_picture_apart_and_in_reading_order(problems: list[Problem]) -> None:

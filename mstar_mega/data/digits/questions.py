@@ -173,13 +173,13 @@ class _Kind:
 KINDS = (
     _Kind("sum", 0.32, _sum),
     _Kind("colour sum", 0.02, _colour_sum, layouts=("scattered",), colours="any"),
-    _Kind("difference", 0.2, _difference, choices_share=0.12),
+    _Kind("difference", 0.22, _difference, choices_share=0.12),
     _Kind("extreme", 0.06, _extreme, choices_share=0.4),
-    _Kind("count", 0.06, _count, choices_share=0.1),
-    _Kind("colour count", 0.02, _colour_count, layouts=("scattered",), colours="any"),
-    _Kind("larger", 0.03, _larger, colours="distinct"),
-    _Kind("compare", 0.05, _compare, colours="distinct"),
-    _Kind("expression", 0.24, _expression, colours="distinct"),
+    _Kind("count", 0.05, _count, choices_share=0.1),
+    _Kind("colour count", 0.01, _colour_count, layouts=("scattered",), colours="any"),
+    _Kind("larger", 0.02, _larger, colours="distinct"),
+    _Kind("compare", 0.03, _compare, colours="distinct"),
+    _Kind("expression", 0.27, _expression, colours="distinct"),
 )
 
 
