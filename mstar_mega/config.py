@@ -169,7 +169,8 @@ class PromptsConfig:
     unlabelled: Literal["none", "voting", "oracle"] = "none"
     """voting: pseudo answers by PRM-weighted vote; oracle: the hidden true answers."""
     mixin: float = 0.0
-    """Share of the training done before unlabelled prompts join (T_mixin)."""
+    """Share of the budget of steps (the warm-up's included) or passes that is spent before unlabelled prompts join
+    (T_mixin)."""
 
 
 @dataclass

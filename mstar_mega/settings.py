@@ -164,6 +164,18 @@ def _validate_pairs(config: Config) -> None:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:
         raise ValueError("evolve.max_steps and evolve.passes are both 0: one must be above 0, or the run never ends")
+    if config.evolve.max_steps == 0 and config.evolve.optimizer.schedule != "constant":
+        raise ValueError(
+            f"evolve.optimizer.schedule is '{config.evolve.optimizer.schedule}' and evolve.max_steps is 0: a learning "
+            "rate that falls needs the number of steps; set evolve.max_steps, or the schedule to constant"
+        )
+    interval = config.evolve.interval
+    if interval is not None and abs(1 / interval - round(1 / interval)) > 1e-6:
+        near = 1 / max(1, round(1 / interval))
+        raise ValueError(
+            f"evolve.interval is {interval}: a pass must be a whole number of iterations; use 1, 0.5, 0.25 ... "
+            f"(the nearest is {near:.6g})"
+        )
     if temperature.k > temperature.responses:
         raise ValueError(
             f"temperature.k is {temperature.k}: it must be at most temperature.responses, {temperature.responses}"

@@ -170,6 +170,8 @@ def test_a_method_that_starts_over_resumes_too(tmp_path: Path, whole: Callable[[
     reference = copy_run(whole(1), tmp_path / "reference")
     shutil.rmtree(reference / "checkpoints/evolve")
     finish(reference, 1, *method)
+    origins = [json.loads((reference / f"rollouts/iteration_000{i}/origin.json").read_text()) for i in (1, 2)]
+    assert origins[0]["drawn_by"] != origins[1]["drawn_by"], "the policy that was trained generates, not the warm-up's"
     run_dir = copy_run(reference, tmp_path / "run")
     go_back(run_dir, "evolve", "iteration_0001_step_000004")
     assert "Resuming" in finish(run_dir, 1, *method)

@@ -159,11 +159,18 @@ def test_every_number_and_text_has_a_rule_and_every_rule_a_setting() -> None:
         ("--parallel.sequence=true", "parallel.sequence is True: it needs parallel.tensor of at least 2"),
         ("--evolve.max_steps=0", "evolve.max_steps and evolve.passes are both 0"),
         ("--temperature.k=17", "temperature.k is 17: it must be at most temperature.responses, 16"),
+        ("--evolve.interval=0.4", "evolve.interval is 0.4: a pass must be a whole number of iterations"),
         ("--evaluation.reward_k=17", "evaluation.reward_k is 17: it must be at most evaluation.k, 16"),
     ],
 )
 def test_senseless_values_are_refused(setting: str, allowed: str) -> None:
     assert allowed in message([setting])
+
+
+def test_a_falling_learning_rate_needs_the_number_of_steps() -> None:
+    argv = ["--evolve.optimizer.schedule=cosine", "--evolve.passes=2"]
+    assert message([*argv, "--evolve.max_steps=0"]).startswith("evolve.optimizer.schedule is 'cosine'")
+    settings.validate(settings.parse(argv))
 
 
 def test_unlabelled_prompts_need_unlabelled_queries() -> None:

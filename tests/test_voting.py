@@ -33,6 +33,9 @@ def test_vote_ties_and_edges() -> None:
     assert best_of_n(ballots((None, 0.9), ("1", 0.5))) is None, "the best response has no answer"
     assert best_of_n(ballots(("1", None), ("2", 0.0))) == "2", "unscored ranks last"
     assert vote(ballots(("12", 0.4), ("B", 0.4), ("A", 0.5)), ("7", "12")) == "B"
+    cut_off = ballots(("1", 0.9), ("12", 0.5))
+    cut_off[0].truncated = True
+    assert vote(cut_off) == majority_vote(cut_off) == "12", "an answer at the length limit may be half of one"
     with pytest.raises(ValueError, match="process score"):
         vote(ballots(("1", None)))
     with pytest.raises(ValueError, match="NaN"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,13 +36,17 @@ def family() -> InternVL2:
 
 
 def build(
-    parallel: ParallelConfig | None = None, head: Head = "vocabulary", seed: int = 0, recompute: bool = False
+    parallel: ParallelConfig | None = None,
+    head: Head = "vocabulary",
+    seed: int = 0,
+    recompute: bool = False,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[LMM, InternVL2]:
     """Lay the ranks out and make this rank's stage of a fresh model."""
     parallel = parallel or ParallelConfig()
     distributed.initialize(parallel, seed)
     tiny = family()
-    config = Config(seed=seed, parallel=parallel, model=ModelConfig(recompute=recompute))
+    config = Config(seed=seed, parallel=parallel, model=ModelConfig(recompute=recompute, precision=precision))
     return build_model(config, tiny, head), tiny
 
 

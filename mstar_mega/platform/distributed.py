@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from mstar_mega.config import ParallelConfig
 from mstar_mega.platform.cpu import apply_cpu_platform
 from mstar_mega.platform.memory import keep_freed_memory
+
+_TIMEOUT = timedelta(hours=2)
+"""Ranks wait for the slowest one's blocks of queries, and for rank 0 while it makes data or the report."""
 
 T = TypeVar("T")
 
@@ -85,16 +89,18 @@ def _join(world_size: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Streams, plans and slots are made where the model is, without every line naming the device.
         torch.set_default_device("cuda")
+        # Full float32: reduced precision would differ with the batch, and generation from training.
+        torch.backends.cudnn.allow_tf32 = False
     else:
         keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))))
     backend = "nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         # In-memory store: no port that another job could hold.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def reset_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -112,6 +118,7 @@ def reset_model_parallel(parallel: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         # Only the distributed optimizer would use them.
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

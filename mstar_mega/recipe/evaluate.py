@@ -17,10 +17,13 @@ def split_queries(job: Job, split: Split) -> list[Query]:
     return job.task.validation if split == "validation" else job.task.test
 
 
-def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: Split) -> float | None:
-    """Greedy accuracy of a split, logged with its standard error and by question type."""
+def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: Split, at: str = "") -> float | None:
+    """Greedy accuracy of a split, logged with its standard error and by question type.
+
+    ``at`` sets apart a policy inside its iteration (see :func:`measure_exploration`).
+    """
     timer = Timer()
-    groups = _greedy(job, actors, iteration, split)
+    groups = _greedy(job, actors, iteration, split, at)
     accuracy = greedy_accuracy(groups)
     job.log("evaluation", **_greedy_fields(stage, iteration, split, groups), seconds=timer.seconds)
     if accuracy is not None:
@@ -28,12 +31,15 @@ def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: 
     return accuracy
 
 
-def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int) -> Exploration:
-    """Greedy accuracy, Pass@K and (with a PRM) Reward-Pass@K on the validation queries, sampled at temperature 1."""
+def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at: str = "") -> Exploration:
+    """Greedy accuracy, Pass@K and (with a PRM) Reward-Pass@K on the validation queries, sampled at temperature 1.
+
+    ``at`` becomes part of the responses' directory, so that a policy inside its iteration leaves those of others alone.
+    """
     timer = Timer()
     settings = job.config.evaluation
-    greedy = _greedy(job, actors, iteration, "validation")
-    sampling = Sampling(f"evaluation_{iteration:04d}_validation_sampled", 1.0, settings.k)
+    greedy = _greedy(job, actors, iteration, "validation", at)
+    sampling = Sampling(f"evaluation_{iteration:04d}{at}_validation_sampled", 1.0, settings.k)
     sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
     result = measure(sampled, settings.k, settings.reward_k, greedy)
     job.log(
@@ -51,8 +57,8 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int) ->
     return result
 
 
-def _greedy(job: Job, actors: Actors, iteration: int, split: Split) -> list[Group]:
-    sampling = Sampling(f"evaluation_{iteration:04d}_{split}_greedy", 0.0, 1)
+def _greedy(job: Job, actors: Actors, iteration: int, split: Split, at: str) -> list[Group]:
+    sampling = Sampling(f"evaluation_{iteration:04d}{at}_{split}_greedy", 0.0, 1)
     unscored = Actors(job, actors.policy, None)
     return gather_groups(rollout(job, unscored, split_queries(job, split), sampling))
 

@@ -31,13 +31,8 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
 
     while (now := next_interval(job, method, position)) is not None:
         with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
-            if position.step == 0:
-                if warmup_weights is not None:
-                    policy.load_weights(warmup_weights)
-                if not method.inherit_optimizer:
-                    policy.reset_optimizer()
-                if now.sweep:
-                    position.temperature = tune_temperature(job, actors, now.number)
+            if position.step == 0 and now.sweep:
+                position.temperature = tune_temperature(job, actors, now.number)
             if job.config.evolve.method == "sft":
                 examples = gold_examples(job, now)
             else:
@@ -45,10 +40,17 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
                 if position.step == 0:
                     check_log_probs(job, policy.model, now, groups, position.temperature)
                 examples = choose(job, now, groups)  # select
+            if position.step == 0 and examples:
+                if warmup_weights is not None:  # the present policy generated; training starts over
+                    policy.load_weights(warmup_weights)
+                if not method.inherit_optimizer:
+                    policy.reset_optimizer()
         improve(job, policy, examples, position)
         measure(job, actors, position)
         position.begin_next_iteration()
         save(job, policy, "evolve", position)
+    if not _is_measured(job, position.iteration - 1):
+        measure_exploration(job, actors, "evolve", position.iteration - 1)
     return position
 
 
@@ -76,7 +78,12 @@ def improve(job: Job, policy: Trainer, examples: list[TrainGroup], position: Pos
 
 def measure(job: Job, actors: Actors, position: Position) -> None:
     """Validation and test measures of the policy after an iteration."""
-    every = job.config.evaluation.every
-    if every and position.iteration % every == 0:
+    if _is_measured(job, position.iteration):
         measure_exploration(job, actors, "evolve", position.iteration)
     measure_greedy(job, actors, "evolve", position.iteration, "test")
+
+
+def _is_measured(job: Job, iteration: int) -> bool:
+    """Whether the exploration measures are due after this iteration (0: the start, which always has them)."""
+    every = job.config.evaluation.every
+    return iteration == 0 or bool(every) and iteration % every == 0

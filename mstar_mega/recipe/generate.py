@@ -100,10 +100,11 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group
     Raises ValueError with the gap and what it means.
     """
     settings = job.config.generation
+    temperature = temperature if temperature is not None else job.config.temperature.value
     limit = settings.log_prob_gap_limit
     if limit is None:
-        limit = 1e-3 if job.config.model.precision == "float32" else 0.5
-    temperature = temperature if temperature is not None else job.config.temperature.value
+        # bfloat16 rounds logits, and a low temperature spreads them: what is rounding at 1 is more below.
+        limit = 1e-3 if job.config.model.precision == "float32" else 0.5 / min(1.0, temperature)
     chosen = [group for group in groups if group.responses][: settings.log_prob_gap_queries]
     gaps = torch.cat([torch.zeros(0), *(_gaps(job, policy, group, temperature) for group in chosen)]).double()
     largest = torch.tensor(float(gaps.max()) if gaps.numel() else 0.0, dtype=torch.float64)

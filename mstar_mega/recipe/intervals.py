@@ -40,7 +40,7 @@ def next_interval(job: Job, method: ResolvedMethod, position: Position) -> Inter
     number = position.iteration
     if settings.max_steps and position.total_steps >= settings.max_steps:
         return None
-    if settings.passes and number > math.ceil(settings.passes * per_pass):
+    if settings.passes and number > math.ceil(settings.passes * per_pass - 1e-9):
         return None
     if position.barren >= per_pass:
         job.say(
@@ -54,7 +54,7 @@ def next_interval(job: Job, method: ResolvedMethod, position: Position) -> Inter
         _share(job.task.unlabelled, number, per_pass, (job.config.seed, "unlabelled"))
         if _unlabelled_join(job, position, per_pass)
         else [],
-        (number - 1) % job.config.temperature.every == 0,
+        settings.method != "sft" and (number - 1) % job.config.temperature.every == 0,
     )
 
 

@@ -92,9 +92,8 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
 
 def needs_prm(config: Config) -> bool:
     """Whether any setting uses process scores."""
-    return (
-        config.evolve.method != "sft"
-        and config.selection.rule in ("top_k", "threshold")
+    return config.evolve.method != "sft" and (
+        config.selection.rule in ("top_k", "threshold")
         or config.temperature.mode == "reward_pass_at_k"
         or config.prompts.unlabelled == "voting"
     )
@@ -114,10 +113,12 @@ def evaluate(config: Config) -> None:
     with open_job(config) as job, job.quiet(True):
         policy, position = _newest_policy(job)
         actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
+        at = f"_step_{position.step:06d}" if position.step else ""
+        done = position.iteration if at else position.iteration - 1
         for split in ("validation", "test"):
-            accuracy = measure_greedy(job, actors, "evaluate", position.iteration - 1, split)
+            accuracy = measure_greedy(job, actors, "evaluate", done, split, at)
             job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
-        result = measure_exploration(job, actors, "evaluate", position.iteration - 1)
+        result = measure_exploration(job, actors, "evaluate", done, at)
         job.progress.say(f"validation: Pass@{result.k} {100 * (result.pass_at_k or 0.0):.1f}%")
         if result.reward_pass_at_k is not None:
             job.progress.say(f"validation: Reward-Pass@{result.reward_k} {100 * result.reward_pass_at_k:.1f}%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 
@@ -42,7 +43,8 @@ def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
             fit(job, trainer, "prm", batches, position)
             position.finished = True
             save(job, trainer, "prm", position)
-        del trainer  # its gradients and moments go with it; what is used from here on is what was saved
+        del trainer  # what is used from here on is what was saved
+        gc.collect()  # gradients and moments hang on hooks that refer to each other
         prm = load_prm(job, policy)
         assert prm is not None, "just saved"
         _measure(job, prm, held_out)
@@ -70,7 +72,7 @@ def _batches(job: Job, groups: Sequence[Group]) -> list[list[TrainGroup]]:
     batches: list[list[TrainGroup]] = []
     for epoch in range(math.ceil(settings.epochs)):
         cut = split_into_steps(examples, settings.optimizer.batch_size, (job.config.seed, "prm", epoch))
-        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch))]
+        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch) - 1e-9)]
     return batches
 
 

@@ -19,7 +19,7 @@ def warmup_steps(job: Job) -> list[list[TrainGroup]]:
     batches: list[list[TrainGroup]] = []
     for epoch in range(math.ceil(settings.epochs)):
         cut = split_into_steps(groups, settings.optimizer.batch_size, (job.config.seed, "warmup", epoch))
-        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch))]
+        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch) - 1e-9)]
     return batches
 
 

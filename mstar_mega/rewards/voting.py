@@ -29,7 +29,7 @@ def _winner(
     """The first response of the candidate with the largest summed weight; ties: more votes, then first seen."""
     candidates: dict[str, list[Response]] = {}
     for response in sorted(responses, key=lambda response: response.index):
-        if response.answer is not None:
+        if response.answer is not None and not response.truncated:  # cut off inside its answer, perhaps
             candidates.setdefault(answer_key(response.answer, choices), []).append(response)
     if not candidates:
         return None

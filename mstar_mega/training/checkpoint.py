@@ -62,7 +62,7 @@ def sharded_training_state(model: Any, optimizer: Any) -> dict[str, Any]:
     states = optimizer.sharded_state_dict(weights)
     if has_step:
         # megatron leaves out a step of zero, without which torch's Adam cannot be loaded.
-        states.get("optimizer", states)["state"].setdefault("common_step", torch.tensor(0.0))
+        states.get("optimizer", states)["state"].setdefault("common_step", torch.tensor(0.0, device="cpu"))
     return {"model": weights, "optimizer": states}
 
 
@@ -84,7 +84,7 @@ def ensure_adam_state(optimizer: Any) -> bool:
         state = adam.state[parameter]
         if not state:
             if has_step:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter.data)
             state["exp_avg_sq"] = torch.zeros_like(parameter.data)
     return has_step

@@ -56,6 +56,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.prompt_of = model, config, prompt_of
         self._total_steps = total_steps
+        self.optimizer: Any = None
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
         )
@@ -66,6 +67,7 @@ class Trainer:
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and restart the schedule."""
         config = self.config
+        before = _full_precision_weights(self.optimizer)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -83,6 +85,9 @@ class Trainer:
             [self.wrapped],
             use_gloo_process_groups=False,
         )
+        # bfloat16 weights alone would forget what is smaller than their spacing.
+        for old, new in zip(before, _full_precision_weights(self.optimizer), strict=bool(before)):
+            new.data.copy_(old.data)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -147,6 +152,9 @@ class Trainer:
     def load_state(self, state: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Continue from a state read through :meth:`sharded_state` and the schedule saved with it."""
         restore_training_state(self.model, self.optimizer, state)
+        config = self.config
+        for group in self.optimizer.param_groups:  # the settings rule, as for the schedule
+            group.update(max_lr=config.lr, min_lr=config.min_lr, betas=(config.beta1, config.beta2), eps=config.eps)
         self.scheduler.num_steps = 0  # megatron adds the loaded count to the present one
         self.scheduler.load_state_dict(scheduler)
 
@@ -158,6 +166,13 @@ class Trainer:
     def copy_weights(self) -> dict[str, Any]:
         """A copy of this rank's weights, for :meth:`load_weights`."""
         return {name: value.clone() for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
+
+
+def _full_precision_weights(optimizer: Any) -> list[Tensor]:
+    """The float32 copies that a mixed-precision optimizer trains; none in float32."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    groups = [group for part in parts for group in getattr(part, "fp32_from_float16_groups", [])]
+    return [weight for group in groups for weight in group]
 
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -109,7 +109,8 @@ class InternVL2:
         if len(tiles) > 1:
             tiles.append(picture.resize((S, S), Image.Resampling.BICUBIC))
         x = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).float() / 255
-        return (x - torch.tensor(IMAGE_MEAN)[:, None, None]) / torch.tensor(IMAGE_STD)[:, None, None]
+        mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+        return (x - mean) / std
 
     def _turn(self, role: str, content: list[int]) -> list[int]:
         return [self._start, *self.tokenizer.encode(f"{role}\n"), *content]
