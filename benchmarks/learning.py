@@ -66,7 +66,10 @@ def run_method(key: str, seed: int, options: argparse.Namespace) -> dict[str, An
             launch("warmup", warm, options.config, seed, options.nproc, ())
             (warm / "done").touch()
         if not directory.exists():
-            shutil.copytree(warm, directory)
+            part = base / f".{directory.name}.part"  # an interrupted copy must not be taken for a run
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(warm, part)
+            part.rename(directory)
         extra = ("--run.allow_changed_settings=true", f"--data.dir={warm / 'data'}", *METHODS[key].arguments)
         launch("evolve", directory, options.config, seed, options.nproc, extra)
     return json.loads((directory / "summary.json").read_text())

@@ -18,6 +18,9 @@ from mstar_mega.platform.files import DISK_FULL
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
 _USER_OS_ERRORS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(_one_line(error))
         return USER_ERROR
+    except KeyboardInterrupt:
+        _report("interrupted. The same command goes on from what is finished")
+        return INTERRUPTED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -83,6 +89,8 @@ def _generate(name: str, rest: list[str]) -> None:
     options, config = _config_of_run(parser, rest)
     if options.responses < 1:
         raise ValueError(f"--responses is {options.responses}: it must be at least 1")
+    if not options.question.strip():
+        raise ValueError("--question is empty: it must say what is asked")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature is {options.temperature}: it must be a finite number of at least 0")
     for image in options.image:
@@ -108,7 +116,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
-    "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),
+    "evaluate": ("Measure the policy of a run directory on its validation and test queries.", _evaluate),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "report": ("Rebuild report.html of a run directory.", _report_page),
 }
@@ -166,6 +174,8 @@ def _report(message: str) -> None:
 
 def _one_line(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.errno and not error.filename else str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL and "disk is full" not in str(text):
+        text = f"the disk is full ({text}). Free some space and give the same command again"
     return " ".join(str(text).split()) or type(error).__name__
 
 

@@ -148,7 +148,8 @@ class EvolveConfig:
     max_steps: int = 10_000
     """Optimizer steps in total, the warm-up's included; 0: no limit."""
     passes: float = 0.0
-    """Passes over the labelled queries; 0: no limit. The run ends at whichever limit comes first."""
+    """Passes over the labelled queries, up to whole iterations; 0: no limit. The run ends at whichever limit comes
+    first."""
 
 
 @dataclass
@@ -160,6 +161,8 @@ class SelectionConfig:
     """For top_k (by process score) and random_k."""
     threshold: float = 0.5
     """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
+    distinct: bool = False
+    """Count responses of a query with the same tokens once (the paper is silent)."""
 
 
 @dataclass
@@ -211,7 +214,7 @@ class GenerationConfig:
     log_prob_gap_limit: float | None = None
     """Stop above this gap between generating and training log-probs; None: 1e-3 in float32, 0.5 in bfloat16."""
     log_prob_gap_queries: int = 8
-    """Queries per iteration whose responses are scored again by the training forward."""
+    """Queries per iteration and model copy whose responses are scored again by the training forward; 0: none."""
 
 
 @dataclass

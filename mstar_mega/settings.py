@@ -27,6 +27,7 @@ from mstar_mega.config import Config
 
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
+_MEND = "restore it, or delete it and give the same command again, which writes it anew from the command's settings"
 
 _FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.")
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
@@ -220,9 +221,9 @@ def load(path: str | Path) -> Config:
     """The settings of a run directory (or of its ``config.yaml``). Raises ValueError when missing or damaged."""
     file = Path(path)
     file = file / "config.yaml" if file.is_dir() else file
+    if file.exists() and not file.read_bytes().endswith(END_OF_FILE.encode()):
+        raise ValueError(f"{file} is cut off (its last line is not '...'): {_MEND}")
     flat = _read(file)
-    if not file.read_text(encoding="utf-8").endswith(END_OF_FILE):
-        raise ValueError(f"{file} is cut off (its last line is not '...'): restore it, or start a new run directory")
     parser = _parser("mstar", None)
     values = parser.parse_object(_typed(parser, flat, f"in {file}"))
     return _build(Config(), "", values, f"in {file}")

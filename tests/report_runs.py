@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from mstar_mega.data.records import write_groups
+from mstar_mega.data.records import write_groups, write_selected
 from mstar_mega.data.types import Group, ImageRef, Query, Response, Step
 from mstar_mega.report.metrics import MetricsLog
 
@@ -33,12 +33,12 @@ def write_rollouts(run_dir: Path, iteration: int, queries: int, block: int = 5, 
         image = write_image(run_dir / "images" / f"{iteration}-{i}.png")
         query = Query(f"q-{iteration}-{i}", f"What is the sum? {NASTY}", (image,), "5", kind="sum")
         responses = [response(0, True, 0.9, text), response(1, False, 0.4, text), response(2, False, None, text)]
-        responses[0].selected = True
         groups.append(Group(query, responses))
     directory = run_dir / "rollouts" / f"iteration_{iteration:04d}"
     directory.mkdir(parents=True)
     for number_, start in enumerate(range(0, queries, block)):
         write_groups(directory / f"block_{number_:05d}.jsonl", groups[start : start + block])
+    write_selected(directory, [{group.query.id: [0] for group in groups}])
 
 
 def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy: float, **more: Any) -> None:

@@ -312,7 +312,7 @@ def test_a_full_disk_stops_the_job_and_costs_nothing_that_was_done(
     first = start(run_dir, "--data.warmup_examples", "40")
     assert first.wait() == 2, first.output
     (message,) = [line for line in first.output.splitlines() if line.startswith("mstar: error: ")]
-    assert "disk is full" in message or "No space left" in message or "bytes were free on the disk" in message
+    assert "disk is full" in message
     kept = checkpoints(run_dir, "warmup")
     assert bool(kept) == (size == "14m"), (kept, message)
     assert not list(run_dir.rglob("checkpoints/*/.*"))

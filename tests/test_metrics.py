@@ -78,10 +78,15 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "run"}\n' + bad + b'\n{"event": "stage"}\n')
     before = path.read_bytes()
-    for read in (read_metrics, MetricsLog):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-            read(path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)
     assert path.read_bytes() == before
+    log = MetricsLog(path)
+    assert len(log.damage) == 1 and "metrics.jsonl, line 2" in log.damage[0]
+    assert [event["event"] for event in read_metrics(path)] == ["run", "damaged", "stage"] and log.position() == 3
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+    log.close()
+    assert MetricsLog(path).damage == [], "told once"
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:

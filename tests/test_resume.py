@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,6 +31,10 @@ from jobs import (
     outcome,
 )
 from parallel import run_parallel
+
+from mstar_mega.report.metrics import read_metrics
+from mstar_mega.report.samples import collect_samples
+from mstar_mega.report.summary import load_run
 
 EXHAUSTIVE = int(os.environ.get("MSTAR_RESUME_ROUNDS", "0"))
 """Further rounds of kills at random times, for each number of processes."""
@@ -156,12 +161,15 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, whole: Callable[[in
     go_back(run_dir, "evolve", "iteration_0001_step_000004")
     output = finish(run_dir, 2)
     assert "Resuming" in output and "WARNING" not in output, output  # iteration 1's responses are taken as they are
-    events = events_of(run_dir)
-    names = [(event["event"], event.get("stage"), event.get("iteration"), event.get("step")) for event in events]
-    assert names == [
-        (event["event"], event.get("stage"), event.get("iteration"), event.get("step")) for event in events_of(whole(1))
-    ]
-    assert json.loads((run_dir / "summary.json").read_text())["accuracy"]["final"] is not None
+
+    def names(run_dir: Path) -> list[tuple[Any, ...]]:
+        keys = ("event", "stage", "iteration", "step")
+        return [tuple(map(event.get, keys)) for event in events_of(run_dir) if event["event"] != "run"]
+
+    assert names(run_dir) == names(whole(1))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["accuracy"]["final"] is not None
+    assert summary["parallel"] == {"tensor": 1, "pipeline": 1, "data": 2}, "of the newest start"
 
 
 def test_a_method_that_starts_over_resumes_too(tmp_path: Path, whole: Callable[[int], Path]) -> None:
@@ -288,18 +296,32 @@ def test_only_what_is_needed_is_kept(tmp_path: Path, whole: Callable[[int], Path
     assert checkpoints(run_dir, "evolve") == ["iteration_0003_step_000000"]
 
 
-def test_a_damaged_line_in_the_log_stops_the_run(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+def test_a_damaged_line_in_the_log_is_named_and_costs_no_work(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     run_dir = copy_run(whole(1), tmp_path / "run")
     log = run_dir / "metrics.jsonl"
     content = log.read_bytes()
     lines = content.split(b"\n")
     log.write_bytes(b"\n".join([*lines[:6], lines[6][:20], *lines[7:]]))
     job = Job(run_dir)
-    assert job.wait() == 2
-    assert f"{log}, line 7: not JSON" in job.output and "Traceback" not in job.output
-    log.write_bytes(content)
+    assert job.wait() == 0
+    assert f"{log}, line 7: not JSON" in job.output and "everything is done already" in job.output
+    events, before = read_metrics(log), [json.loads(line) for line in lines[:-1]]
+    assert events.pop(6)["event"] == "damaged" and events == before[:6] + before[7:]
+
+
+def test_selected_responses_and_times_outlive_a_resume(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    run_dir = copy_run(whole(1), tmp_path / "run")
+    first = json.loads((run_dir / "summary.json").read_text())
+    shutil.rmtree(run_dir / "checkpoints" / "evolve")
     finish(run_dir)
-    assert_equal(run_dir, whole(1))
+    again = json.loads((run_dir / "summary.json").read_text())
+    for phase in ("annotate", "generate", "score", "temperature"):
+        assert again["seconds"][phase] >= 0.9 * first["seconds"][phase], f"{phase} was not sampled again, but read back"
+    run = load_run(run_dir)
+    run.settings["report"]["samples_per_iteration"] = 1000
+    samples = collect_samples(run).iterations
+    shown = [r["selected"] for i in samples for query in i["queries"] for r in query["responses"]]
+    assert sum(shown) == again["responses_selected"] > 0
 
 
 def test_a_log_that_was_cut_is_told(tmp_path: Path, whole: Callable[[int], Path]) -> None:

@@ -34,6 +34,16 @@ def test_selection_rules() -> None:
     assert picked(make_group([make_response(0, 0.5, False)]), "top_k") == []
 
 
+def test_distinct_counts_equal_responses_once() -> None:
+    responses = [make_response(i, score, True) for i, score in enumerate((0.3, 0.9, 0.9, 0.5))]
+    for response, tokens in zip(responses, ([1], [2], [2], [3]), strict=True):
+        response.tokens = tokens
+    cases = [("top_k", False, [1, 2]), ("top_k", True, [1, 3]), ("all_correct", True, [0, 1, 3])]
+    for rule, distinct, expected in cases:
+        config = SelectionConfig(rule, 2, distinct=distinct)  # type: ignore[arg-type]
+        assert [response.index for response in select(make_group(responses), config, 0)] == expected
+
+
 def test_random_k_depends_on_seed_query_and_index_only() -> None:
     responses = [make_response(i, correct=i % 3 != 0) for i in range(16)]
     first = picked(make_group(responses, "q1"), "random_k")

@@ -1,6 +1,6 @@
 """Groups on disk: JSON lines behind a header that tells a whole file from a damaged one.
 
-    {"format": "mstar-groups", "version": 1, "groups": 2, "sha256": "<of every byte after this line>"}
+    {"format": "mstar-groups", "version": 1, "groups": 2, "seconds": {}, "sha256": "<of every byte after this line>"}
     {"query": {...}, "responses": [...]}
     {"query": {...}, "responses": [...]}
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ class DamagedFileError(ValueError):
     """A file that is cut off, altered or not what it should be; the message names it and what is wrong."""
 
 
-def write_groups(path: str | Path, groups: Sequence[Group]) -> None:
-    """Write ``groups`` atomically. Raises OSError (a full disk names the path and leaves an earlier file intact)."""
+def write_groups(path: str | Path, groups: Sequence[Group], seconds: Mapping[str, float] | None = None) -> None:
+    """Write ``groups`` atomically. Raises OSError (a full disk names the path and leaves an earlier file intact).
+
+    ``seconds``: what making them took, by phase; see :func:`read_seconds`.
+    """
     # vars() gives the same objects as dataclasses.asdict without its deep copy of every token: three times as fast.
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=vars).encode
     body = "".join(f"{encode(group)}\n" for group in groups).encode("utf-8")
@@ -35,6 +38,7 @@ def write_groups(path: str | Path, groups: Sequence[Group]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "groups": len(groups),
+        "seconds": dict(seconds or {}),
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     write_bytes_atomic(path, f"{json.dumps(header)}\n".encode() + body)
@@ -51,6 +55,37 @@ def read_groups(path: str | Path) -> list[Group]:
     if len(groups) != count:
         raise DamagedFileError(f"{path}: the header announces {count} groups, {len(groups)} are there; delete it")
     return groups
+
+
+def read_seconds(path: str | Path) -> dict[str, float]:
+    """What making a file's groups took, by phase. Raises as :func:`read_groups`; the groups are not read."""
+    with open(path, "rb") as file:
+        seconds = _header(Path(path), file.readline()).get("seconds")
+    return seconds if isinstance(seconds, dict) else {}
+
+
+SELECTED = "selected.json"
+"""Beside an iteration's blocks: which responses of each query were selected. The blocks are older than the choice."""
+
+
+def write_selected(directory: Path, parts: Sequence[Mapping[str, Sequence[int]]]) -> None:
+    """Write the sample indices of every query's selected responses, given in parts (one a rank), atomically."""
+    merged = {id: list(indices) for part in parts for id, indices in part.items()}
+    write_bytes_atomic(directory / SELECTED, json.dumps(merged, ensure_ascii=False).encode("utf-8"))
+
+
+def read_selected(directory: Path) -> dict[str, list[int]]:
+    """What :func:`write_selected` wrote; empty before the selection. Raises DamagedFileError."""
+    path = directory / SELECTED
+    try:
+        selected = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        selected = None
+    if not isinstance(selected, dict):
+        raise DamagedFileError(f"{path} is cut off or altered; the selected responses cannot be shown")
+    return selected
 
 
 def is_complete(path: str | Path) -> bool:

@@ -9,8 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk and of an exhausted quota."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, of an exhausted quota and of a limit on a file's size."""
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -59,6 +59,20 @@ def free_bytes(path: str | Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def is_full(directory: Path, size: int) -> bool:
+    """Whether a file of ``size`` bytes finds no room in ``directory`` (the disk, a quota, a limit on file sizes)."""
+    probe = directory / f".probe.{os.getpid()}.tmp"
+    try:
+        with open(probe, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+    except OSError as error:
+        return error.errno in DISK_FULL
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return False
 
 
 def _sync_directory(directory: Path) -> None:

@@ -9,6 +9,8 @@ _NORMAL_WARNINGS = (
     r"Transformer Engine and Apex are not installed\. Falling back to",
     r"Apex is not installed\. Falling back to Torch Norm",
     r"full scope is deprecated\. Use empty cuda_graph_scope",
+    # megatron-core 0.16 calls collectives by the names that torch 2.13 replaces.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     r"When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 

@@ -25,7 +25,7 @@ Beginning = tuple[int, ...]
 def annotate(job: Job, actors: Actors) -> list[Group]:
     """Step labels for this rank's share of the annotated queries, from disk where they are finished."""
     with job.stage("annotate"):
-        timer = Timer()
+        timer = Timer(job)
         groups = in_blocks(
             job,
             _queries(job, job.config.annotate),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mstar_mega.data.records import write_selected
 from mstar_mega.data.types import Group
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import all_gather_objects
 from mstar_mega.recipe.context import Job
+from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
 from mstar_mega.rewards.selection import SelectionSummary, select
@@ -19,15 +21,19 @@ def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]
     settings = job.config.selection
     summary = SelectionSummary()
     examples: list[TrainGroup] = []
+    indices: dict[str, list[int]] = {}
     for group in groups:
         selected = select(group, settings, key_of(job.config.seed, "select", now.number))
         summary.add(group)
         if selected:
             examples.append(TrainGroup(group.query, [response.tokens for response in selected]))
-    everyone = all_gather_objects((examples, summary))
+            indices[group.query.id] = [response.index for response in selected]
+    everyone = all_gather_objects((examples, summary, indices))
     total = SelectionSummary()
-    for _, part in everyone:
+    for _, part, _ in everyone:
         total.merge(part)
+    if job.layout.is_main:
+        write_selected(job.rollouts / iteration_directory(now.number), [part for *_, part in everyone])
     job.log(
         "selection",
         iteration=now.number,
@@ -38,7 +44,7 @@ def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]
     )
     if not total.selected:
         job.say(f"   iteration {now.number}: NO RESPONSE SELECTED, nothing is trained in this iteration")
-    return [example for part, _ in everyone for example in part]
+    return [example for part, *_ in everyone for example in part]
 
 
 def gold_examples(job: Job, now: Interval) -> list[TrainGroup]:

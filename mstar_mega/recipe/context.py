@@ -39,6 +39,12 @@ class Job:
     """Queries of the data that no stage sees."""
     muted: bool = False
     """True while a resumed run passes through what an earlier one already logged."""
+    recovered_seconds: float = 0.0
+    """Time that blocks of an earlier start, read back from disk, took when they were made: see :class:`Timer`."""
+    score_seconds: float = 0.0
+    """Time spent in the PRM, that of such blocks included."""
+    counted_blocks: set[Path] = field(default_factory=set)
+    """Blocks whose time is counted already."""
 
     @property
     def checkpoints(self) -> Path:
@@ -90,11 +96,12 @@ class Job:
 
 
 class Timer:
-    """Seconds since its construction."""
+    """Seconds of work since its construction; work that was read back from disk counts with what it took then."""
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._started = time.monotonic() + job.recovered_seconds
 
     @property
     def seconds(self) -> float:
-        return round(time.monotonic() - self._started, 3)
+        return round(time.monotonic() - self._started + self._job.recovered_seconds, 3)

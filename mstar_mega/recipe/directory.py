@@ -43,17 +43,19 @@ def on_main(is_main: bool, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def run_directory(config: Config, is_main: bool) -> Iterator[Path]:
+def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterator[Path]:
     """The run directory, made or checked, and held against other jobs while the context lasts. Collective.
 
-    Raises ValueError, on every rank, when it cannot be used, is in use, or was made with other settings.
+    ``trains``: the job goes on with the run, so its settings must be the run's, and are noted; a job that only looks at
+    the policy may have others. Raises ValueError, on every rank, when the directory cannot be used, is in use, or was
+    made with other settings.
     """
     directory = Path(config.run.dir)
     descriptor = -1
 
     def take() -> None:
         nonlocal descriptor
-        descriptor = _take(config, directory)
+        descriptor = _take(config, directory, trains)
 
     try:
         on_main(is_main, take)
@@ -63,7 +65,7 @@ def run_directory(config: Config, is_main: bool) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _take(config: Config, directory: Path) -> int:
+def _take(config: Config, directory: Path, trains: bool) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -71,7 +73,8 @@ def _take(config: Config, directory: Path) -> int:
         raise ValueError(f"run.dir {directory} cannot be used: {error.strerror}. Choose another --run.dir") from error
     try:
         _lock(directory, descriptor)
-        _check_settings(config, directory)
+        if trains:
+            _check_settings(config, directory)
         _remove_leftovers(directory)
     except BaseException:
         os.close(descriptor)

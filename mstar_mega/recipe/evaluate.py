@@ -22,7 +22,7 @@ def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: 
 
     ``at`` sets apart a policy inside its iteration (see :func:`measure_exploration`).
     """
-    timer = Timer()
+    timer = Timer(job)
     groups = _greedy(job, actors, iteration, split, at)
     accuracy = greedy_accuracy(groups)
     job.log("evaluation", **_greedy_fields(stage, iteration, split, groups), seconds=timer.seconds)
@@ -36,7 +36,7 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
 
     ``at`` becomes part of the responses' directory, so that a policy inside its iteration leaves those of others alone.
     """
-    timer = Timer()
+    timer = Timer(job)
     settings = job.config.evaluation
     greedy = _greedy(job, actors, iteration, "validation", at)
     sampling = Sampling(f"evaluation_{iteration:04d}{at}_validation_sampled", 1.0, settings.k)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.choose import choose, gold_examples
-from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.fit import Position, fit, restore, save
 from mstar_mega.recipe.generate import check_log_probs, generate
@@ -57,7 +57,6 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
 def improve(job: Job, policy: Trainer, examples: list[TrainGroup], position: Position) -> None:
     """Train on the selected responses, within the step budget."""
     settings = job.config.evolve
-    timer = Timer()
     batches: list[list[TrainGroup]] = []
     for epoch in range(settings.epochs):
         key = (job.config.seed, "improve", position.iteration, epoch)
@@ -72,7 +71,7 @@ def improve(job: Job, policy: Trainer, examples: list[TrainGroup], position: Pos
         steps=len(batches),
         loss=loss,
         total_steps=position.total_steps,
-        seconds=timer.seconds,
+        seconds=round(position.seconds, 3),
     )
 
 

@@ -41,11 +41,13 @@ class Position:
     """Fingerprint of the policy and the PRM at this iteration's start, which drew and scored its responses."""
     loss_sum: float = 0.0
     """Sum of the losses of this iteration's steps so far."""
+    seconds: float = 0.0
+    """What these steps took."""
     finished: bool = False
 
     def begin_next_iteration(self) -> None:
         """To step 0 of the iteration after this one."""
-        self.iteration, self.step, self.loss_sum, self.drawn_by = self.iteration + 1, 0, 0.0, ""
+        self.iteration, self.step, self.loss_sum, self.seconds, self.drawn_by = self.iteration + 1, 0, 0.0, 0.0, ""
 
 
 def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
@@ -153,7 +155,7 @@ def fit(
     every = job.config.run.checkpoint_every_steps
     with job.progress.task(f"train {stage}", len(batches), "steps", done=position.step) as task:
         for batch in batches[position.step :]:
-            timer = Timer()
+            timer = Timer(job)
             try:
                 stats = trainer.step(batch)
             except NonFiniteLossError as error:
@@ -169,6 +171,7 @@ def fit(
             position.step += 1
             position.total_steps += 1
             position.loss_sum += stats.loss
+            position.seconds += timer.seconds
             iteration = position.iteration if stage == "evolve" else None
             fields = {"iteration": iteration, "step": position.total_steps, **asdict(stats), "seconds": timer.seconds}
             job.log("step", stage=stage, **fields)

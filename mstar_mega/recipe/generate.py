@@ -38,8 +38,7 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> lis
     Notes in ``position`` who draws them. Resumed inside the iteration, the responses are those on disk.
     """
     position.drawn_by = position.drawn_by if position.step else actors.fingerprint()
-    timer = Timer()
-    actors.score_seconds = 0.0
+    timer, score_before = Timer(job), job.score_seconds
     sampling = iteration_sampling(job, now.number, position.temperature)
     temperature = sampling.temperature
     groups = rollout(job, actors, now.queries, sampling, position.drawn_by)
@@ -58,7 +57,7 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> lis
     )
     whole = {name: int(value) for name, value in sorted(counts.items()) if not name.startswith("checker ")}
     checker = {n.removeprefix("checker "): int(v) for n, v in sorted(counts.items()) if n.startswith("checker ")}
-    score_seconds = round(actors.score_seconds, 3)
+    score_seconds = round(job.score_seconds - score_before, 3)
     job.log(
         "generation",
         iteration=now.number,

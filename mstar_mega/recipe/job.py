@@ -33,6 +33,8 @@ from mstar_mega.report.progress import Progress
 from mstar_mega.report.summary import write_summary
 from mstar_mega.report.tensorboard import TensorBoardLog
 from mstar_mega.rewards.checker import AnswerChecker
+from mstar_mega.settings import differences, load
+from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.trainer import Trainer
 
 
@@ -47,8 +49,8 @@ def run(config: Config, until: str | None = None) -> None:
             on_main(job.layout.is_main, lambda: job.metrics.rewind(standing.logged))
             if standing.logged:
                 job.say(f"Resuming {job.dir} in stage {standing.stage}")
-            _log_start(job, standing.logged == 0)
-            timer = Timer()
+            _log_start(job)
+            timer = Timer(job)
             run_stages(job, reached, until)
             if until is None:
                 job.log("stage", stage="total", seconds=timer.seconds)
@@ -59,7 +61,9 @@ def run(config: Config, until: str | None = None) -> None:
 def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
     """Nothing is left to do, so the log must stay as it is."""
     if until is not None:
-        return STAGES.index(standing.stage) > (1 if until == "prm" else 0)
+        # A later stage says nothing of these two: SFT needs neither.
+        reached = find_checkpoints(job.checkpoints / "prm") if until in ("annotate", "prm") else True
+        return broadcast_object(bool(reached)) and STAGES.index(standing.stage) > (1 if until == "prm" else 0)
     ended = job.metrics.position_after(lambda event: event["event"] == "stage" and event.get("stage") == "total")
     if not broadcast_object(0 < ended == job.metrics.position()) or standing.stage != "evolve":
         return False
@@ -70,6 +74,8 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 def run_stages(job: Job, reached: int, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
     policy = _policy(job)
+    if until is None:
+        _check_budget(job)
     with job.quiet(reached > 0):
         steps = warmup(job, policy).total_steps
     if until == "warmup":
@@ -88,6 +94,16 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
         budget = job.config.evolve.max_steps  # includes the warm-up's steps
         policy.reconfigure(job.config.evolve.optimizer, max(0, budget - steps))
         evolve(job, policy, prm, steps)
+
+
+def _check_budget(job: Job) -> None:
+    """Raise ValueError where the warm-up alone would use up the step budget."""
+    budget, steps = job.config.evolve.max_steps, len(warmup_steps(job))
+    if 0 < budget <= steps:
+        raise ValueError(
+            f"evolve.max_steps {budget} includes the warm-up's {steps} steps, so nothing is left to evolve with; use "
+            f"more than {steps}, or 0 and evolve.passes"
+        )
 
 
 def needs_prm(config: Config) -> bool:
@@ -109,12 +125,16 @@ def finish(job: Job) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Measure the newest policy of a run directory on its validation and test queries, and print the figures."""
-    with open_job(config) as job, job.quiet(True):
+    """Measure the newest policy of a run directory on its validation and test queries, and print the figures.
+
+    With other settings than the run's the responses get directories of their own.
+    """
+    with open_job(config, trains=False) as job, job.quiet(True):
         policy, position = _newest_policy(job)
         actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
         at = f"_step_{position.step:06d}" if position.step else ""
         done = position.iteration if at else position.iteration - 1
+        at += "_changed" if differences(load(job.dir), config) else ""
         for split in ("validation", "test"):
             accuracy = measure_greedy(job, actors, "evaluate", done, split, at)
             job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
@@ -126,7 +146,7 @@ def evaluate(config: Config) -> None:
 
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
     """Print sampled responses of a run's newest policy to a question about images."""
-    with open_job(config) as job, job.quiet(True):
+    with open_job(config, trains=False) as job, job.quiet(True):
         policy, _ = _newest_policy(job)
         actors = Actors(job, policy, None)
         refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
@@ -139,14 +159,17 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 
 
 @contextmanager
-def open_job(config: Config) -> Iterator[Job]:
-    """Join the process group, take the run directory and prepare the queries; close everything in the end."""
+def open_job(config: Config, trains: bool = True) -> Iterator[Job]:
+    """Join the process group, take the run directory and prepare the queries; close everything in the end.
+
+    ``trains``: see :func:`run_directory`.
+    """
     distributed.initialize(config.parallel, config.seed)
     place = distributed.layout()
     family = build_family(config)
     check_divisible(config, family.vision, family.language)
     with ExitStack() as stack:
-        directory = stack.enter_context(run_directory(config, place.is_main))
+        directory = stack.enter_context(run_directory(config, place.is_main, trains))
         metrics: MetricsLog | NullMetrics = NullMetrics()
 
         def open_log() -> None:
@@ -155,21 +178,25 @@ def open_job(config: Config) -> Iterator[Job]:
 
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
+        damage = metrics.damage if isinstance(metrics, MetricsLog) else []
         task, skipped = on_main(place.is_main, lambda: build_task(config, directory))
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
+        for problem in damage[:3]:
+            progress.say(f"WARNING: DAMAGED LOG, that event is lost: {problem}. The log as it was is beside it")
         yield Job(config, directory, place, family, task, metrics, progress, checker, skipped)
     distributed.shutdown()
 
 
-def _log_start(job: Job, is_new: bool) -> None:
-    """The first event of a run, and an event for every query that is left out."""
+def _log_start(job: Job) -> None:
+    """The first event of a run and of each start in another layout, and an event for every query that is left out."""
     place = job.layout
-    if is_new:
-        parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
+    parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
+    logged = comparable(read_metrics(job.dir / METRICS_FILE)) if place.is_main else []
+    starts = [event["parallel"] for event in logged if event["event"] == "run"]
+    if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
     events = [{"event": "skipped", **asdict(skipped)} for skipped in job.skipped]
-    logged = comparable(read_metrics(job.dir / METRICS_FILE)) if events and place.is_main else []
     for event in events:
         if event not in logged:  # damaged since an earlier start
             job.log(**event)

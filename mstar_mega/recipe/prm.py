@@ -94,14 +94,18 @@ def _label(share: float | None, hard: bool) -> float:
 
 
 def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
-    """Accuracy and AUC on the steps of held-out queries, against the hard labels."""
+    """Accuracy and AUC on the steps of held-out queries.
+
+    A step counts as good where its label is at least the threshold that its score must reach: the head has learnt
+    the label itself, hard or soft.
+    """
     score_groups(prm, job.family.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
     steps = [step for group in held_out for response in group.responses for step in response.steps]
     scores = [step.score for step in steps if step.score is not None]
-    labels = [int(_label(step.label, hard=True)) for step in steps]
     threshold = 0.5
+    labels = [int(_label(step.label, job.config.prm.labels == "hard") >= threshold) for step in steps]
     quality = {"accuracy": accuracy(scores, labels, threshold), "auc": auc(scores, labels)}
     positive = sum(labels) / max(1, len(labels))
     job.log("prm_quality", **quality, steps=len(steps), positive_share=positive, threshold=threshold)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in quality.items() if value is not None)
-    job.say(f"   PRM on {len(steps)} held-out steps: {shown or 'no steps to measure on'}")
+    job.say(f"   PRM on {len(steps)} held-out steps, {100 * positive:.1f}% good: {shown or 'nothing to measure on'}")

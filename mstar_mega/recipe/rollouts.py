@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mstar_mega.data.records import DamagedFileError, read_groups, write_groups
+from mstar_mega.data.records import DamagedFileError, read_groups, read_seconds, write_groups
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
@@ -51,8 +51,6 @@ class Actors:
         self.engine = Engine(policy, job.family, job.config.generation, job.config.seed)
         self.policy, self.prm = policy, prm
         self._prm_fingerprint = "none" if prm is None else fingerprint(prm)
-        self.score_seconds = 0.0
-        """Time spent in the PRM since it was last set to 0."""
 
     def fingerprint(self) -> str:
         """Names the present weights of policy and PRM. Collective over the model copy."""
@@ -70,11 +68,11 @@ def rollout(
     def make(block: list[Query]) -> list[Group]:
         groups = sample_groups(job, actors.engine, block, sampling)
         if actors.prm is not None:
-            timer = Timer()
+            timer = Timer(job)
             score_groups(
                 actors.prm, job.family.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens
             )
-            actors.score_seconds += timer.seconds
+            job.score_seconds += timer.seconds
         groups = [_with_answer(job, group) for group in groups]
         judge(job, groups)
         return groups
@@ -106,13 +104,25 @@ def in_blocks(
             path = directory / f"block_{b:05d}.jsonl"
             if b in finished:
                 groups += _with_images_of(blocks[b], read_groups(path))
+                _count_time(job, path)
                 continue
+            timer, score_seconds = Timer(job), job.score_seconds
             made = make(blocks[b])
+            job.counted_blocks.add(path)
             if job.writes_files:
-                write_groups(path, made)
+                write_groups(path, made, {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)})
             groups += made
             task.advance(1)
     return groups
+
+
+def _count_time(job: Job, path: Path) -> None:
+    """Count what a block of an earlier start took, once."""
+    if path not in job.counted_blocks:
+        job.counted_blocks.add(path)
+        seconds = read_seconds(path)
+        job.recovered_seconds += seconds.get("all", 0.0)
+        job.score_seconds += seconds.get("score", 0.0)
 
 
 def all_on_disk(job: Job, queries: Sequence[Query], sampling: Sampling, drawn_by: str) -> bool:
@@ -177,16 +187,29 @@ def _read_origin(directory: Path) -> dict[str, Any] | None:
 
 
 def _finished_blocks(job: Job, directory: Path, blocks: list[list[Query]]) -> set[int]:
-    """Blocks whose file is whole and of these queries. Rank 0 decides for all ranks."""
+    """Blocks whose file is whole and of these very queries. Rank 0 decides for all ranks."""
     finished: set[int] = set()
     for b, block in enumerate(blocks):
         path = directory / f"block_{b:05d}.jsonl"
         try:
-            if path.exists() and [group.query.id for group in read_groups(path)] == [query.id for query in block]:
+            if not path.exists():
+                continue
+            found = [group.query for group in read_groups(path)]
+            if len(found) == len(block) and all(map(_is_same_query, found, block)):
                 finished.add(b)
         except DamagedFileError as error:
             job.warn(f"DAMAGED ROLLOUT FILE, its responses are sampled again: {error}")
     return finished
+
+
+def _is_same_query(found: Query, query: Query) -> bool:
+    """Whether a query on disk is this one, wherever its images lie now and whatever pseudo answer it was given."""
+
+    def content(one: Query) -> Query:
+        images = tuple(replace(image, path="") for image in one.images)
+        return replace(one, images=images, answer=None if query.answer is None else one.answer)
+
+    return content(found) == content(query)
 
 
 def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:

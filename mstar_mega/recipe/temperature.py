@@ -20,7 +20,7 @@ def tune_temperature(job: Job, actors: Actors, iteration: int) -> float:
     settings = job.config.temperature
     if settings.mode == "fixed":
         return settings.value
-    timer = Timer()
+    timer = Timer(job)
     queries = sorted(job.task.validation, key=lambda query: key_of(job.config.seed, "sweep", query.id))
     grid: list[dict[str, float | None]] = []
     criterion: dict[float, list[float]] = {}

@@ -53,7 +53,7 @@ def render(run: Run) -> str:
         "name": escape(run.directory.resolve().name),
         "status": _status(run),
         "facts": _facts(run, summary),
-        "notices": _notices([*run.problems, *samples.problems]),
+        "notices": _notices([*run.problems, *_lost_events(run), *samples.problems]),
         "tiles": _tiles(run, summary),
         "story": escape(" ".join(_story(run, summary))),
         "plots": "".join(_figure(plot) for plot in all_plots(run)) or _empty("No measurements yet."),
@@ -130,6 +130,10 @@ def _last_time(run: Run) -> str:
     if seconds is None or not math.isfinite(seconds):
         return ""
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _lost_events(run: Run) -> list[str]:
+    return [f"an event is lost: {event.get('problem')}" for event in run.of("damaged")]
 
 
 def _notices(problems: Sequence[str]) -> str:

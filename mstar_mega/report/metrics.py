@@ -6,7 +6,8 @@ shares are in [0, 1], durations in seconds. Fields in brackets are optional.
 ===============  =======================================================================================================
 event            fields
 ===============  =======================================================================================================
-run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run
+run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run, and of a start in a layout
+                 other than the last one's
 step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
                  responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
@@ -22,6 +23,7 @@ selection        iteration, rule, selected, queries_with_selection, kept_per_que
 improve          iteration, steps, loss, total_steps, seconds
 stage            stage, seconds, [peak_memory_bytes]; written when a stage ends
 skipped          what, where, reason
+damaged          problem; stands for a line that was damaged on disk and is lost
 ===============  =======================================================================================================
 
 Durations lie inside each other only one way: a stage's seconds contain those of its events, and no other two overlap
@@ -92,19 +94,22 @@ def scan_metrics(path: str | Path) -> tuple[list[Event], list[str]]:
     path = Path(path)
     if not path.exists():
         return [], []
-    events: list[Event] = []
-    problems: list[str] = []
+    parsed = _parse(path)
+    return [event for event in parsed if not isinstance(event, str)], [one for one in parsed if isinstance(one, str)]
+
+
+def _parse(path: Path) -> list[Event | str]:
+    """Every whole line's event, or what is wrong with the line."""
+    parsed: list[Event | str] = []
     for index, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             event = json.loads(line)
         except ValueError as error:
-            problems.append(f"{path}, line {index}: not JSON ({error})")
+            parsed.append(f"{path}, line {index}: not JSON ({error})")
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
-        else:
-            problems.append(f"{path}, line {index}: not an event (an object with an 'event' name)")
-    return events, problems
+        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+        parsed.append(event if is_event else f"{path}, line {index}: not an event (an object with an 'event' name)")
+    return parsed
 
 
 def read_metrics(path: str | Path) -> list[Event]:
@@ -138,15 +143,28 @@ def _is_time_like(key: str) -> bool:
 class MetricsLog:
     """The append-only ``metrics.jsonl`` of a run. One process, rank 0, owns it; the others hold a NullMetrics.
 
-    Opening drops a half-written last line. Raises ValueError naming file and line where an earlier line is damaged.
+    Opening drops a half-written last line. An earlier line that is damaged is lost: an event ``damaged`` takes its
+    place, so that checkpoints still find theirs, and the file as it was is kept beside it.
     """
 
     def __init__(self, path: str | Path, follower: Follower | None = None) -> None:
         self.path = Path(path)
         self._follower = follower
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        events = read_metrics(self.path)
-        self._open(events)
+        self.damage: list[str] = []
+        """What was found damaged on opening, one message per line."""
+        self._mend()
+        self._open(read_metrics(self.path))
+
+    def _mend(self) -> None:
+        parsed = _parse(self.path) if self.path.exists() else []
+        self.damage = [one for one in parsed if isinstance(one, str)]
+        if not self.damage:
+            return
+        write_bytes_atomic(self.path.with_name(f"{self.path.name}.damaged"), self.path.read_bytes())
+        now = round(time.time(), 3)
+        lost = [{"event": "damaged", "time": now, "problem": one} if isinstance(one, str) else one for one in parsed]
+        write_bytes_atomic(self.path, b"".join(_line(event) for event in lost))
 
     def _open(self, events: list[Event]) -> None:
         # Unbuffered: a line is in the operating system's hands when append returns, so a killed process loses nothing.
@@ -160,8 +178,7 @@ class MetricsLog:
     def append(self, event: str, **fields: Any) -> None:
         """Write one event, stamped with the time. Raises OSError, leaving the log as it was, on a full disk."""
         assert "event" not in fields and "time" not in fields
-        record = standard_json({"event": event, "time": round(time.time(), 3), **fields})
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = _line({"event": event, "time": round(time.time(), 3), **fields})
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -227,6 +244,10 @@ class NullMetrics:
 
     def close(self) -> None:
         """Close nothing."""
+
+
+def _line(event: Event) -> bytes:
+    return json.dumps(standard_json(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def _complete_bytes(path: Path) -> int:

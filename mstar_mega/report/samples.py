@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import ReportConfig
-from mstar_mega.data.records import read_groups
+from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
 from mstar_mega.data.types import Group, ImageRef, Response
 from mstar_mega.report.summary import Run
 
@@ -86,8 +86,20 @@ def choose_groups(directory: Path, iteration: int, wanted: int, problems: list[s
             groups += read_groups(block)
         except (ValueError, OSError) as error:
             problems.append(str(error) if str(block) in str(error) else f"{block}: {error}")
+    _mark_selected(groups, directory, problems)
     groups.sort(key=lambda group: hashlib.sha256(f"{iteration}:{group.query.id}".encode()).digest())
     return groups[:wanted]
+
+
+def _mark_selected(groups: list[Group], directory: Path, problems: list[str]) -> None:
+    try:
+        selected = read_selected(directory)
+    except DamagedFileError as error:
+        problems.append(str(error))
+        return
+    for group in groups:
+        for response in group.responses:
+            response.selected = response.index in selected.get(group.query.id, ())
 
 
 def query_data(group: Group) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def measured(run: Run, stage: str, split: str, name: str) -> float | None:
 
 
 def seconds_by_phase(run: Run) -> dict[str, float | None]:
-    """Seconds of work that count towards the result: a killed attempt's lost work is not in the log.
+    """Seconds of work that count towards the result, whichever start did it: a killed attempt's lost work does not.
 
     ``total`` is that of the stages that have ended, or of the phases where this is more (a stage still runs).
     """

@@ -59,6 +59,8 @@ def select(group: Group, config: SelectionConfig, rng_seed: int) -> list[Respons
     not judged or, where the rule needs it, not scored.
     """
     correct = [response for response in group.responses if is_correct(response, group.query.id)]
+    if config.distinct:
+        correct = list({tuple(response.tokens): response for response in reversed(correct)}.values())[::-1]
     chosen = {response.index for response in _choose(correct, group.query.id, config, rng_seed)}
     for response in group.responses:
         response.selected = response.index in chosen

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as torch_dist_save
 
 from mstar_mega.platform.distributed import broadcast_object
-from mstar_mega.platform.files import free_bytes, sha256_file
+from mstar_mega.platform.files import free_bytes, is_full, sha256_file
 from mstar_mega.platform.quiet import silence_normal_warnings
 
 MANIFEST = "manifest.json"
@@ -108,6 +108,7 @@ def save_checkpoint(directory: Path, name: str, sharded_state: dict[str, Any], c
         temporary.mkdir(parents=True)
 
     digests: dict[str, list[Any]] = {}
+    needed = _bytes_of(sharded_state)
     try:
         _together("prepare", on_main(make_room))
         plain = _write_shards(temporary, sharded_state)
@@ -115,12 +116,16 @@ def save_checkpoint(directory: Path, name: str, sharded_state: dict[str, Any], c
         digests.update(_digest_files(temporary, broadcast_object(_files_in(temporary))))
         _together("finish", on_main(lambda: _finish(temporary, final, digests, common)))
     except _FailedTogether as error:
-        free = free_bytes(directory)  # torch's writer may hide that the disk is full
+        # torch's writer hides that the disk is full: a file as large as this rank's shard tells.
+        probes = _together("probe", lambda: is_full(directory, needed))
+        full = ", ".join(f"rank {rank}" for rank, is_so in enumerate(probes) if is_so)
+        cause = f"the disk is full for {full} ({free_bytes(directory):,} bytes are free)" if full else str(error)
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointWriteError(
-            f"checkpoint {name!r} could not be written to {directory} ({error}; {free:,} bytes were free on the disk). "
-            "Earlier checkpoints are intact; free space or correct the cause, then run the same command again"
+            f"checkpoint {name!r} could not be written to {directory}: {cause}. "
+            f"Earlier checkpoints are intact; {'free space' if full else 'correct the cause'}, then run the same "
+            "command again"
         ) from error
     return final
 
@@ -298,6 +303,14 @@ def _finish(temporary: Path, final: Path, files: dict[str, list[Any]], common: d
     _fsync(final.parent)
 
 
+def _bytes_of(state: Any) -> int:
+    """Bytes of the tensors in a tree of sharded tensors: about this rank's part of a checkpoint."""
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_bytes_of, state.values() if isinstance(state, dict) else state))
+    data = getattr(state, "data", None)
+    return data.numel() * data.element_size() if isinstance(data, torch.Tensor) else 0
+
+
 def _files_in(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
@@ -379,10 +392,17 @@ def _fsync(path: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if path.is_dir() and _TEMPORARY.fullmatch(path.name):
-                shutil.rmtree(path)
+    if not directory.is_dir():
+        return
+    for old in [path for path in directory.iterdir() if path.is_dir() and path.name.endswith(".old")]:
+        name = old.name[1:].removesuffix(".old")
+        # Killed while a checkpoint was being replaced: its new form is whole, for the old one moves away after that.
+        new = directory / f".{name}.tmp"
+        if not (directory / name).exists() and (new / MANIFEST).exists():
+            new.rename(directory / name)
+    for path in directory.iterdir():
+        if path.is_dir() and _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
