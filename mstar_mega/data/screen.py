@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
 _THREADS = 8
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One query that is left out, as the event ``skipped`` tells it."""
-
-    what: str
-    """``query ID`` and the set it belongs to."""
-    where: str
-    """The image file, or the field of the query."""
-    reason: str
 
 
 def screen(
@@ -48,6 +37,20 @@ def screen(
         else:
             skipped.append(Skipped(f"query {query.id} of the {name} set", *problem))
     return good, skipped
+
+
+def screen_task(task: Task) -> Task:
+    """A task whose sets are in memory without the queries that no stage can use; they are in its ``skipped``."""
+    skipped: list[Skipped] = []
+    warmup, dropped = screen([query for query, _ in task.warmup], "warm-up", check_image)
+    skipped += dropped
+    kept = set(map(id, warmup))
+    sets = {}
+    for name in ("labelled", "unlabelled", "validation", "test"):
+        sets[name], dropped = screen(getattr(task, name), name, check_image, needs_answer=name != "unlabelled")
+        skipped += dropped
+    pairs = [pair for pair in task.warmup if id(pair[0]) in kept]
+    return replace(task, warmup=pairs, **sets, skipped=[*task.skipped, *skipped])
 
 
 def check_image(image: ImageRef) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mstar_mega.config import Config
-from mstar_mega.data.digits.task import DigitsTask
-from mstar_mega.data.screen import Skipped
+from mstar_mega.data.types import Task
 from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.platform.distributed import Layout
 from mstar_mega.platform.memory import peak_memory_bytes
@@ -31,12 +30,10 @@ class Job:
     dir: Path
     layout: Layout
     family: InternVL2
-    task: DigitsTask
+    task: Task
     metrics: MetricsLog | NullMetrics
     progress: Progress
     checker: AnswerChecker
-    skipped: list[Skipped] = field(default_factory=list)
-    """Queries of the data that no stage sees."""
     muted: bool = False
     """True while a resumed run passes through what an earlier one already logged."""
 

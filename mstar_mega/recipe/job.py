@@ -155,10 +155,10 @@ def open_job(config: Config) -> Iterator[Job]:
 
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
-        task, skipped = on_main(place.is_main, lambda: build_task(config, directory))
+        task = on_main(place.is_main, lambda: build_task(config, directory))
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
-        yield Job(config, directory, place, family, task, metrics, progress, checker, skipped)
+        yield Job(config, directory, place, family, task, metrics, progress, checker)
     distributed.shutdown()
 
 
@@ -168,13 +168,13 @@ def _log_start(job: Job, is_new: bool) -> None:
     if is_new:
         parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
         job.log("run", world_size=place.world_size, parallel=parallel)
-    events = [{"event": "skipped", **asdict(skipped)} for skipped in job.skipped]
+    events = [{"event": "skipped", **asdict(skipped)} for skipped in job.task.skipped]
     logged = comparable(read_metrics(job.dir / METRICS_FILE)) if events and place.is_main else []
     for event in events:
         if event not in logged:  # damaged since an earlier start
             job.log(**event)
     if events:
-        shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.skipped[:3])
+        shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.task.skipped[:3])
         job.warn(f"{len(events)} queries are left out: {shown}{' ...' if len(events) > 3 else ''}")
 
 

@@ -1,0 +1,29 @@
+"""The training sets by name: the one place that lists them. Everything else sees a :class:`Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mstar_mega.config import DataConfig
+from mstar_mega.data.digits import task as digits
+from mstar_mega.data.screen import screen_task
+from mstar_mega.data.types import Task
+
+Builder = Callable[[DataConfig, Path, int], Task]
+
+
+def build(config: DataConfig, dir: Path, seed: int) -> Task:
+    """The queries of the settings' training set. ``dir`` is where it may write pictures and indices.
+
+    Raises ValueError where the set cannot be used as the settings say, OSError where ``dir`` cannot be written.
+    """
+    return BUILDERS[config.name](config, dir, seed)
+
+
+def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
+    return screen_task(digits.build(config, dir, seed))
+
+
+BUILDERS: dict[str, Builder] = {"digits": _digits}
+"""``data.name`` -> what makes its task."""
