@@ -54,18 +54,31 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The queries. ``digits`` is the built-in task."""
+    """The queries. ``digits`` is the built-in task, ``mathv360k`` any file in MathV360K's shape (docs/data.md)."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "mathv360k", "easy_vqa"] = "digits"
+    path: str | None = None
+    """The training file (mathv360k): a JSON list or JSON lines of {id, image, conversations}."""
+    images: str | None = None
+    """Folder that the image paths begin in; None: the folder of ``data.path``."""
+    warmup_file: str | None = None
+    """Written-out chains of thought (mathv360k): JSON lines of {id, response}."""
     dir: str | None = None
-    """Where the built-in task's images are written; None: ``<run.dir>/data``."""
-    warmup_examples: int = 2000
-    """Questions with a written-out chain of thought, for the warm-up."""
-    labelled_queries: int = 2048
-    unlabelled_queries: int = 512
-    """Questions whose answers are hidden from training (prompt variation, paper section 5)."""
+    """Where images that are made and indices of files are written; None: ``<run.dir>/data``."""
+    warmup_examples: int | None = 2000
+    """Questions with a written-out chain of thought, for the warm-up; null: all that a set on disk has."""
+    labelled_queries: int | None = 2048
+    """At most so many of a set on disk; null: all."""
+    unlabelled_queries: int | None = 512
+    """Questions whose answers are hidden from training (prompt variation, paper section 5); null: all."""
     validation_queries: int = 250
     test_queries: int = 750
+    bad_rows: Literal["skip", "refuse"] = "skip"
+    """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
+    conflicts: Literal["drop", "first"] = "drop"
+    """Which of the rows that answer one question about one image differently is used: none, or the first."""
+    instruct: bool = True
+    """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 
 
 @dataclass

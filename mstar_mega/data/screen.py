@@ -12,6 +12,8 @@ from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
 _THREADS = 8
+MAX_PIXELS = 1 << 26
+"""The largest picture that is decoded: 200 MB as RGB."""
 
 
 def screen(
@@ -23,7 +25,7 @@ def screen(
     """
     refs = list(dict.fromkeys(image for query in queries for image in query.images))
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = dict(zip(refs, pool.map(lambda ref: _image_problem(ref, check_image), refs), strict=True))
+        images = dict(zip(refs, pool.map(lambda ref: problem_of(lambda: check_image(ref)), refs), strict=True))
     good: list[Query] = []
     skipped: list[Skipped] = []
     seen: set[str] = set()
@@ -56,24 +58,36 @@ def screen_task(task: Task) -> Task:
 def check_image(image: ImageRef) -> None:
     """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
     from hashlib import sha256
-    from io import BytesIO
-
-    from PIL import Image
 
     content = Path(image.path).read_bytes()
     if sha256(content).hexdigest()[:16] != image.digest:
         raise ValueError("the file is not the one that the data name (its digest differs)")
+    readable_image(content)
+
+
+def readable_image(content: bytes) -> tuple[int, int]:
+    """Decode an image file to its end; its (width, height). Raises OSError or ValueError when it is broken, and before
+    anything is decoded when its header announces more than ``MAX_PIXELS``."""
+    from io import BytesIO
+
+    from PIL import Image
+
     try:
         with Image.open(BytesIO(content)) as picture:
+            size = picture.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}: a decompression bomb?")
             picture.draft("RGB", _DRAFT)
             picture.load()
+            return size
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error
 
 
-def _image_problem(ref: ImageRef, check: Callable[[ImageRef], None]) -> str:
+def problem_of(look: Callable[[], object]) -> str:
+    """What is wrong with an image that ``look`` reads; empty if nothing is."""
     try:
-        check(ref)
+        look()
     except FileNotFoundError:
         return "there is no such file"
     except (OSError, ValueError) as error:

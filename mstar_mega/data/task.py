@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mstar_mega.config import DataConfig
+from mstar_mega.data import disk
 from mstar_mega.data.digits import task as digits
 from mstar_mega.data.screen import screen_task
 from mstar_mega.data.types import Task
@@ -25,5 +26,5 @@ def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
     return screen_task(digits.build(config, dir, seed))
 
 
-BUILDERS: dict[str, Builder] = {"digits": _digits}
+BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build}
 """``data.name`` -> what makes its task."""

@@ -123,7 +123,7 @@ def build_task(config: Config, directory: Path) -> Task:
         needed["unlabelled"] = task.unlabelled
     for name, queries in needed.items():
         if not queries:
-            ours = [each for each in task.skipped if each.what.endswith(f"{name} set")]
+            ours = [each for each in task.skipped if each.what.endswith(f"{name} set")] or task.skipped
             reasons = "; ".join(f"{each.where}: {each.reason}" for each in ours)
             raise ValueError(f"no query of the {name} set can be used ({reasons[:300] or 'it is empty'})")
     return task

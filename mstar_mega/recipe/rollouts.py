@@ -107,7 +107,7 @@ def in_blocks(
             if b in finished:
                 groups += _with_images_of(blocks[b], read_groups(path))
                 continue
-            made = make(blocks[b])
+            made = make(list(blocks[b]))
             if job.writes_files:
                 write_groups(path, made)
             groups += made
@@ -151,9 +151,9 @@ def _with_images_of(queries: Sequence[Query], groups: Sequence[Group]) -> list[G
     ]
 
 
-def _blocks(job: Job, queries: Sequence[Query]) -> list[list[Query]]:
+def _blocks(job: Job, queries: Sequence[Query]) -> list[Sequence[Query]]:
     size = job.config.generation.queries_per_block
-    return [list(queries[i : i + size]) for i in range(0, len(queries), size)]
+    return [queries[i : i + size] for i in range(0, len(queries), size)]
 
 
 def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
@@ -176,7 +176,7 @@ def _read_origin(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _finished_blocks(job: Job, directory: Path, blocks: list[list[Query]]) -> set[int]:
+def _finished_blocks(job: Job, directory: Path, blocks: Sequence[Sequence[Query]]) -> set[int]:
     """Blocks whose file is whole and of these queries. Rank 0 decides for all ranks."""
     finished: set[int] = set()
     for b, block in enumerate(blocks):

@@ -30,10 +30,16 @@ class _Set:
 
 
 def _sets(config: DataConfig) -> list[_Set]:
+    def given(name: str) -> int:
+        count = getattr(config, name)
+        if count is None:
+            raise ValueError(f"data.{name} is null: the digits task has no end, give it a number")
+        return int(count)
+
     sets = [
-        _Set("warmup", "warmup", config.warmup_examples),
-        _Set("train", "train", config.labelled_queries),
-        _Set("unlabelled", "train", config.unlabelled_queries),
+        _Set("warmup", "warmup", given("warmup_examples")),
+        _Set("train", "train", given("labelled_queries")),
+        _Set("unlabelled", "train", given("unlabelled_queries")),
         _Set("validation", "validation", config.validation_queries),
         _Set("test", "test", config.test_queries),
     ]
