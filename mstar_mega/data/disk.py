@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mstar_mega.data.mathv360k import parse_row, to_query
 from mstar_mega.data.order import View
 from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.rows import read_row, read_rows
-from mstar_mega.data.splits import SplitSettings, fill
+from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 
 LISTED = 100
@@ -35,11 +36,18 @@ class Source:
     def query(self, number: int, hide: bool) -> Query:
         """The query of row ``number``. Raises ValueError where the file has changed under the index."""
         with self.file.opened() as (index, data):
-            offset, length, digest = index.execute(
-                "SELECT offset, length, digest FROM rows WHERE number = ?", (number,)
+            id, offset, length, digest = index.execute(
+                "SELECT id, offset, length, digest FROM rows WHERE number = ?", (number,)
             ).fetchone()
-            row = read_row(data, offset, length)
-        question = parse_row(row)
+            try:
+                question = parse_row(read_row(data, offset, length))
+            except ValueError:
+                question = None
+        if question is None or question.id != id:
+            raise ValueError(
+                f"{self.file.source}: row {number} is not what the index {self.file.index} says: the file was changed "
+                "while it was in use; start again"
+            )
         images = () if question.image is None else (ImageRef(str(self.images / question.image), digest),)
         return to_query(question, TRAINING_SETS[self.template], images, self.instruct, hide)
 
@@ -129,8 +137,9 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     stamp = source.file.index.stat().st_mtime_ns  # row numbers are the index's
     build_index(examples.index, examples.source, {"rows": stamp}, lambda index: _fill_examples(index, examples, source))
     skipped += _skipped(examples, "examples_skipped", config.warmup_file)
-    if skipped and config.bad_rows == "refuse":
-        first = skipped[0]
+    bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
+    if bad and config.bad_rows == "refuse":
+        first = bad[0]
         raise ValueError(
             f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
             "`mstar data check` lists all such rows"
@@ -199,15 +208,15 @@ def _skipped(file: IndexedFile, table: str, path: str) -> list[Skipped]:
     """The unusable rows of a file: the first ones by name, the others counted by reason."""
     listed: list[Skipped] = []
     with file.opened() as (index, _):
-        bad = f"FROM {table} WHERE problem != ''"
+        counts = Counter(
+            dict(index.execute(f"SELECT problem, count(*) FROM {table} WHERE problem != '' GROUP BY problem"))
+        )
         for number, id, field, problem in index.execute(
-            f"SELECT number, id, field, problem {bad} ORDER BY number LIMIT ?", (LISTED,)
+            f"SELECT number, id, field, problem FROM {table} WHERE problem != '' ORDER BY field = ?, number LIMIT ?",
+            (LEFT_OVER, LISTED),
         ):
             named = f" (id {id})" if id else ""
             listed.append(Skipped(f"row {number}{named}", path, f"{field}: {problem}"))
-        last = int(listed[-1].what.split()[1]) if len(listed) == LISTED else None
-        if last is not None:
-            reasons = f"SELECT field, problem, count(*) {bad} AND number > ? GROUP BY problem ORDER BY count(*) DESC"
-            for field, problem, count in index.execute(reasons, (last,)):
-                listed.append(Skipped(f"{count} further rows", path, f"{field}: {problem}"))
-    return listed
+            counts[problem] -= 1
+    further = [Skipped(f"{count} further rows", path, problem) for problem, count in counts.most_common() if count]
+    return listed + further

@@ -73,7 +73,9 @@ def read_meta(path: Path) -> dict[str, Any] | None:
 
 def connect(path: Path) -> sqlite3.Connection:
     """A connection that only reads. Needs no locks, which some shared file systems lack: a finished index is fixed."""
-    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True)
+    # A pool of connections may hand one from thread to thread, never to two at once.
+    uri = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
+    return sqlite3.connect(uri, uri=True, check_same_thread=False)
 
 
 def _write_meta(index: sqlite3.Connection, meta: dict[str, Any]) -> None:
@@ -98,10 +100,7 @@ class IndexedFile:
                 self._open, self._pid = [], os.getpid()
             pair = self._open.pop() if self._open else None
         if pair is None:
-            index = sqlite3.connect(
-                f"file:{quote(str(self.index.absolute()))}?mode=ro&immutable=1", uri=True, check_same_thread=False
-            )
-            pair = index, open(self.source, "rb")
+            pair = connect(self.index), open(self.source, "rb")
         try:
             yield pair
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +14,8 @@ from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
 _THREADS = 8
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row of each pass of an interlaced PNG, and the steps to the next."""
 MAX_PIXELS = 1 << 26
 """The largest picture that is decoded: 200 MB as RGB."""
 
@@ -79,9 +83,32 @@ def readable_image(content: bytes) -> tuple[int, int]:
                 raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}: a decompression bomb?")
             picture.draft("RGB", _DRAFT)
             picture.load()
+            if picture.format == "PNG":
+                _check_png_rows(content)
             return size
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error
+
+
+def _check_png_rows(content: bytes) -> None:
+    """Raises ValueError for a PNG with fewer pixels than its header announces, whose rest Pillow leaves black."""
+    position, unpack, inflated, wanted = 8, zlib.decompressobj(), 0, 0
+    while position + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, position)
+        data = content[position + 8 : position + 8 + length]
+        if name == b"IHDR":
+            width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data)
+            bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+            passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+            sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes if x < width]
+            wanted = sum(max(0, rows) * (1 + -(-columns * bits // 8)) for columns, rows in sizes)
+        elif name == b"IDAT":
+            while data and inflated < wanted:
+                inflated += len(unpack.decompress(data, 1 << 16))
+                data = unpack.unconsumed_tail
+        position += 12 + length
+    if inflated < wanted:
+        raise ValueError(f"its header announces more pixels than it holds ({inflated} of {wanted} bytes)")
 
 
 def problem_of(look: Callable[[], object]) -> str:

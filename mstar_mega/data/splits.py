@@ -25,6 +25,8 @@ from mstar_mega.kernels.noise import key_of
 
 T = TypeVar("T")
 SPLITS = ("labelled", "unlabelled", "validation", "test")
+LEFT_OVER = "split"
+"""The field of a good row that no split has: its image is in one that has enough questions."""
 _BATCH = 512
 _THREADS = 8
 
@@ -197,8 +199,9 @@ def _place(index: sqlite3.Connection, limits: dict[str, int]) -> None:
         index.executemany("INSERT INTO places VALUES (?, ?, ?)", placed)
     index.execute("CREATE INDEX places_by_number ON places (number)")
     index.execute(
-        "UPDATE rows SET field = 'image', problem = 'its split has enough questions, and no other may have this image' "
-        "WHERE problem = '' AND NOT EXISTS (SELECT 1 FROM places WHERE places.number = rows.number)"
+        "UPDATE rows SET field = ?, problem = 'it has enough questions without this one, whose image it alone may "
+        "have' WHERE problem = '' AND NOT EXISTS (SELECT 1 FROM places WHERE places.number = rows.number)",
+        (LEFT_OVER,),
     )
 
 
