@@ -77,6 +77,10 @@ class DataConfig:
     """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
     conflicts: Literal["drop", "first"] = "drop"
     """Which of the rows that answer one question about one image differently is used: none, or the first."""
+    workers: int = 2
+    """Threads per rank that decode images ahead of the device; 0: none."""
+    prefetch_mb: int = 1024
+    """Most memory per rank for decoded images that wait, in MiB."""
     instruct: bool = True
     """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 

@@ -28,7 +28,15 @@ from mstar_mega.config import Config
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
 
-_FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.")
+_FREE_TO_CHANGE = (
+    "run.dir",
+    "run.allow_changed_settings",
+    "run.keep_checkpoints",
+    "report.",
+    "parallel.",
+    "data.workers",
+    "data.prefetch_mb",
+)
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
 
 
@@ -105,7 +113,7 @@ _NAMES_OF_RULE = (
         _COUNT,
         """
         run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
-        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries
+        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
         generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
         evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
@@ -115,8 +123,8 @@ _NAMES_OF_RULE = (
     (
         _COUNT_OR_NONE,
         """
-        seed data.unlabelled_queries generation.top_k generation.log_prob_gap_queries optimizer.warmup_steps
-        evolve.max_steps evaluation.every report.samples_per_iteration
+        seed data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
+        optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
         """,
     ),
     (

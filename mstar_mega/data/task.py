@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mstar_mega.config import DataConfig
-from mstar_mega.data import disk
+from mstar_mega.data import disk, easy_vqa
 from mstar_mega.data.digits import task as digits
 from mstar_mega.data.screen import screen_task
 from mstar_mega.data.types import Task
@@ -26,5 +26,9 @@ def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
     return screen_task(digits.build(config, dir, seed))
 
 
-BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build}
+def _easy_vqa(config: DataConfig, dir: Path, seed: int) -> Task:
+    return screen_task(easy_vqa.build(config, dir, seed))
+
+
+BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build, "easy_vqa": _easy_vqa}
 """``data.name`` -> what makes its task."""

@@ -101,7 +101,7 @@ def _success_shares(
             for beginning, draft in _beginnings(group).items()
             for i in range(settings.rollouts)
         ]
-        requests.append(Request(job.family.prompt(group.query), samples, drafts))
+        requests.append(Request(job.prompt(group.query), samples, drafts))
     drawn = actors.engine.generate(requests, settings.temperature)
     continued = [
         Group(group.query, _continuations(job, group, samples, settings.rollouts))

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mstar_mega.config import Config
+from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import Task
 from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import Layout
 from mstar_mega.platform.memory import peak_memory_bytes
 from mstar_mega.report.metrics import MetricsLog, NullMetrics
@@ -30,6 +32,8 @@ class Job:
     dir: Path
     layout: Layout
     family: InternVL2
+    prompt: Ahead[Prompt]
+    """A query as the policy reads it, its images decoded ahead where that was asked for."""
     task: Task
     metrics: MetricsLog | NullMetrics
     progress: Progress

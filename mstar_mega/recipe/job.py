@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mstar_mega.config import Config
+from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
 from mstar_mega.models.lmm import LMM
+from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.files import sha256_file
@@ -131,7 +133,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
         actors = Actors(job, policy, None)
         refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
         query = Query("question", question, refs, None)
-        request = Request(job.family.prompt(query), sample_specs("generate", query, responses))
+        request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
             response = to_response(job, index, sample)
             cut = " (cut at the length limit)" if response.truncated else ""
@@ -158,7 +160,9 @@ def open_job(config: Config) -> Iterator[Job]:
         task = on_main(place.is_main, lambda: build_task(config, directory))
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
-        yield Job(config, directory, place, family, task, metrics, progress, checker)
+        prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)
+        stack.callback(prompt.close)
+        yield Job(config, directory, place, family, prompt, task, metrics, progress, checker)
     distributed.shutdown()
 
 
@@ -180,7 +184,7 @@ def _log_start(job: Job, is_new: bool) -> None:
 
 def _policy(job: Job) -> Trainer:
     model = build_model(job.config, job.family)
-    return Trainer(model, job.config.warmup.optimizer, job.family.prompt, len(warmup_steps(job)))
+    return Trainer(model, job.config.warmup.optimizer, job.prompt, len(warmup_steps(job)))
 
 
 def _newest_policy(job: Job) -> tuple[LMM, Position]:

@@ -71,9 +71,7 @@ def rollout(
         groups = sample_groups(job, actors.engine, block, sampling)
         if actors.prm is not None:
             timer = Timer()
-            score_groups(
-                actors.prm, job.family.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens
-            )
+            score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
             actors.score_seconds += timer.seconds
         groups = [_with_answer(job, group) for group in groups]
         judge(job, groups)
@@ -102,11 +100,15 @@ def in_blocks(
     finished = broadcast_object(_finished_blocks(job, directory, blocks) if job.layout.is_main else set())
     groups: list[Group] = []
     with job.progress.task(description, len(mine), "blocks", done=sum(b in finished for b in mine)) as task:
+        waiting = [b for b in mine if b not in finished]
         for b in mine:
             path = directory / f"block_{b:05d}.jsonl"
             if b in finished:
                 groups += _with_images_of(blocks[b], read_groups(path))
                 continue
+            waiting.remove(b)
+            for soon in (b, *waiting[:1]):  # images of the next block are decoded while this one is sampled
+                job.prompt.expect(blocks[soon])
             made = make(list(blocks[b]))
             if job.writes_files:
                 write_groups(path, made)
@@ -191,9 +193,7 @@ def _finished_blocks(job: Job, directory: Path, blocks: Sequence[Sequence[Query]
 
 def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:
     """Sample responses and split them into steps; not judged, not scored."""
-    requests = [
-        Request(job.family.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries
-    ]
+    requests = [Request(job.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries]
     drawn = engine.generate(requests, sampling.temperature)
     return [
         Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
