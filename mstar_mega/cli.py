@@ -103,12 +103,26 @@ def _report_page(name: str, rest: list[str]) -> None:
         print(write_report(run_dir))
 
 
+def _score(name: str, rest: list[str]) -> None:
+    from mstar_mega.evaluation import command
+
+    parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
+    command.add_benchmark(parser)
+    parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="lines of {id, response}")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the scores are written")
+    command.add_settings(parser, command.SCORING)
+    options = parser.parse_args(rest)
+    if _rank() == 0:
+        print(command.run_score(options))
+
+
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
     "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),
+    "score": ("Score a file of predictions on a benchmark by its rules.", _score),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "report": ("Rebuild report.html of a run directory.", _report_page),
 }

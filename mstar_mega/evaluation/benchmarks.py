@@ -56,6 +56,7 @@ def load_problems(benchmark: Benchmark, path: Path, settings: BenchmarkConfig) -
     if benchmark.is_reduced is None:
         raise ValueError(f"{benchmark.name} has no reduced set: leave out --reduced")
     kept: Sequence[Problem] = [problem for problem in loaded.problems if benchmark.is_reduced(problem)]
+    left_out = [problem.id for problem in loaded.problems if not benchmark.is_reduced(problem)]
     if not kept:
         raise ValueError(f"{path}: no problem belongs to the reduced set of {benchmark.name}")
-    return replace(loaded, problems=kept)
+    return replace(loaded, problems=kept, left_out=left_out)

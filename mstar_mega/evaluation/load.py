@@ -21,6 +21,8 @@ class Loaded:
 
     problems: Sequence[Problem]
     skipped: Sequence[Skipped]
+    left_out: Sequence[str] = ()
+    """Ids of the file's problems that a reduced set leaves out."""
 
 
 def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig) -> Loaded:

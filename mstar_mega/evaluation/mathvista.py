@@ -156,8 +156,8 @@ def _read_vlmevalkit(problem: Problem, response: str, rules: Rules) -> Reading:
     direct = _compare_vlmevalkit(problem, response)
     if direct.correct or (problem.options and direct.prediction):
         return direct
-    extraction = rules.judge(problem, response) if rules.judge else find_answer(
-        response, problem.answer_type, problem.options
+    extraction = (
+        rules.judge(problem, response) if rules.judge else find_answer(response, problem.answer_type, problem.options)
     )
     return _compare_vlmevalkit(problem, extraction)
 

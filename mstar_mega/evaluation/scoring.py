@@ -13,6 +13,7 @@ from typing import Any
 from mstar_mega.data.rows import read_rows
 from mstar_mega.evaluation.benchmarks import Benchmark
 from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
+from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.checker import AnswerChecker
 from mstar_mega.rewards.extraction import find_answer
 
@@ -129,7 +130,7 @@ def score(
     repeated = list(predictions.repeated)
     odd = describe(missing, repeated, unknown)
     if odd and rules.settings.predictions == "refuse":
-        raise ValueError(f"{'; '.join(odd)}. Mend the predictions, or --predictions_policy count")
+        raise ValueError(f"{'; '.join(odd)}. Mend the predictions, or --odd_predictions count")
     records = []
     with AnswerChecker() as checker:
         for problem in problems:
@@ -175,8 +176,6 @@ def read_reward(problem: Problem, prediction: Prediction, rules: Rules, checker:
 
 def shown(response: str, rules: Rules) -> str:
     """The part of a response that the rules see."""
-    from mstar_mega.rewards.answers import extract_answer
-
     return (extract_answer(response) if rules.settings.marker else None) or response
 
 
