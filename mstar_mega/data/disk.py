@@ -82,6 +82,13 @@ class DiskQueries(Sequence[Query]):
     def __len__(self) -> int:
         return self._size
 
+    def find(self, id: str) -> Query | None:
+        """The split's query of that id, without reading others."""
+        found = self._source.find(id)
+        if found is None or found[1] != self._split:
+            return None
+        return self._source.query(found[0], hide=self._split == "unlabelled")
+
     @overload
     def __getitem__(self, position: int) -> Query: ...
     @overload
@@ -128,15 +135,9 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     Raises ValueError where a setting is missing or does not fit the file, or, if ``data.bad_rows`` says so, for the
     first unusable row.
     """
-    if not config.path or not config.warmup_file:
-        missing = "path" if not config.path else "warmup_file"
-        raise ValueError(f"data.{missing} is not set: data.name '{config.name}' needs the file (docs/data.md)")
     source = open_source(config, dir)
-    skipped = _skipped(source.file, "rows", config.path)
-    examples = IndexedFile(dir / "warmup.sqlite", existing(config.warmup_file, "data.warmup_file"))
-    stamp = source.file.index.stat().st_mtime_ns  # row numbers are the index's
-    build_index(examples.index, examples.source, {"rows": stamp}, lambda index: _fill_examples(index, examples, source))
-    skipped += _skipped(examples, "examples_skipped", config.warmup_file)
+    warmup, skipped = _examples(config, source, dir)
+    skipped = [*_skipped(source.file, "rows", str(source.file.source)), *skipped]
     bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
     if bad and config.bad_rows == "refuse":
         first = bad[0]
@@ -145,7 +146,7 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
             "`mstar data check` lists all such rows"
         )
     return Task(
-        warmup=DiskExamples(source, examples, config.warmup_examples),
+        warmup=warmup,
         labelled=DiskQueries(source, "labelled", config.labelled_queries),
         unlabelled=DiskQueries(source, "unlabelled", config.unlabelled_queries),
         validation=DiskQueries(source, "validation"),
@@ -156,7 +157,8 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
 
 def open_source(config: DataConfig, dir: Path) -> Source:
     """The training file of the settings with its index, made below ``dir`` where it is missing or outdated."""
-    assert config.path
+    if not config.path:
+        raise ValueError(f"data.path is not set: data.name '{config.name}' needs the training file (docs/data.md)")
     path = existing(config.path, "data.path")
     images = Path(config.images) if config.images else path.parent
     if not images.is_dir():
@@ -165,6 +167,16 @@ def open_source(config: DataConfig, dir: Path) -> Source:
     settings = SplitSettings(str(images), config.validation_queries, config.test_queries, config.conflicts)
     build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
     return Source(file, images, config.name, config.instruct)
+
+
+def _examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
+    """The written-out chains of thought, and the rows of their file that cannot be used."""
+    if not config.warmup_file:
+        return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]
+    file = IndexedFile(dir / "warmup.sqlite", existing(config.warmup_file, "data.warmup_file"))
+    stamp = source.file.index.stat().st_mtime_ns  # the row numbers are this index's
+    build_index(file.index, file.source, {"rows": stamp}, lambda index: _fill_examples(index, file, source))
+    return DiskExamples(source, file, config.warmup_examples), _skipped(file, "examples_skipped", config.warmup_file)
 
 
 def existing(path: str, setting: str) -> Path:
