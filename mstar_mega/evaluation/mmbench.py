@@ -1,7 +1,7 @@
 """MMBench: every question asked once for each of its options, with the options rotated; right only if all are right.
 
-The authors' rules are VLMEvalKit's (vlmeval/dataset/utils/multiple_choice.py): a pass that its rules read as wrong makes
-the question wrong, a pass that they cannot decide goes to the judge, and without one makes it wrong too.
+The authors' rules are VLMEvalKit's (vlmeval/dataset/utils/multiple_choice.py): a pass that its rules read as wrong
+makes the question wrong, a pass that they cannot decide goes to the judge, and without one makes it wrong too.
 """
 
 from __future__ import annotations

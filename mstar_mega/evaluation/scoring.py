@@ -15,7 +15,6 @@ from mstar_mega.evaluation.benchmarks import Benchmark
 from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.checker import AnswerChecker
-from mstar_mega.rewards.extraction import find_answer
 
 SHOWN = 5
 
@@ -158,17 +157,17 @@ def read(
 ) -> Reading:
     """One prediction under the rules; an extraction, where there is one, goes before the response."""
     if rules.settings.rules == "reward":
-        return read_reward(problem, prediction, rules, checker)
+        return read_reward(problem, prediction, checker)
     if prediction.extraction is not None or prediction.response is None:
         return benchmark.read_extraction(problem, prediction.extraction, rules)
     return benchmark.read_response(problem, shown(prediction.response, rules), rules)
 
 
-def read_reward(problem: Problem, prediction: Prediction, rules: Rules, checker: AnswerChecker) -> Reading:
-    """Extraction and comparison of the answer reward in training."""
+def read_reward(problem: Problem, prediction: Prediction, checker: AnswerChecker) -> Reading:
+    """Extraction and comparison of the answer reward in training: no answer block, no answer."""
     answer = prediction.extraction
     if answer is None and prediction.response is not None:
-        answer = find_answer(prediction.response, problem.answer_type, problem.options)
+        answer = extract_answer(prediction.response)
     gold = problem.letter if problem.options else problem.answer
     verdict = checker.check(answer, gold or problem.answer, list(problem.options.values()))
     return Reading(answer, answer, verdict.correct)

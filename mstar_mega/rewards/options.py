@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mstar_mega.rewards.answers import normalize, parse_number, resolve_choice
+from mstar_mega.rewards.answers import normalize, resolve_choice
 from mstar_mega.rewards.prose import NO_ANSWER, declines, numbers, sentences, statements
+from mstar_mega.rewards.quantities import parse_number
 
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 _FIRST = re.compile(r"\(?([A-Z])\)?(?:[.):,]|$|\s)")
