@@ -68,10 +68,48 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
 
 
 def _evaluate(name: str, rest: list[str]) -> None:
+    if any(argument.partition("=")[0] in ("--checkpoint", "--benchmark") for argument in rest):
+        _evaluate_benchmark(name, rest)
+        return
     _, config = _config_of_run(_run_directory_parser(name), rest)
     from mstar_mega.recipe import job
 
     job.evaluate(config)
+
+
+def _evaluate_benchmark(name: str, rest: list[str]) -> None:
+    from mstar_mega import settings
+    from mstar_mega.evaluation import command
+
+    parser = _Parser(
+        prog=f"mstar {name}",
+        description=COMMANDS[name][0],
+        epilog="The settings are those of the run; --NAME VALUE changes one ('mstar evolve --help' lists them).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run directory")
+    command.add_benchmark(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where results are written, and resumed")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    command.add_settings(parser, (*command.SCORING_RESPONSES, *command.ASKING))
+    options, overrides = parser.parse_known_args(rest)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}: it must be at least 1")
+    config = settings.parse(overrides, prog=parser.prog, base=settings.load(options.checkpoint))
+    settings.validate(config)
+    from mstar_mega.recipe import benchmark
+
+    benchmark.evaluate(
+        config,
+        benchmark.Request(
+            options.checkpoint,
+            options.benchmark,
+            options.data,
+            options.out,
+            options.limit,
+            command.settings_of(options),
+        ),
+    )
 
 
 def _generate(name: str, rest: list[str]) -> None:
@@ -164,7 +202,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
-    "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),
+    "evaluate": ("Measure a policy: RUN_DIR on its test queries, or --checkpoint DIR on a benchmark.", _evaluate),
     "score": ("Score a file of predictions on a benchmark by its rules.", _score),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "data": (

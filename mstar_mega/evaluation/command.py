@@ -16,6 +16,8 @@ from mstar_mega.evaluation.scoring import Scores, describe, read_predictions, sc
 from mstar_mega.platform.files import write_text_atomic
 
 SCORING = ("rules", "integers", "gold", "ignore_empty", "reduced", "marker", "bad_rows", "predictions")
+SCORING_RESPONSES = ("rules", "gold", "ignore_empty", "reduced", "bad_rows")
+"""Those that matter where the responses are our own."""
 ASKING = ("without_image", "responses", "temperature")
 """Settings that only ``mstar evaluate`` has."""
 _OPTION = {"predictions": "--odd_predictions"}
@@ -56,7 +58,12 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 def settings_of(options: argparse.Namespace) -> BenchmarkConfig:
     """The settings that the options of :func:`add_settings` hold."""
     given = {name[4:]: value for name, value in vars(options).items() if name.startswith("set_")}
-    return BenchmarkConfig(**given)
+    settings = BenchmarkConfig(**given)
+    if settings.responses < 1:
+        raise ValueError(f"--responses is {settings.responses}: it must be at least 1")
+    if not 0 < settings.temperature < float("inf"):
+        raise ValueError(f"--temperature is {settings.temperature}: it must be a finite number above 0")
+    return settings
 
 
 def add_benchmark(parser: argparse.ArgumentParser) -> None:

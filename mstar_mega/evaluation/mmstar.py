@@ -23,7 +23,9 @@ def read(cells: Cells) -> Problem:
     answer = cells.text("answer").strip().upper()
     options = cells.options()
     question = cells.text("question")
-    if not options:
+    if options:  # as the authors' own files write it
+        question = f"{question}\nOptions: {', '.join(f'{letter}: {text}' for letter, text in options.items())}"
+    else:
         options = options_inside(question)
     if options and answer not in options:
         cells.refuse("answer", f"it is {answer!r}, not one of the options {', '.join(options)}")
@@ -33,7 +35,7 @@ def read(cells: Cells) -> Problem:
         question=question,
         options=options,
         answer=answer,
-        ready=not cells.options(),
+        ready=True,
         groups={"category": (category,), "l2_category": (cells.text("l2_category"),)},
         picture=cells.picture(),
         where=cells.where,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
-from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.data.types import ImageRef, Query, Task
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
 from mstar_mega.models.lmm import LMM
@@ -113,7 +113,7 @@ def finish(job: Job) -> None:
 def evaluate(config: Config) -> None:
     """Measure the newest policy of a run directory on its validation and test queries, and print the figures."""
     with open_job(config) as job, job.quiet(True):
-        policy, position = _newest_policy(job)
+        policy, position = newest_policy(job)
         actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
         at = f"_step_{position.step:06d}" if position.step else ""
         done = position.iteration if at else position.iteration - 1
@@ -129,7 +129,7 @@ def evaluate(config: Config) -> None:
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
     """Print sampled responses of a run's newest policy to a question about images."""
     with open_job(config) as job, job.quiet(True):
-        policy, _ = _newest_policy(job)
+        policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
         refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
         query = Query("question", question, refs, None)
@@ -141,7 +141,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 
 
 @contextmanager
-def open_job(config: Config) -> Iterator[Job]:
+def open_job(config: Config, make_task: Callable[[Config, Path], Task] = build_task) -> Iterator[Job]:
     """Join the process group, take the run directory and prepare the queries; close everything in the end."""
     distributed.initialize(config.parallel, config.seed)
     place = distributed.layout()
@@ -157,7 +157,7 @@ def open_job(config: Config) -> Iterator[Job]:
 
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
-        task = on_main(place.is_main, lambda: build_task(config, directory))
+        task = on_main(place.is_main, lambda: make_task(config, directory))
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
         prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)
@@ -187,7 +187,7 @@ def _policy(job: Job) -> Trainer:
     return Trainer(model, job.config.warmup.optimizer, job.prompt, len(warmup_steps(job)))
 
 
-def _newest_policy(job: Job) -> tuple[LMM, Position]:
+def newest_policy(job: Job) -> tuple[LMM, Position]:
     """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
     model = build_model(job.config, job.family)
     position = restore_weights(job, model, "evolve")
