@@ -9,6 +9,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import typing
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from mstar_mega.config import DataConfig
 from mstar_mega.data import disk, task
 from mstar_mega.data.order import Joined, Permutation, shuffled
+from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.types import Query, Task
 
 GROUPS, PER_IMAGE = 60, 3
@@ -268,3 +270,8 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
         resident[rows], queries = map(int, done.stdout.split())
         assert 0.48 * rows < queries < 0.52 * rows
     assert resident[210_000] < resident[10_000] + 8_000_000, resident
+
+
+def test_the_settings_name_exactly_the_sets_that_can_be_built() -> None:
+    named = typing.get_args(typing.get_type_hints(DataConfig)["name"])
+    assert set(named) == set(task.BUILDERS) == set(TRAINING_SETS)
