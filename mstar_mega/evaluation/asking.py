@@ -42,14 +42,13 @@ def prompt_text(name: str, problem: Problem, instruct: bool) -> str:
         return render(replace(template, parts=_READY), problem.question, instruct=instruct)
     if list(problem.options) != letters(len(problem.options)):
         raise ValueError(f"{problem.where}: its options are {', '.join(problem.options)}: there is a gap between them")
-    return render(
-        template,
-        problem.question,
-        list(problem.options.values()),
-        hint=problem.hint or _hint(template, problem),
-        context=problem.context,
-        instruct=instruct,
+    choices = list(problem.options.values())
+    hint = problem.hint or _hint(template, problem)
+    bare, asked = (
+        render(template, problem.question, choices, hint=hint, context=problem.context, instruct=wanted)
+        for wanted in (False, instruct)
     )
+    return bare.rstrip() + asked[len(bare) :]  # the benchmarks' own prompts end without white space
 
 
 def _hint(template: Template, problem: Problem) -> str:
