@@ -90,6 +90,16 @@ def test_never_more_than_the_limit_is_started() -> None:
     ahead.close()
 
 
+def test_a_call_costs_no_more_when_much_is_kept() -> None:
+    ahead = Ahead(Maker(), len, 1, 1 << 30)
+    started = time.process_time()
+    for query in queries(20_000):
+        ahead(query)
+    assert ahead.bytes_kept == 2_000_000
+    assert time.process_time() - started < 10, "a call looks at everything that is kept"
+    ahead.close()
+
+
 def test_another_question_of_the_same_id_is_another_prompt() -> None:
     ahead = Ahead(Maker(), len, 1, 1000)
     first, other = Query("a", "one", (), "1"), Query("a", "two", (), "1")

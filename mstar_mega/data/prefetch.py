@@ -1,8 +1,8 @@
 """Decode images ahead of the device: prompts that will be asked for soon are made in worker threads.
 
 What a prompt is does not depend on when or where it is made, so results are the same with any number of workers. Memory
-is bounded by bytes: what is ready or under way never exceeds the limit by more than one prompt for each worker, and
-what was asked for longest ago goes first.
+is bounded by bytes: what is ready or under way exceeds the limit by one result at most, and what was asked for longest
+ago goes first.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class Ahead(Generic[V]):
     def __init__(self, make: Callable[[Query], V], size: Callable[[V], int], workers: int, limit: int) -> None:
         self._make, self._size, self._workers, self._limit = make, size, workers, limit
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
-        self._kept: OrderedDict[_Key, Future[V]] = OrderedDict()
+        self._kept: dict[_Key, Future[V]] = {}
         self._sizes: dict[_Key, int] = {}
-        self._used: set[_Key] = set()
-        """Those of the kept that have been asked for, which go first when room is needed."""
+        self._used: OrderedDict[_Key, None] = OrderedDict()
+        """Those of the kept that have been asked for, the longest ago first: they go when room is needed."""
+        self._ready = 0
+        """Bytes of the kept results that are ready."""
         self._largest = 0
         self._lock = threading.Lock()
 
@@ -60,20 +62,24 @@ class Ahead(Generic[V]):
         with self._lock:
             future = self._kept.get(key)
             if future is not None:
-                self._kept.move_to_end(key)
-                self._used.add(key)
+                self._use(key)
         if future is None:
             value = self._make(query)
             future = Future()
             future.set_result(value)
-            self._note_size(key, value)
             with self._lock:
                 self._kept[key] = future
-                self._used.add(key)
+                self._use(key)
+            self._note_size(key, value)
         try:
             return future.result()
+        except BaseException:
+            with self._lock:
+                self._forget(key)
+            raise
         finally:
-            self._evict(key)
+            with self._lock:
+                self._free(0, newest=key)
 
     def close(self) -> None:
         """Stop the workers and forget the results."""
@@ -87,7 +93,7 @@ class Ahead(Generic[V]):
     def bytes_kept(self) -> int:
         """Bytes of the results that are ready."""
         with self._lock:
-            return sum(self._sizes[key] for key in self._kept if key in self._sizes)
+            return self._ready
 
     def _measured(self, key: _Key, query: Query) -> V:
         value = self._make(query)
@@ -97,37 +103,37 @@ class Ahead(Generic[V]):
     def _note_size(self, key: _Key, value: V) -> None:
         size = self._size(value)
         with self._lock:
-            self._sizes[key] = size
             self._largest = max(self._largest, size)
+            if key in self._kept and key not in self._sizes:
+                self._sizes[key] = size
+                self._ready += size
 
-    def _weight(self) -> int:
-        return sum(self._sizes.get(key, self._largest) for key in self._kept)
+    def _use(self, key: _Key) -> None:
+        self._used[key] = None
+        self._used.move_to_end(key)
 
     def _make_room(self) -> bool:
         """Whether one more may be started, after forgetting results that have been used."""
         if self._largest == 0:  # nothing is known yet: one for each worker
             return len(self._kept) < self._workers
-        for key in [key for key in self._kept if key in self._used]:
-            if self._weight() + self._largest <= self._limit:
-                break
-            if self._kept[key].done():
-                self._forget(key)
+        self._free(self._largest)
         return self._weight() + self._largest <= self._limit
 
-    def _forget(self, key: _Key) -> None:
-        del self._kept[key]
-        self._sizes.pop(key, None)
-        self._used.discard(key)
+    def _weight(self) -> int:
+        return self._ready + (len(self._kept) - len(self._sizes)) * self._largest
 
-    def _evict(self, newest: _Key) -> None:
-        """Forget the oldest results that are ready until the limit holds; failed ones at once."""
-        with self._lock:
-            for key in list(self._kept):
-                future = self._kept[key]
-                failed = future.done() and future.exception() is not None
-                too_much = self._weight() > self._limit
-                if failed or (too_much and future.done() and key != newest):
-                    self._forget(key)
+    def _free(self, extra: int, newest: _Key | None = None) -> None:
+        """Forget used results, the longest ago first, until ``extra`` bytes fit in; ``newest`` stays."""
+        while self._used and self._weight() + extra > self._limit:
+            key = next(iter(self._used))
+            if key == newest or key not in self._sizes:
+                break
+            self._forget(key)
+
+    def _forget(self, key: _Key) -> None:
+        self._kept.pop(key, None)
+        self._used.pop(key, None)
+        self._ready -= self._sizes.pop(key, 0)
 
 
 def _key(query: Query) -> _Key:
