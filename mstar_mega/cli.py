@@ -95,21 +95,13 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
     options, overrides = parser.parse_known_args(rest)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit is {options.limit}: it must be at least 1")
+    chosen = command.settings_of(options)
     config = settings.parse(overrides, prog=parser.prog, base=settings.load(options.checkpoint))
     settings.validate(config)
     from mstar_mega.recipe import benchmark
 
-    benchmark.evaluate(
-        config,
-        benchmark.Request(
-            options.checkpoint,
-            options.benchmark,
-            options.data,
-            options.out,
-            options.limit,
-            command.settings_of(options),
-        ),
-    )
+    request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
+    benchmark.evaluate(config, request)
 
 
 def _generate(name: str, rest: list[str]) -> None:

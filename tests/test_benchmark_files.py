@@ -123,6 +123,23 @@ def test_m3cots_images_beside_its_jsonl(tmp_path: Path) -> None:
     assert len(asked.queries) == 20 and not (tmp_path / "images").exists()
 
 
+@needs_data
+def test_mathvistas_parquet(tmp_path: Path) -> None:
+    rows = list(json.loads((BENCHMARKS / "mathvista/testmini.json").read_bytes()).values())[:30]
+    queries = json.loads((BENCHMARKS / "mathvista/query.json").read_bytes())
+    wanted = {problem.id: problem for problem in load("mathvista", BENCHMARKS / "mathvista/testmini.json").problems}
+    path = tmp_path / "testmini.parquet"
+    image = {"bytes": png(), "path": None}
+    table = [row | {"decoded_image": image, "query": queries[row["pid"]]} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    problems = load("mathvista", path).problems
+    asked = ask("mathvista", problems, path, tmp_path, BenchmarkConfig(), instruct=False)
+    for problem, query in zip(asked.problems, asked.queries, strict=True):
+        for name in ("options", "answer", "answer_type", "precision", "groups"):
+            assert getattr(problem, name) == getattr(wanted[problem.id], name)
+        assert query.question == queries[problem.id] and query.images
+
+
 # ------------------------------------------------------------------------------------------------------- bad files
 
 
@@ -144,6 +161,7 @@ def test_options_called_none_and_nan_are_options(tmp_path: Path) -> None:
         (m3cot_row("b", question=" "), "question: it is empty"),
         (m3cot_row("b", question=["q"]), "question: it is a list, not text"),
         (m3cot_row("b", choices="[["), "choices: it is not a list"),
+        (m3cot_row("b", choices=["x"] * 27), "choices: 27 choices are more than"),
         (m3cot_row("b", choices="[" * 60_000), "choices: it is not a list"),
         ({"id": "b"}, "no such column"),
     ],
@@ -181,7 +199,7 @@ def test_bad_tables(tmp_path: Path, content: bytes, reason: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     for name, content, reason in [
         ("a.parquet", b"PAR1junk", "no readable parquet"),
-        ("a.json", b'{"1": {"pid": "1"}, "1": {}}', "stands twice"),
+        ("a.json", b'{"1": {"pid": "1"}, "1": {}}', "a.json: the key '1' stands twice"),
         ("a.jsonl", b'{"id": \n', "it is not JSON"),
         ("a.xlsx", b"", "not from '.xlsx'"),
     ]:

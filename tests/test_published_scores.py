@@ -72,7 +72,7 @@ def test_mathvista_tables(path: Path) -> None:
 def test_mathvistas_rule_of_today_on_the_same_extractions() -> None:
     vectors = lines(VECTORS / "mathvista.jsonl")
     known = {problem.id: problem for problem in problems("mathvista", "testmini.json")}
-    rules = {name: Rules(BenchmarkConfig(integers=name)) for name in ("today", "2023")}  # type: ignore[arg-type]
+    rules = {name: Rules(BenchmarkConfig(integers=name)) for name in ("today", "2023")}
     drift = 0
     for row in vectors:
         for name, columns in (

@@ -53,7 +53,7 @@ def prompt_text(name: str, problem: Problem, instruct: bool) -> str:
 
 def _hint(template: Template, problem: Problem) -> str:
     """The benchmark's own hint for this kind of answer."""
-    kind = "choice" if problem.options else problem.answer_type
+    kind = "choice" if problem.options else str(problem.answer_type)
     if kind == "float":
         kind = f"float {problem.precision}"
     return template.hints.get(kind, "")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mstar_mega.data.mathv360k import RowProblem
+from mstar_mega.data.prompts import letters
 from mstar_mega.data.rows import read_rows
 from mstar_mega.evaluation.problem import Picture
 
@@ -81,6 +82,14 @@ class Cells:
         if not isinstance(value, list) or not all(isinstance(item, (str, int, float)) for item in value):
             self.refuse(column, "it is not a list of texts")
         return [str(item) for item in value]
+
+    def lettered(self, column: str) -> dict[str, str]:
+        """The texts of a list by letter."""
+        texts = self.list(column)
+        try:
+            return dict(zip(letters(len(texts)), texts, strict=True))
+        except ValueError as error:
+            self.refuse(column, str(error))
 
     def options(self) -> dict[str, str]:
         """The options in the columns A, B, ...; an empty cell is no option."""
@@ -210,6 +219,8 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return value if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()) else None
 
 
@@ -218,7 +229,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object of a JSON file: which one is meant?")
+        raise ValueError(f"the key {twice!r} stands twice in one object of it: which one is meant?")
     return found
 
 

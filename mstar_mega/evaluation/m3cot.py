@@ -26,8 +26,7 @@ _PUNCTUATION = re.compile(r"[\n.,!?]")
 
 def read(cells: Cells) -> Problem:
     """A row of the parquet or jsonl file."""
-    choices = cells.list("choices")
-    options = dict(zip(letters(len(choices)), choices, strict=True))
+    options = cells.lettered("choices")
     answer = cells.text("answer").strip()
     if answer.isdigit() and int(answer) < len(options):
         answer = list(options)[int(answer)]

@@ -12,7 +12,6 @@ from dataclasses import replace
 from rapidfuzz.distance import Levenshtein
 
 from mstar_mega.config import BenchmarkConfig
-from mstar_mega.data.prompts import letters
 from mstar_mega.evaluation.choices import infer
 from mstar_mega.evaluation.files import Cells
 from mstar_mega.evaluation.problem import AnswerType, Problem, Reading, Rules
@@ -40,13 +39,13 @@ def read(cells: Cells) -> Problem:
     answer_type = _TYPES.get(flat.text("answer_type"))
     if answer_type is None:
         flat.refuse("answer_type", f"it is {flat.text('answer_type')!r}, not one of {', '.join(_TYPES)}")
-    choices = flat.list("choices")
-    options = dict(zip(letters(len(choices)), choices, strict=True))
+    options = flat.lettered("choices")
+    choices = list(options.values())
     is_choice = flat.text("question_type") == "multi_choice"
     answer = flat.text("answer")
     if is_choice and answer not in choices:
         flat.refuse("answer", f"{answer!r} is not one of the choices {choices}")
-    groups = {name: (flat.text(name),) for name in GROUPS[:-1]}
+    groups: dict[str, tuple[str, ...]] = {name: (flat.text(name),) for name in GROUPS[:-1]}
     groups["skills"] = tuple(flat.list("skills"))
     groups["table"] = (COLUMNS.get(groups["task"][0], groups["task"][0]),)
     query = flat.optional("query")
