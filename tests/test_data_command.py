@@ -31,11 +31,10 @@ def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.Captur
     rows[0]["conversations"][0]["value"] += "\nChoices:\n(A) x\n(B) y"
     rows[0]["conversations"][1]["value"] = "The answer is B"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    options = {"A": "x", "B": "y"}
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").write_bytes(picture(0))
-    problem = {"question_type": "multi_choice", "answer_type": "text", "precision": None, "unit": None, "answer": "y"}
-    problem |= {"choices": list(options.values()), "image": "images/0.png"}
+    problem: dict[str, object] = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+    problem |= {"unit": None, "answer": "y", "choices": ["x", "y"], "image": "images/0.png"}
     groups = ("language", "source", "category", "task", "context", "grade")
     problem["metadata"] = {"skills": [], **dict.fromkeys(groups, "any")}
     exam = {str(i): {**problem, "pid": str(i), "question": text} for i, text in enumerate(("QUESTION  0", "other"))}

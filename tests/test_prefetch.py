@@ -93,7 +93,7 @@ def test_never_more_than_the_limit_is_started() -> None:
 def test_a_call_costs_no_more_when_much_is_kept() -> None:
     ahead = Ahead(Maker(), len, 1, 1 << 30)
     started = time.process_time()
-    for query in queries(20_000):
+    for query in queries(20_008)[8:]:
         ahead(query)
     assert ahead.bytes_kept == 2_000_000
     assert time.process_time() - started < 10, "a call looks at everything that is kept"
