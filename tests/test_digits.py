@@ -19,8 +19,8 @@ from mstar_mega.config import DataConfig
 from mstar_mega.data.digits import make_tokenizer, task
 from mstar_mega.data.digits.questions import KINDS, ORDINALS, Problem, draw_problem
 from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, Digit, Handwriting, digest, handwriting_split, render
-from mstar_mega.data.types import Query
 from mstar_mega.data.tokenizer import SentencePieceTokenizer
+from mstar_mega.data.types import Query
 
 SMALL = DataConfig(warmup_examples=12, labelled_queries=12, unlabelled_queries=4, validation_queries=6, test_queries=6)
 TOKENIZER = SentencePieceTokenizer(make_tokenizer.MODEL_PATH)
