@@ -32,11 +32,25 @@ OPTIONS = dict(zip("ABCD", ("60°", "a cat", "a black cat", "NA"), strict=True))
         ("I cannot determine this without the image.", "N/A"),
         ("The answer cannot be determined.", "N/A"),
         ("It is (B) or (C).", "B, C"),
+        ("The text does not provide any of that.", "N/A"),
         ("", "N/A"),
     ],
 )
 def test_options(response: str, answer: str) -> None:
     assert find_answer(response, "letter", OPTIONS) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("No, there are more cars.", "B"),
+        ("There are fewer cars than bikes.", "A"),
+        ("Red isn't the lowest. Blue is.", "B"),
+        ("It is not clear from this.", "N/A"),
+    ],
+)
+def test_statements_about_yes_and_no(response: str, answer: str) -> None:
+    assert find_answer(response, "letter", {"A": "Yes", "B": "No"}) == answer
 
 
 @pytest.mark.parametrize(

@@ -157,5 +157,7 @@ def test_mathvista_verdicts_from_responses() -> None:
         if row["prompt_kind"] == "zero-shot":
             reading = find("mathvista").read_response(known[row["pid"]], row["response"], rules)
             agree[row["question_type"]].append(reading.correct == row["true_false"])
+            if reading.correct != row["true_false"]:
+                print(f"{row['id']}: read {reading.extraction!r}, published {row['extraction']!r}")
     assert len(agree["free_form"]) == 93 and sum(agree["free_form"]) >= 0.98 * 93
     assert len(agree["multi_choice"]) == 87 and sum(agree["multi_choice"]) >= 77

@@ -15,6 +15,7 @@ _ALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])")
 _ARTICLE = re.compile(r"[AI] [a-z]")
 _LISTED = re.compile(r"[ \t]*\([A-Z]\)[ \t]")
 _WORD = re.compile(r"\w+")
+_DENIES = re.compile(r"\b(?:not|no|never|neither|none)\b|n't\b", re.IGNORECASE)
 _MAX_CHARS = 2000
 _MAX_STATEMENT = 80
 
@@ -51,7 +52,13 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
         return stated[0].strip(" .*")
     if declines(text):
         return NO_ANSWER
-    return _contained(text, options) or _by_words(parts, options) or _by_number(last, options) or NO_ANSWER
+    return (
+        _contained(text, options)
+        or _by_polarity(parts, options)
+        or _by_words(parts, options)
+        or _by_number(last, options)
+        or NO_ANSWER
+    )
 
 
 def _without_lists(text: str) -> str:
@@ -96,6 +103,14 @@ def _contained(text: str, options: Mapping[str, str]) -> str | None:
         letter for letter, form in found.items() if not any(form != other and form in other for other in found.values())
     ]
     return longest[0] if len(longest) == 1 else None
+
+
+def _by_polarity(parts: list[str], options: Mapping[str, str]) -> str | None:
+    """Yes or no, where these are the options and the text is a statement: whether its first sentence denies."""
+    letters = {normalize(option): letter for letter, option in options.items()}
+    if set(letters) != {"yes", "no"} or not parts:
+        return None
+    return letters["no" if _DENIES.search(parts[0]) else "yes"]
 
 
 def _by_words(parts: list[str], options: Mapping[str, str]) -> str | None:

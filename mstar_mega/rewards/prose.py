@@ -19,7 +19,8 @@ _STATED = re.compile(
 )
 _DECLINED = re.compile(
     r"\bnot (?:possible|able)|\bcannot|\bcan't|\bcan not|\bunable|\bimpossible|\binsufficient"
-    r"|(?:\bnot|n't) (?:\w{1,30} ){0,4}(?:enough|sufficient|any)\b"
+    r"|(?:\bnot|n't) (?:\w{1,30} ){0,4}(?:enough|sufficient|any)\b|\bnot clear\b|n't clear\b"
+    r"|(?:\bnot|n't) (?:provide|show|contain|specify|give|include)\b|\bno (?:information|data|context)\b"
     r"|\bwithout (?:\w{1,30} ){0,5}(?:information|context|details|data|image)|\bplease provide"
     r"|\bneed (?:\w{1,30} ){0,3}more |\bundefined|\bnone of the|\bno (?:\w{1,30} )?(?:correct )?(?:answer|option)",
     re.IGNORECASE,
