@@ -275,3 +275,14 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
 def test_the_settings_name_exactly_the_sets_that_can_be_built() -> None:
     named = typing.get_args(typing.get_type_hints(DataConfig)["name"])
     assert set(named) == set(task.BUILDERS) == set(TRAINING_SETS)
+
+
+def test_the_digits_task_has_no_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.labelled_queries is null: the digits task has no end"):
+        task.build(DataConfig(labelled_queries=None), tmp_path, 0)
+
+
+def test_without_a_warmup_file_the_task_says_what_is_missing(tmp_path: Path) -> None:
+    make(tmp_path, good_rows(tmp_path))
+    made = task.build(config_of(tmp_path, warmup_file=None), tmp_path / "index", 0)
+    assert len(made.warmup) == 0 and made.skipped[-1].where == "data.warmup_file"
