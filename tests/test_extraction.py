@@ -77,7 +77,8 @@ def test_hostile_responses_neither_hang_nor_crash_any_rule() -> None:
     kinds: tuple[Kind, ...] = ("integer", "float", "list")
     valued = [Problem("o", "q", OPTIONS, "a cat", "text"), *(Problem(kind, "q", {}, "7", kind, 1) for kind in kinds)]
     lettered = Problem("l", "q", OPTIONS, "B")
-    cases = [("mathvista", problem, rules) for problem in valued for rules in ("official", "vlmevalkit")]
+    cases = [("mathvista", problem, "official") for problem in valued]
+    cases += [("mathvista", problem, "vlmevalkit") for problem in valued[::2]]
     cases += [(name, lettered, "official") for name in ("m3cot", "mmstar", "mmbench")] + [("ai2d", lettered, "reward")]
     slowest = 0.0
     with AnswerChecker(timeout_seconds=0.5) as checker:

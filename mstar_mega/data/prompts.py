@@ -89,7 +89,7 @@ BENCHMARKS = {
         instruction=REASON_STEP_BY_STEP,
     ),
     "m3cot": Template(
-        ("[Context]\n{context}\n", "[Question]\n{question}", "[Choices]\n{choices}", "\n{instruction}"),
+        ("[Context]\n{context}", "[Question]\n{question}", "[Choices]\n{choices}", "\n{instruction}"),
         instruction=REASON_STEP_BY_STEP,
     ),
     "mmstar": Template(("{question}", "{instruction}"), instruction=REASON_STEP_BY_STEP),
