@@ -27,6 +27,8 @@ REQUIRES = [
     "jsonargparse>=4.40,<5",
     "pyyaml>=6.0",
     "math-verify>=0.8",
+    "pyarrow>=16",  # MathVista and M3CoT are distributed as parquet; pip has no lighter reader that is as complete
+    "rapidfuzz>=3.6",  # edit distances of MathVista's rules, quick also where a response is a megabyte
     "rich>=13.7",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
@@ -34,6 +36,7 @@ REQUIRES = [
 
 TRITON = 'triton>=3.6,<3.10; platform_system == "Linux"'
 TRANSFORMERS = "transformers>=5.0,<6"
+EASY_VQA = "easy-vqa>=1.0,<2"
 
 EXTRAS = {
     # Accelerators. All are detected at run time; each has a reference in plain PyTorch beside it. flash-attn compiles
@@ -41,8 +44,10 @@ EXTRAS = {
     "gpu": [TRITON, "flash-attn>=2.7"],
     # What the benchmarks compare with: transformers' generate, and the kernels of Liger.
     "peers": [TRANSFORMERS, TRITON, "liger-kernel>=0.6"],
+    # 5,000 real pictures with 48,248 questions: the second demonstration, examples/configs/easy_vqa.yaml.
+    "easy-vqa": [EASY_VQA],
     # Tests (triton kernels run in its interpreter; transformers' models are references), lint and types.
-    "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS],
+    "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, EASY_VQA],
 }
 
 setup(

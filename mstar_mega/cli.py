@@ -74,10 +74,40 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
 
 
 def _evaluate(name: str, rest: list[str]) -> None:
+    if any(argument.partition("=")[0] in ("--checkpoint", "--benchmark") for argument in rest):
+        _evaluate_benchmark(name, rest)
+        return
     _, config = _config_of_run(_run_directory_parser(name), rest)
     from mstar_mega.recipe import job
 
     job.evaluate(config)
+
+
+def _evaluate_benchmark(name: str, rest: list[str]) -> None:
+    from mstar_mega import settings
+    from mstar_mega.evaluation import command
+
+    parser = _Parser(
+        prog=f"mstar {name}",
+        description=COMMANDS[name][0],
+        epilog="The settings are those of the run; --NAME VALUE changes one ('mstar evolve --help' lists them).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run directory")
+    command.add_benchmark(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where results are written, and resumed")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    command.add_settings(parser, (*command.SCORING_RESPONSES, *command.ASKING))
+    options, overrides = parser.parse_known_args(rest)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit is {options.limit}: it must be at least 1")
+    chosen = command.settings_of(options)
+    config = settings.parse(overrides, prog=parser.prog, base=settings.load(options.checkpoint))
+    settings.validate(config)
+    from mstar_mega.recipe import benchmark
+
+    request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
+    benchmark.evaluate(config, request)
 
 
 def _generate(name: str, rest: list[str]) -> None:
@@ -111,13 +141,77 @@ def _report_page(name: str, rest: list[str]) -> None:
         print(write_report(run_dir))
 
 
+def _score(name: str, rest: list[str]) -> None:
+    from mstar_mega.evaluation import command
+
+    parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
+    command.add_benchmark(parser)
+    parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="lines of {id, response}")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the scores are written")
+    command.add_settings(parser, command.SCORING)
+    options = parser.parse_args(rest)
+    if _rank() == 0:
+        print(command.run_score(options))
+
+
+def _data(name: str, rest: list[str]) -> None:
+    """``mstar data check PATH`` and ``mstar data show [PATH] ID``: their settings are those of the group data."""
+    from mstar_mega import settings
+
+    action, rest = (rest[0], rest[1:]) if rest else ("", rest)
+    if action not in _DATA_ACTIONS:
+        usage = "\n".join(f"  mstar data {action} {text}" for action, text in _DATA_ACTIONS.items())
+        if action in ("-h", "--help"):
+            print(f"{COMMANDS[name][0]}\n\n{usage}\n\n--NAME VALUE are settings, as in 'mstar evolve --help'.")
+            return
+        raise ValueError(f"mstar data: choose {' or '.join(_DATA_ACTIONS)} ('mstar data --help' shows how)")
+    names: list[str] = []
+    own: dict[str, list[str]] = {"--out": [], "--against": []}
+    others: list[str] = []
+    arguments = iter(rest)
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in own:
+            own[option].append(value if equals else next(arguments, ""))
+        elif argument.startswith("--"):
+            others += [argument] if equals else [argument, *[v for v in (next(arguments, None),) if v is not None]]
+        else:
+            names.append(argument)
+    path = [] if len(names) < (1 if action == "check" else 2) else ["--data.name", "mathv360k", "--data.path", names[0]]
+    config = settings.parse([*path, *others], prog=f"mstar data {action}")
+    settings.validate(config)
+    if not 1 <= len(names) <= (1 if action == "check" else 2):
+        raise ValueError(f"usage: mstar data {action} {_DATA_ACTIONS[action]}")
+    from mstar_mega.recipe import data_command
+
+    if _rank() == 0:
+        out = own["--out"][-1] if own["--out"] else None
+        if action == "check":
+            print(data_command.check(config.data, own["--against"], out))
+        else:
+            print(data_command.show(config, names[-1], out or "tiles.png"))
+
+
+_DATA_ACTIONS = {
+    "check": "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--out FILE.json] [--NAME VALUE ...]",
+    "show": "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
+}
+
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
-    "evaluate": ("Measure the policy of a run directory on its validation and test queries.", _evaluate),
+    "evaluate": (
+        "Measure a policy: RUN_DIR on its validation and test queries, or --checkpoint DIR on a benchmark.",
+        _evaluate,
+    ),
+    "score": ("Score a file of predictions on a benchmark by its rules.", _score),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
+    "data": (
+        "Look at a training set: what it holds and what is wrong with it, or one query as the policy sees it.",
+        _data,
+    ),
     "report": ("Rebuild report.html of a run directory.", _report_page),
 }
 """Name -> (what it does, its function)."""

@@ -54,18 +54,35 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The queries. ``digits`` is the built-in task."""
+    """The queries. ``digits`` is the built-in task, ``mathv360k`` any file in MathV360K's shape (docs/data.md)."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "mathv360k", "easy_vqa"] = "digits"
+    path: str | None = None
+    """The training file (mathv360k): a JSON list or JSON lines of {id, image, conversations}."""
+    images: str | None = None
+    """Folder that the image paths begin in; None: the folder of ``data.path``."""
+    warmup_file: str | None = None
+    """Written-out chains of thought (mathv360k): JSON lines of {id, response}."""
     dir: str | None = None
-    """Where the built-in task's images are written; None: ``<run.dir>/data``."""
-    warmup_examples: int = 2000
-    """Questions with a written-out chain of thought, for the warm-up."""
-    labelled_queries: int = 2048
-    unlabelled_queries: int = 512
-    """Questions whose answers are hidden from training (prompt variation, paper section 5)."""
+    """Where images that are made and indices of files are written; None: ``<run.dir>/data``."""
+    warmup_examples: int | None = 2000
+    """Questions with a written-out chain of thought, for the warm-up; null: all that a set on disk has."""
+    labelled_queries: int | None = 2048
+    """At most so many of a set on disk; null: all."""
+    unlabelled_queries: int | None = 512
+    """Questions whose answers are hidden from training (prompt variation, paper section 5); null: all."""
     validation_queries: int = 250
     test_queries: int = 750
+    bad_rows: Literal["skip", "refuse"] = "skip"
+    """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
+    conflicts: Literal["drop", "first"] = "drop"
+    """Which of the rows that answer one question about one image differently is used: none, or the first."""
+    workers: int = 2
+    """Threads per rank that decode images ahead of the device; 0: none."""
+    prefetch_mb: int = 1024
+    """Most memory per rank for decoded images that wait, in MiB."""
+    instruct: bool = True
+    """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 
 
 @dataclass
@@ -227,6 +244,36 @@ class EvaluationConfig:
     """K of Reward-Pass@K."""
     every: int = 1
     """Iterations between validation measurements; 0: only at the start and the end."""
+
+
+@dataclass
+class BenchmarkConfig:
+    """How the predictions on a benchmark are scored (`mstar score`, `mstar evaluate --benchmark`)."""
+
+    rules: Literal["official", "vlmevalkit", "reward"] = "official"
+    """official: the benchmark's own authors' rules; vlmevalkit: that toolkit's; reward: extraction and comparison of
+    the answer reward in training."""
+    integers: Literal["today", "2023"] = "today"
+    """MathVista's integer rule: today "18.0" is 18, in the files published in 2023 it is no answer."""
+    gold: Literal["file", "table"] = "file"
+    """M3CoT: table takes A for social-commonsense-1274, as its published table does and its files do not."""
+    ignore_empty: bool = False
+    """MathVista: an empty extraction is no answer, instead of the choice with the fewest edits."""
+    reduced: bool = False
+    """Without the perception categories: MMStar-R, MMBench-R."""
+    marker: bool = False
+    """Show the rules only what follows a response's last '# Answer' heading, where it has one."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What becomes of unusable rows of the benchmark's file; left out ones are counted and listed."""
+    predictions: Literal["count", "refuse"] = "count"
+    """What becomes of missing (wrong), repeated (the first counts) and unknown (ignored) predictions: counted and
+    listed, or refused."""
+    without_image: Literal["refuse", "ask"] = "refuse"
+    """Questions whose image cannot be had when a policy is asked: refused, or asked without it and counted."""
+    responses: int = 1
+    """Responses per question; 1: greedy."""
+    temperature: float = 1.0
+    """Of more than one response."""
 
 
 @dataclass

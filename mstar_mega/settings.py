@@ -29,7 +29,15 @@ END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
 _MEND = "restore it, or delete it and give the same command again, which writes it anew from the command's settings"
 
-_FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.")
+_FREE_TO_CHANGE = (
+    "run.dir",
+    "run.allow_changed_settings",
+    "run.keep_checkpoints",
+    "report.",
+    "parallel.",
+    "data.workers",
+    "data.prefetch_mb",
+)
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
 
 
@@ -106,7 +114,7 @@ _NAMES_OF_RULE = (
         _COUNT,
         """
         run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
-        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries
+        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
         generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
         evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
@@ -116,8 +124,8 @@ _NAMES_OF_RULE = (
     (
         _COUNT_OR_NONE,
         """
-        seed data.unlabelled_queries generation.top_k generation.log_prob_gap_queries optimizer.warmup_steps
-        evolve.max_steps evaluation.every report.samples_per_iteration
+        seed data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
+        optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
         """,
     ),
     (
@@ -134,7 +142,7 @@ _NAMES_OF_RULE = (
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),
     (_DECAY, "optimizer.beta1 optimizer.beta2"),
-    (_TEXT, "run.dir model.family model.size data.dir"),
+    (_TEXT, "run.dir model.family model.size data.dir data.path data.images data.warmup_file"),
     (_GRID, "temperature.grid"),
 )
 _RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}

@@ -10,17 +10,16 @@ from fractions import Fraction
 import pytest
 
 from mstar_mega.rewards.answers import (
-    Number,
     Verdict,
     answer_key,
     answers_equal,
     extract_answer,
     normalize,
-    parse_number,
     plain_verdict,
     resolve_choice,
     to_latex,
 )
+from mstar_mega.rewards.quantities import Number, parse_number
 
 # ------------------------------------------------------------------------------------------------------ extraction
 
@@ -156,6 +155,24 @@ def test_not_a_number_or_too_large_for_one(text: str) -> None:
         ("b.", "B", True),
         ("A or B", "B", False),
         ("x+1", "1+x", False),
+        ("5 cm", "5", True),
+        ("5", "5 cm", True),
+        ("5.0 centimeters", "5cm", True),
+        ("5 cm", "6 cm", False),
+        ("\\$1,250.50", "1250.5", True),
+        ("$5\\text{ m/s}^2$", "5", True),
+        ("12 square feet", "12 ft^2", True),
+        ("12 square feet", "12 ft", False),
+        ("1 m", "100 cm", False),
+        ("30 km per hour", "30 km/h", True),
+        ("5m", "5", False),
+        ("5x", "5", False),
+        ("5 apples", "5", False),
+        ("[1, 2.0, 3]", "[1,2,3]", True),
+        ("1, 1/2", "[1, 0.5]", True),
+        ("[1, 2]", "[2, 1]", False),
+        ("[1, 2]", "[1, 2, 3]", False),
+        ("\u20ac5", "5", True),
     ],
 )
 def test_answers_equal(answer: str, gold: str, equal: bool) -> None:

@@ -138,11 +138,12 @@ def test_each_image_is_looked_at_once() -> None:
 
 def spoil_the_data() -> None:
     """Before a job: the digits task makes its pictures, then some are damaged, as if it had been given them so."""
+    from mstar_mega.data import types
     from mstar_mega.data.digits import task
 
     build = task.build
 
-    def spoiled(config: object, dir: Path, seed: int) -> task.DigitsTask:
+    def spoiled(config: object, dir: Path, seed: int) -> types.Task:
         made = build(config, dir, seed)  # type: ignore[arg-type]
         for chosen in (made.warmup[3][0], made.test[0]):
             os.truncate(chosen.images[0].path, 60)

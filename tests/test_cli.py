@@ -20,6 +20,7 @@ from mstar_mega.config import Config
 
 REPO = Path(__file__).parents[1]
 LAUNCHER = REPO / "examples" / "pretrain_mstar.sh"
+BENCHMARK = ["--benchmark", "mmmu", "--data", "none.tsv", "--out", "none"]
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
@@ -88,6 +89,12 @@ def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir:
         (["evaluate", "--seed", "1", "{run}"], "RUN_DIR comes first: mstar evaluate RUN_DIR ..."),
         (["evaluate", "{run}", "--sed", "1"], "unknown setting '--sed'"),
         (["evaluate", "{run}/none"], "none: No such file or directory"),
+        (["evaluate", "--checkpoint", "{run}"], "required: --benchmark, --data, --out"),
+        (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--limit", "0"], "--limit is 0: it must be at least 1"),
+        (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--responses", "0"], "--responses is 0: it must be"),
+        (["score"], "required: --benchmark, --data, --predictions, --out"),
+        (["score", *BENCHMARK, "--predictions", "p"], "there is no benchmark 'mmmu': choose one of mathvista, m3cot"),
+        (["score", *BENCHMARK, "--predictions", "p", "--rules", "mine"], "invalid choice: 'mine'"),
         (["generate", "{run}"], "required: --question"),
         (["generate", "{run}", "--question", "?", "--image", "none.png"], "--image none.png: there is no such file"),
         (["generate", "{run}", "--question", "?", "--responses", "0"], "--responses is 0: it must be at least 1"),

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mstar_mega.data.digits import make_tokenizer, task
 from mstar_mega.data.digits.questions import KINDS, ORDINALS, Problem, draw_problem
 from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, Digit, Handwriting, digest, handwriting_split, render
 from mstar_mega.data.tokenizer import SentencePieceTokenizer
+from mstar_mega.data.types import Query
 
 SMALL = DataConfig(warmup_examples=12, labelled_queries=12, unlabelled_queries=4, validation_queries=6, test_queries=6)
 TOKENIZER = SentencePieceTokenizer(make_tokenizer.MODEL_PATH)
@@ -171,7 +173,7 @@ def test_problems_depend_on_seed_set_and_index_only(tmp_path: Path) -> None:
     large = task.build(DataConfig(warmup_examples=13, labelled_queries=20, test_queries=7), tmp_path / "b", 0)
     other = task.build(SMALL, tmp_path / "c", 1)
 
-    def content(queries: list) -> list[tuple]:
+    def content(queries: Sequence[Query]) -> list[tuple]:
         return [(q.id, q.question, q.answer, q.images[0].digest) for q in queries]
 
     assert content(small.labelled) == content(large.labelled)[:12]
@@ -186,7 +188,7 @@ def test_sets_have_the_asked_sizes_and_hide_answers(tmp_path: Path) -> None:
     assert [len(made.validation), len(made.test)] == [6, 6]
     assert made.labelled[3].id == "digits-train-000003"
     assert all(q.answer is None and q.hidden_answer for q in made.unlabelled)
-    assert all(q.answer and q.hidden_answer is None for q in made.labelled + made.validation + made.test)
+    assert all(q.answer and q.hidden_answer is None for q in [*made.labelled, *made.validation, *made.test])
     assert all(chain.endswith(f"# Answer\n\n{q.answer}") for q, chain in made.warmup)
     ids = [q.id for q in [*(q for q, _ in made.warmup), *made.labelled, *made.unlabelled, *made.test]]
     assert len(set(ids)) == len(ids)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
 _THREADS = 8
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One query that is left out, as the event ``skipped`` tells it."""
-
-    what: str
-    """``query ID`` and the set it belongs to."""
-    where: str
-    """The image file, or the field of the query."""
-    reason: str
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row of each pass of an interlaced PNG, and the steps to the next."""
+MAX_PIXELS = 1 << 26
+"""The largest picture that is decoded: 200 MB as RGB."""
 
 
 def screen(
@@ -34,7 +29,7 @@ def screen(
     """
     refs = list(dict.fromkeys(image for query in queries for image in query.images))
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = dict(zip(refs, pool.map(lambda ref: _image_problem(ref, check_image), refs), strict=True))
+        images = dict(zip(refs, pool.map(lambda ref: problem_of(lambda: check_image(ref)), refs), strict=True))
     good: list[Query] = []
     skipped: list[Skipped] = []
     seen: set[str] = set()
@@ -50,27 +45,76 @@ def screen(
     return good, skipped
 
 
+def screen_task(task: Task) -> Task:
+    """A task whose sets are in memory without the queries that no stage can use; they are in its ``skipped``."""
+    skipped: list[Skipped] = []
+    warmup, dropped = screen([query for query, _ in task.warmup], "warm-up", check_image)
+    skipped += dropped
+    kept = set(map(id, warmup))
+    sets = {}
+    for name in ("labelled", "unlabelled", "validation", "test"):
+        sets[name], dropped = screen(getattr(task, name), name, check_image, needs_answer=name != "unlabelled")
+        skipped += dropped
+    pairs = [pair for pair in task.warmup if id(pair[0]) in kept]
+    return replace(task, warmup=pairs, **sets, skipped=[*task.skipped, *skipped])
+
+
 def check_image(image: ImageRef) -> None:
     """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
     from hashlib import sha256
-    from io import BytesIO
-
-    from PIL import Image
 
     content = Path(image.path).read_bytes()
     if sha256(content).hexdigest()[:16] != image.digest:
         raise ValueError("the file is not the one that the data name (its digest differs)")
+    readable_image(content)
+
+
+def readable_image(content: bytes) -> tuple[int, int]:
+    """Decode an image file to its end; its (width, height). Raises OSError or ValueError when it is broken, and before
+    anything is decoded when its header announces more than ``MAX_PIXELS``."""
+    from io import BytesIO
+
+    from PIL import Image
+
     try:
         with Image.open(BytesIO(content)) as picture:
+            size = picture.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}: a decompression bomb?")
             picture.draft("RGB", _DRAFT)
             picture.load()
+            if picture.format == "PNG":
+                _check_png_rows(content)
+            return size
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error
 
 
-def _image_problem(ref: ImageRef, check: Callable[[ImageRef], None]) -> str:
+def _check_png_rows(content: bytes) -> None:
+    """Raises ValueError for a PNG with fewer pixels than its header announces, whose rest Pillow leaves black."""
+    position, unpack, inflated, wanted = 8, zlib.decompressobj(), 0, 0
+    while position + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, position)
+        data = content[position + 8 : position + 8 + length]
+        if name == b"IHDR":
+            width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data)
+            bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+            passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+            sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes if x < width]
+            wanted = sum(max(0, rows) * (1 + -(-columns * bits // 8)) for columns, rows in sizes)
+        elif name == b"IDAT":
+            while data and inflated < wanted:
+                inflated += len(unpack.decompress(data, 1 << 16))
+                data = unpack.unconsumed_tail
+        position += 12 + length
+    if inflated < wanted:
+        raise ValueError(f"its header announces more pixels than it holds ({inflated} of {wanted} bytes)")
+
+
+def problem_of(look: Callable[[], object]) -> str:
+    """What is wrong with an image that ``look`` reads; empty if nothing is."""
     try:
-        check(ref)
+        look()
     except FileNotFoundError:
         return "there is no such file"
     except (OSError, ValueError) as error:

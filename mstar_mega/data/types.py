@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,32 @@ class Query:
     """Question type, for breakdowns."""
     hidden_answer: str | None = None
     """The answer of an unlabelled query, read by nothing but the oracle setting."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One query, or row of a file, that is left out, as the event ``skipped`` tells it."""
+
+    what: str
+    """``query ID`` and the set it belongs to, or the row."""
+    where: str
+    """The image file, the field of the query, or the file that the row stands in."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """All queries of a run. A set is a sequence and need not be in memory: it may read each query when it is asked."""
+
+    warmup: Sequence[tuple[Query, str]]
+    """Each query with its written-out chain of thought."""
+    labelled: Sequence[Query]
+    unlabelled: Sequence[Query]
+    """Their answers are hidden from training."""
+    validation: Sequence[Query]
+    test: Sequence[Query]
+    skipped: Sequence[Skipped] = ()
+    """What was left out of the sets, and why."""
 
 
 @dataclass

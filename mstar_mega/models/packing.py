@@ -27,6 +27,12 @@ class Prompt:
     """float32 [tiles, 3, S, S], or None without an image."""
 
 
+def prompt_bytes(prompt: Prompt) -> int:
+    """About how much memory a prompt takes."""
+    pixels = 0 if prompt.pixels is None else prompt.pixels.numel() * prompt.pixels.element_size()
+    return pixels + 16 * (len(prompt.tokens) + len(prompt.image_positions)) + 1024
+
+
 @dataclass
 class PackedBatch:
     """One forward pass."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mstar_mega.config import AnnotateConfig
+from mstar_mega.data.order import shuffled
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.generation.engine import Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
@@ -67,9 +68,8 @@ def _log(job: Job, groups: list[Group], seconds: float) -> None:
         job.say(warning)
 
 
-def _queries(job: Job, settings: AnnotateConfig) -> list[Query]:
-    order = sorted(job.task.labelled, key=lambda query: key_of(job.config.seed, "annotate", query.id))
-    return order[: settings.queries]
+def _queries(job: Job, settings: AnnotateConfig) -> Sequence[Query]:
+    return shuffled(job.task.labelled, job.config.seed, "annotate")[: settings.queries]
 
 
 def _label(job: Job, actors: Actors, queries: list[Query]) -> list[Group]:
@@ -101,7 +101,7 @@ def _success_shares(
             for beginning, draft in _beginnings(group).items()
             for i in range(settings.rollouts)
         ]
-        requests.append(Request(job.family.prompt(group.query), samples, drafts))
+        requests.append(Request(job.prompt(group.query), samples, drafts))
     drawn = actors.engine.generate(requests, settings.temperature)
     continued = [
         Group(group.query, _continuations(job, group, samples, settings.rollouts))

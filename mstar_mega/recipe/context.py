@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mstar_mega.config import Config
-from mstar_mega.data.digits.task import DigitsTask
-from mstar_mega.data.screen import Skipped
+from mstar_mega.data.prefetch import Ahead
+from mstar_mega.data.types import Task
 from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import Layout
 from mstar_mega.platform.memory import peak_memory_bytes
 from mstar_mega.report.metrics import MetricsLog, NullMetrics
@@ -31,12 +32,12 @@ class Job:
     dir: Path
     layout: Layout
     family: InternVL2
-    task: DigitsTask
+    prompt: Ahead[Prompt]
+    """A query as the policy reads it, its images decoded ahead where that was asked for."""
+    task: Task
     metrics: MetricsLog | NullMetrics
     progress: Progress
     checker: AnswerChecker
-    skipped: list[Skipped] = field(default_factory=list)
-    """Queries of the data that no stage sees."""
     muted: bool = False
     """True while a resumed run passes through what an earlier one already logged."""
     recovered_seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""What a job does before its first stage: take the run directory for itself, check its settings, screen its queries."""
+"""What a job does before its first stage: take the run directory for itself, check its settings, find its queries."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from mstar_mega import settings
 from mstar_mega.config import Config
-from mstar_mega.data.digits import task as digits
-from mstar_mega.data.digits.task import DigitsTask
-from mstar_mega.data.screen import Skipped, check_image, screen
+from mstar_mega.data.task import build
+from mstar_mega.data.types import Task
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 
@@ -120,22 +118,15 @@ def _remove_leftovers(directory: Path) -> None:
             path.unlink()
 
 
-def build_task(config: Config, directory: Path) -> tuple[DigitsTask, list[Skipped]]:
-    """The queries of all sets, and those left out. Raises ValueError where a set that is needed has none left."""
-    task = digits.build(config.data, Path(config.data.dir) if config.data.dir else directory / "data", config.seed)
-    skipped: list[Skipped] = []
-    warmup, dropped = screen([query for query, _ in task.warmup], "warm-up", check_image)
-    skipped += dropped
-    kept = set(map(id, warmup))
-    sets = {}
-    for name in ("labelled", "unlabelled", "validation", "test"):
-        sets[name], dropped = screen(getattr(task, name), name, check_image, needs_answer=name != "unlabelled")
-        skipped += dropped
-    needed = {"warm-up": warmup, **sets}
-    if config.prompts.unlabelled == "none":
-        needed.pop("unlabelled")
+def build_task(config: Config, directory: Path) -> Task:
+    """The queries of all sets. Raises ValueError where a set that is needed has none that can be used."""
+    task = build(config.data, Path(config.data.dir) if config.data.dir else directory / "data", config.seed)
+    needed = {"warm-up": task.warmup, "labelled": task.labelled, "validation": task.validation, "test": task.test}
+    if config.prompts.unlabelled != "none":
+        needed["unlabelled"] = task.unlabelled
     for name, queries in needed.items():
         if not queries:
-            reasons = "; ".join(f"{each.where}: {each.reason}" for each in skipped if each.what.endswith(f"{name} set"))
+            ours = [each for each in task.skipped if each.what.endswith(f"{name} set")] or task.skipped
+            reasons = "; ".join(f"{each.where}: {each.reason}" for each in ours)
             raise ValueError(f"no query of the {name} set can be used ({reasons[:300] or 'it is empty'})")
-    return replace(task, warmup=[pair for pair in task.warmup if id(pair[0]) in kept], **sets), skipped
+    return task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from mstar_mega.data.types import Group, Query
@@ -12,7 +13,7 @@ from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
 Split = Literal["validation", "test"]
 
 
-def split_queries(job: Job, split: Split) -> list[Query]:
+def split_queries(job: Job, split: Split) -> Sequence[Query]:
     """The queries of an evaluation split."""
     return job.task.validation if split == "validation" else job.task.test
 

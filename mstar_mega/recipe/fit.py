@@ -154,8 +154,10 @@ def fit(
     """
     every = job.config.run.checkpoint_every_steps
     with job.progress.task(f"train {stage}", len(batches), "steps", done=position.step) as task:
-        for batch in batches[position.step :]:
+        for step, batch in enumerate(batches[position.step :], position.step):
             timer = Timer(job)
+            for soon in batches[step : step + 2]:  # images of the next step are decoded during this one
+                job.prompt.expect(group.query for group in trainer.share(soon))
             try:
                 stats = trainer.step(batch)
             except NonFiniteLossError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mstar_mega.data.order import Joined, shuffled
 from mstar_mega.data.types import Query
-from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.method import ResolvedMethod
@@ -18,14 +19,14 @@ class Interval:
 
     number: int
     """The iteration, from 1."""
-    labelled: list[Query]
-    unlabelled: list[Query]
+    labelled: Sequence[Query]
+    unlabelled: Sequence[Query]
     sweep: bool
     """The temperature is tuned before this iteration."""
 
     @property
-    def queries(self) -> list[Query]:
-        return self.labelled + self.unlabelled
+    def queries(self) -> Sequence[Query]:
+        return Joined(self.labelled, self.unlabelled)
 
 
 def iterations_per_pass(interval: float) -> int:
@@ -58,10 +59,10 @@ def next_interval(job: Job, method: ResolvedMethod, position: Position) -> Inter
     )
 
 
-def _share(queries: list[Query], number: int, per_pass: int, key: tuple[object, ...]) -> list[Query]:
+def _share(queries: Sequence[Query], number: int, per_pass: int, key: tuple[object, ...]) -> Sequence[Query]:
     """Iteration ``number``'s part of its pass; every pass has its own order, and parts differ by one query at most."""
     this_pass, part = divmod(number - 1, per_pass)
-    order = sorted(queries, key=lambda query: key_of(*key, this_pass, query.id))
+    order = shuffled(queries, *key, this_pass)
     return order[len(order) * part // per_pass : len(order) * (part + 1) // per_pass]
 
 

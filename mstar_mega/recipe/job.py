@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from mstar_mega.config import Config
-from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.data.prefetch import Ahead
+from mstar_mega.data.types import ImageRef, Query, Task
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
 from mstar_mega.models.lmm import LMM
+from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.files import sha256_file
@@ -130,7 +132,7 @@ def evaluate(config: Config) -> None:
     With other settings than the run's the responses get directories of their own.
     """
     with open_job(config, trains=False) as job, job.quiet(True):
-        policy, position = _newest_policy(job)
+        policy, position = newest_policy(job)
         actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
         at = f"_step_{position.step:06d}" if position.step else ""
         done = position.iteration if at else position.iteration - 1
@@ -147,11 +149,11 @@ def evaluate(config: Config) -> None:
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
     """Print sampled responses of a run's newest policy to a question about images."""
     with open_job(config, trains=False) as job, job.quiet(True):
-        policy, _ = _newest_policy(job)
+        policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
         refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
         query = Query("question", question, refs, None)
-        request = Request(job.family.prompt(query), sample_specs("generate", query, responses))
+        request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
             response = to_response(job, index, sample)
             cut = " (cut at the length limit)" if response.truncated else ""
@@ -159,7 +161,9 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 
 
 @contextmanager
-def open_job(config: Config, trains: bool = True) -> Iterator[Job]:
+def open_job(
+    config: Config, make_task: Callable[[Config, Path], Task] = build_task, trains: bool = True
+) -> Iterator[Job]:
     """Join the process group, take the run directory and prepare the queries; close everything in the end.
 
     ``trains``: see :func:`run_directory`.
@@ -179,12 +183,14 @@ def open_job(config: Config, trains: bool = True) -> Iterator[Job]:
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
         damage = metrics.damage if isinstance(metrics, MetricsLog) else []
-        task, skipped = on_main(place.is_main, lambda: build_task(config, directory))
+        task = on_main(place.is_main, lambda: make_task(config, directory))
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
+        prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)
+        stack.callback(prompt.close)
         for problem in damage[:3]:
             progress.say(f"WARNING: DAMAGED LOG, that event is lost: {problem}. The log as it was is beside it")
-        yield Job(config, directory, place, family, task, metrics, progress, checker, skipped)
+        yield Job(config, directory, place, family, prompt, task, metrics, progress, checker)
     distributed.shutdown()
 
 
@@ -196,21 +202,21 @@ def _log_start(job: Job) -> None:
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
-    events = [{"event": "skipped", **asdict(skipped)} for skipped in job.skipped]
+    events = [{"event": "skipped", **asdict(skipped)} for skipped in job.task.skipped]
     for event in events:
         if event not in logged:  # damaged since an earlier start
             job.log(**event)
     if events:
-        shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.skipped[:3])
+        shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.task.skipped[:3])
         job.warn(f"{len(events)} queries are left out: {shown}{' ...' if len(events) > 3 else ''}")
 
 
 def _policy(job: Job) -> Trainer:
     model = build_model(job.config, job.family)
-    return Trainer(model, job.config.warmup.optimizer, job.family.prompt, len(warmup_steps(job)))
+    return Trainer(model, job.config.warmup.optimizer, job.prompt, len(warmup_steps(job)))
 
 
-def _newest_policy(job: Job) -> tuple[LMM, Position]:
+def newest_policy(job: Job) -> tuple[LMM, Position]:
     """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
     model = build_model(job.config, job.family)
     position = restore_weights(job, model, "evolve")

@@ -37,7 +37,7 @@ def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
     with job.stage("prm"):
         train, held_out = _split(job, groups)
         batches = _batches(job, train)
-        trainer = Trainer(build_prm(job, policy), settings.optimizer, job.family.prompt, len(batches))
+        trainer = Trainer(build_prm(job, policy), settings.optimizer, job.prompt, len(batches))
         position = restore(job, trainer, "prm") or Position()
         if not position.finished:
             fit(job, trainer, "prm", batches, position)
@@ -99,7 +99,7 @@ def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
     A step counts as good where its label is at least the threshold that its score must reach: the head has learnt
     the label itself, hard or soft.
     """
-    score_groups(prm, job.family.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
+    score_groups(prm, job.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
     steps = [step for group in held_out for response in group.responses for step in response.steps]
     scores = [step.score for step in steps if step.score is not None]
     threshold = 0.5

@@ -69,9 +69,7 @@ def rollout(
         groups = sample_groups(job, actors.engine, block, sampling)
         if actors.prm is not None:
             timer = Timer(job)
-            score_groups(
-                actors.prm, job.family.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens
-            )
+            score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
             job.score_seconds += timer.seconds
         groups = [_with_answer(job, group) for group in groups]
         judge(job, groups)
@@ -100,14 +98,18 @@ def in_blocks(
     finished = broadcast_object(_finished_blocks(job, directory, blocks) if job.layout.is_main else set())
     groups: list[Group] = []
     with job.progress.task(description, len(mine), "blocks", done=sum(b in finished for b in mine)) as task:
+        waiting = [b for b in mine if b not in finished]
         for b in mine:
             path = directory / f"block_{b:05d}.jsonl"
             if b in finished:
                 groups += _with_images_of(blocks[b], read_groups(path))
                 _count_time(job, path)
                 continue
+            waiting.remove(b)
+            for soon in (b, *waiting[:1]):  # images of the next block are decoded while this one is sampled
+                job.prompt.expect(blocks[soon])
             timer, score_seconds = Timer(job), job.score_seconds
-            made = make(blocks[b])
+            made = make(list(blocks[b]))
             job.counted_blocks.add(path)
             if job.writes_files:
                 write_groups(path, made, {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)})
@@ -161,9 +163,9 @@ def _with_images_of(queries: Sequence[Query], groups: Sequence[Group]) -> list[G
     ]
 
 
-def _blocks(job: Job, queries: Sequence[Query]) -> list[list[Query]]:
+def _blocks(job: Job, queries: Sequence[Query]) -> list[Sequence[Query]]:
     size = job.config.generation.queries_per_block
-    return [list(queries[i : i + size]) for i in range(0, len(queries), size)]
+    return [queries[i : i + size] for i in range(0, len(queries), size)]
 
 
 def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
@@ -186,7 +188,7 @@ def _read_origin(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _finished_blocks(job: Job, directory: Path, blocks: list[list[Query]]) -> set[int]:
+def _finished_blocks(job: Job, directory: Path, blocks: Sequence[Sequence[Query]]) -> set[int]:
     """Blocks whose file is whole and of these very queries. Rank 0 decides for all ranks."""
     finished: set[int] = set()
     for b, block in enumerate(blocks):
@@ -214,9 +216,7 @@ def _is_same_query(found: Query, query: Query) -> bool:
 
 def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:
     """Sample responses and split them into steps; not judged, not scored."""
-    requests = [
-        Request(job.family.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries
-    ]
+    requests = [Request(job.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries]
     drawn = engine.generate(requests, sampling.temperature)
     return [
         Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])

@@ -59,7 +59,7 @@ def render(run: Run) -> str:
         "plots": "".join(_figure(plot) for plot in all_plots(run)) or _empty("No measurements yet."),
         "iterations": _iteration_table(run),
         "samples_note": _samples_note(samples),
-        "samples": _script_json({"images": samples.images, "iterations": samples.iterations}),
+        "samples": script_json({"images": samples.images, "iterations": samples.iterations}),
         "skipped": _skipped(run),
         "settings": escape(run.settings_text) or "No settings yet.",
     }
@@ -90,7 +90,7 @@ def _time(seconds: float | None) -> str:
     return "–" if seconds is None else clock(seconds)
 
 
-def _script_json(value: object) -> str:
+def script_json(value: object) -> str:
     """JSON inside a script element: no ``<`` that could end it, no line separators old parsers trip over."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -11,15 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
+
+from mstar_mega.rewards.quantities import lists_equal, parse_number, parse_quantity, quantities_equal
 
 How = Literal["exact", "numeric", "choice", "symbolic", "none", "timeout", "error"]
 
 MAX_ANSWER_CHARS = 2048
 """Longer answers are compared as they stand, without normalisation."""
-MAX_NUMBER_CHARS = 128
-MAX_EXPONENT = 300
 MAX_SYMBOLIC_CHARS = 512
 
 ANSWER_HEADING = re.compile(r"^[^\S\n]*#{1,6}[^\S\n]*\**answer\b\**[^\S\n]*:?", re.IGNORECASE | re.MULTILINE)
@@ -36,14 +35,6 @@ class Verdict:
 
 
 WRONG = Verdict(False, "none")
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number as written: ``50%`` is Fraction(1, 2) with ``percent`` set."""
-
-    value: Fraction
-    percent: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------- extraction
@@ -143,72 +134,6 @@ def normalize(answer: str) -> str:
         if shorter == answer:
             return shorter
         answer = shorter
-
-
-# ------------------------------------------------------------------------------------------------------- numbers
-
-_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_DECIMAL = re.compile(rf"([+-]?)({_UNSIGNED})(?:e([+-]?[0-9]{{1,5}}))?")
-_POWER_OF_TEN = re.compile(
-    rf"([+-]?)(?:({_UNSIGNED}) ?(?:\\times|\\cdot|[×*·x]) ?)?10(?:\^|\*\*)"
-    r"(?:\{([+-]?[0-9]{1,5})\}|([+-]?[0-9]{1,5}))"
-)
-_RATIO = re.compile(rf"([+-]?)(?:([0-9]+) )?([+-]?{_UNSIGNED})/([+-]?{_UNSIGNED})")
-_FRAC = re.compile(
-    rf"([+-]?)([0-9]+)? ?\\[dt]?frac ?(?:\{{([+-]?{_UNSIGNED})\}}\{{([+-]?{_UNSIGNED})\}}|([0-9])([0-9]))"
-)
-_PERCENT = re.compile(r" ?(?:%|percent)$")
-_DEGREES = re.compile(r" ?(?:°|\^\\circ|\^\{\\circ\}|degrees?)$")
-
-
-def _scaled(sign: str, digits: str, exponent: str) -> Fraction | None:
-    power = int(exponent or "0")
-    if abs(power) > MAX_EXPONENT:
-        return None
-    value = Fraction(digits.replace(",", "")) * Fraction(10) ** power
-    return -value if sign == "-" else value
-
-
-def _ratio(sign: str, whole: str | None, top: str, bottom: str) -> Fraction | None:
-    numerator, denominator = (Fraction(part.replace(",", "")) for part in (top, bottom))
-    if denominator == 0 or (whole and (numerator < 0 or denominator < 0)):
-        return None
-    value = int(whole or "0") + numerator / denominator
-    return -value if sign == "-" else value
-
-
-def parse_number(text: str) -> Number | None:
-    """The number that the normalised ``text`` is, or None when it is anything else or too large to hold exactly.
-
-    Understood: ASCII digits with thousands commas, decimals, exponents (``1e5``, ``3\\times10^{4}``), fractions
-    (``3/4``, ``\\frac{3}{4}``, ``2 1/2``), a percent sign, degrees.
-    """
-    if len(text) > MAX_NUMBER_CHARS:
-        return None
-    bare = _PERCENT.sub("", text)
-    percent = bare != text
-    bare = _DEGREES.sub("", bare)
-    value: Fraction | None = None
-    if match := _DECIMAL.fullmatch(bare):
-        value = _scaled(match[1], match[2], match[3])
-    elif match := _POWER_OF_TEN.fullmatch(bare):
-        value = _scaled(match[1], match[2] or "1", match[3] or match[4])
-    elif match := _RATIO.fullmatch(bare):
-        value = _ratio(match[1], match[2], match[3], match[4])
-    elif match := _FRAC.fullmatch(bare):
-        value = _ratio(match[1], match[2], match[3] or match[5], match[4] or match[6])
-    if value is None:
-        return None
-    return Number(value / 100 if percent else value, percent)
-
-
-def _numbers_equal(first: Number, second: Number) -> bool:
-    """Exact equality; where only one has a percent sign, 50% is both 50 and 0.5, as people write it both ways."""
-    if first.value == second.value:
-        return True
-    if first.percent == second.percent:
-        return False
-    return first.value * (100 if first.percent else 1) == second.value * (100 if second.percent else 1)
 
 
 # ------------------------------------------------------------------------------------------------------- choices
@@ -327,10 +252,15 @@ def plain_verdict(answer: str, gold: str, choices: Sequence[str] = ()) -> Verdic
         return Verdict(True, "exact")
     if re.fullmatch(r"[A-Z]", gold.strip()):  # a choice question whose choices are not at hand
         return Verdict(True, "choice") if _split_letter(given) == (gold.strip(), "") else WRONG
-    number, target = parse_number(given), parse_number(wanted)
+    number, target = parse_quantity(given), parse_quantity(wanted)
     if number and target:
-        return Verdict(True, "numeric") if _numbers_equal(number, target) else WRONG
-    if number or target or to_latex(given) is None or to_latex(wanted) is None:
+        return Verdict(True, "numeric") if quantities_equal(number, target) else WRONG
+    if number or target:
+        return WRONG
+    same_list = lists_equal(given, wanted)
+    if same_list is not None:
+        return Verdict(True, "numeric") if same_list else WRONG
+    if to_latex(given) is None or to_latex(wanted) is None:
         return WRONG
     return None
 
@@ -351,7 +281,7 @@ def answer_key(answer: str, choices: Sequence[str] = ()) -> str:
     if letter:
         return f"choice {letter}"
     normalized = normalize(answer)
-    number = parse_number(normalized)
-    if number:
-        return f"number {number.value}"
+    quantity = parse_quantity(normalized)
+    if quantity:
+        return f"number {quantity[0].value} {quantity[1]}".rstrip()
     return f"text {normalized or answer.strip()}"

@@ -119,8 +119,7 @@ class Trainer:
 
         Raises NonFiniteLossError, before any weight changes, when loss or gradient norm is not finite.
         """
-        place = layout()
-        mine = list(groups[place.data_rank :: place.data_size]) or [_without_loss(groups[0])]
+        mine = self.share(groups) or [_without_loss(groups[0])]
         batches = microbatches(mine, self.prompt_of, self.config.microbatch_tokens, self.model.stream_multiple)
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -144,6 +143,11 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepStats(loss, grad_norm, learning_rate, int(count), sum(len(g.responses) for g in groups))
+
+    def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
+        """This data-parallel rank's part of a batch."""
+        place = layout()
+        return list(groups[place.data_rank :: place.data_size])
 
     def sharded_state(self) -> dict[str, Any]:
         """megatron's sharded state of weights and optimizer, to save or as a template to load into."""

@@ -15,22 +15,11 @@ from typing import Any
 from mstar_mega.config import DataConfig
 from mstar_mega.data.digits.questions import Problem, draw_problem
 from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, digest, render
-from mstar_mega.data.types import ImageRef, Query
+from mstar_mega.data.types import ImageRef, Query, Task
 
 MANIFEST = "manifest.json"
 FORMAT = 3
 """Raised whenever problems or pictures change, so that sets made before are made again."""
-
-
-@dataclass(frozen=True)
-class DigitsTask:
-    """All sets of a run. ``warmup`` pairs each query with its chain of thought."""
-
-    warmup: list[tuple[Query, str]]
-    labelled: list[Query]
-    unlabelled: list[Query]
-    validation: list[Query]
-    test: list[Query]
 
 
 @dataclass(frozen=True)
@@ -41,10 +30,16 @@ class _Set:
 
 
 def _sets(config: DataConfig) -> list[_Set]:
+    def given(name: str) -> int:
+        count = getattr(config, name)
+        if count is None:
+            raise ValueError(f"data.{name} is null: the digits task has no end, give it a number")
+        return int(count)
+
     sets = [
-        _Set("warmup", "warmup", config.warmup_examples),
-        _Set("train", "train", config.labelled_queries),
-        _Set("unlabelled", "train", config.unlabelled_queries),
+        _Set("warmup", "warmup", given("warmup_examples")),
+        _Set("train", "train", given("labelled_queries")),
+        _Set("unlabelled", "train", given("unlabelled_queries")),
         _Set("validation", "validation", config.validation_queries),
         _Set("test", "test", config.test_queries),
     ]
@@ -59,7 +54,7 @@ def problem(seed: int, name: str, part: Handwriting, index: int) -> Problem:
     return draw_problem(random.Random(f"digits {seed} {name} {index}"), part)
 
 
-def build(config: DataConfig, dir: Path, seed: int) -> DigitsTask:
+def build(config: DataConfig, dir: Path, seed: int) -> Task:
     """Make all sets and bring the pictures under ``dir`` up to date.
 
     Pictures that are there and whole are kept; missing, damaged or outdated ones are written again, each atomically, so
@@ -79,7 +74,7 @@ def build(config: DataConfig, dir: Path, seed: int) -> DigitsTask:
         return [_query(id, named[id], images[id], hidden) for id in ids]
 
     chains = [made.chain_of_thought for made in problems["warmup"]]
-    return DigitsTask(
+    return Task(
         warmup=list(zip(queries("warmup"), chains, strict=True)),
         labelled=queries("train"),
         unlabelled=queries("unlabelled", hidden=True),

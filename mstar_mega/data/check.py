@@ -1,0 +1,216 @@
+"""What a training file in MathV360K's shape holds, and what is wrong with it: the facts behind ``mstar data check``."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.data.disk import Source
+from mstar_mega.data.splits import LEFT_OVER, SPLITS
+
+EXAMPLES = 3
+"""So many rows are named for each problem and each leak."""
+
+
+@dataclass(frozen=True)
+class EvaluationItem:
+    """What is compared with a training file of one question that must not be trained on."""
+
+    set: str
+    id: str
+    question: bytes
+    """``splits.question_key`` of its question and choices."""
+    digest: str
+    """Of its image's bytes; empty without an image."""
+
+
+@dataclass
+class Found:
+    """How often something was found, with a few places."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class FileReport:
+    """The facts about a training file."""
+
+    path: str
+    bytes: int
+    rows: int
+    usable: int
+    sources: dict[str, dict[str, int]]
+    """Usable rows by source and type: ``multiple choice``, ``free form``."""
+    problems: dict[str, Found]
+    """Unusable rows by reason; unreadable images, duplicates and conflicts are among them."""
+    left_over: int
+    """Good rows that no split has, as their image is set aside with enough others."""
+    images: dict[str, int]
+    """Distinct paths, pictures (by bytes), unreadable ones; smallest and largest width and height of readable ones."""
+    splits: dict[str, dict[str, int]]
+    """Queries and pictures of each split."""
+    shared_between_splits: dict[str, int]
+    """Pictures that stand in two splits (0 unless the index is broken), and questions with equal words that do."""
+    leaks: dict[str, dict[str, Found]]
+    """By evaluation set: training rows with the same image, the same question, both."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def report_on(source: Source, evaluation: Iterable[EvaluationItem]) -> FileReport:
+    """The facts about a source and its overlap with evaluation questions."""
+    path = source.file.source
+    with source.file.opened() as (index, _):
+        one = _Asker(index)
+        return FileReport(
+            path=str(path),
+            bytes=path.stat().st_size,
+            rows=one("SELECT count(*) FROM rows"),
+            usable=one("SELECT count(*) FROM places"),
+            sources=_sources(index),
+            problems=_problems(index),
+            left_over=one(f"SELECT count(*) FROM rows WHERE field = '{LEFT_OVER}'"),
+            images=_images(index, one),
+            splits={split: _split(one, split) for split in SPLITS},
+            shared_between_splits=_shared(one),
+            leaks=_leaks(index, evaluation),
+        )
+
+
+class _Asker:
+    """The single number that a statement asks for."""
+
+    def __init__(self, index: sqlite3.Connection) -> None:
+        self._index = index
+
+    def __call__(self, sql: str, *values: object) -> int:
+        return int(self._index.execute(sql, values).fetchone()[0] or 0)
+
+
+def _sources(index: sqlite3.Connection) -> dict[str, dict[str, int]]:
+    sql = "SELECT source, choices > 0, count(*) FROM rows WHERE problem = '' GROUP BY 1, 2 ORDER BY 1, 2"
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for source, has_choices, count in index.execute(sql):
+        found[source or "(none)"]["multiple choice" if has_choices else "free form"] = count
+    return dict(found)
+
+
+def _problems(index: sqlite3.Connection) -> dict[str, Found]:
+    found: dict[str, Found] = defaultdict(Found)
+    sql = "SELECT number, id, field, problem FROM rows WHERE problem != '' AND field != ? ORDER BY number"
+    for number, id, where, problem in index.execute(sql, (LEFT_OVER,)):
+        is_path = "/" in where or "." in where
+        kind = f"image: {problem}" if is_path else f"{where}: {problem}"
+        found[kind].add(f"row {number}" + (f" (id {id})" if id else "") + (f" {where}" if is_path else ""))
+    return dict(sorted(found.items(), key=lambda item: (-item[1].count, item[0])))
+
+
+def _images(index: sqlite3.Connection, one: _Asker) -> dict[str, int]:
+    good = "FROM images WHERE problem = ''"
+    return {
+        "paths": one("SELECT count(*) FROM images"),
+        "pictures": one(f"SELECT count(DISTINCT digest) {good}"),
+        "unreadable": one("SELECT count(*) FROM images WHERE problem != ''"),
+        **{
+            f"{how}_{side}": one(f"SELECT {how}({side}) {good}")
+            for side in ("width", "height")
+            for how in ("min", "max")
+        },
+    }
+
+
+def _split(one: _Asker, split: str) -> dict[str, int]:
+    joined = "FROM places JOIN rows USING (number) WHERE split = ?"
+    return {
+        "queries": one(f"SELECT count(*) {joined}", split),
+        "pictures": one(f"SELECT count(DISTINCT digest) {joined} AND image IS NOT NULL", split),
+    }
+
+
+def _shared(one: _Asker) -> dict[str, int]:
+    def in_two(column: str) -> int:
+        return one(
+            f"SELECT count(*) FROM (SELECT 1 FROM places JOIN rows USING (number) GROUP BY {column} "
+            "HAVING count(DISTINCT split) > 1)"
+        )
+
+    return {"pictures": in_two("digest"), "questions": in_two("question")}
+
+
+def _leaks(index: sqlite3.Connection, evaluation: Iterable[EvaluationItem]) -> dict[str, dict[str, Found]]:
+    items = list(evaluation)  # evaluation sets are small
+    leaks = {item.set: {kind: Found() for kind in ("image", "question", "image and question")} for item in items}
+    by_question: dict[bytes, list[EvaluationItem]] = defaultdict(list)
+    by_image: dict[str, list[EvaluationItem]] = defaultdict(list)
+    for item in items:
+        by_question[item.question].append(item)
+        if item.digest:
+            by_image[item.digest].append(item)
+    if not items:
+        return leaks
+    for number, id, question, digest in index.execute(
+        "SELECT number, id, question, digest FROM rows WHERE problem = ''"
+    ):
+        for item in by_question.get(question, ()):
+            same_image = bool(item.digest) and item.digest == digest
+            leaks[item.set]["image and question" if same_image else "question"].add(
+                f"row {number} (id {id}) = {item.id}"
+            )
+        for item in by_image.get(digest, ()):
+            if item.question != question:
+                leaks[item.set]["image"].add(f"row {number} (id {id}) = {item.id}")
+    return leaks
+
+
+def to_text(report: FileReport) -> str:
+    """The report for a person."""
+    lines = [f"{report.path}: {report.rows} rows, {report.bytes / 1e6:.1f} MB, {report.usable} usable"]
+    lines.append("sources:")
+    for source, types in report.sources.items():
+        lines.append(f"  {source:<16}" + ", ".join(f"{count} {name}" for name, count in types.items()))
+    images = report.images
+    lines.append(
+        f"images: {images['paths']} paths, {images['pictures']} pictures, {images['unreadable']} unreadable, "
+        f"{images['min_width']} to {images['max_width']} wide, {images['min_height']} to {images['max_height']} high"
+    )
+    lines.append("splits:")
+    for split, counts in report.splits.items():
+        lines.append(f"  {split:<16}{counts['queries']} queries about {counts['pictures']} pictures")
+    if report.left_over:
+        lines.append(f"  {'in no split':<16}{report.left_over} (their image is set aside with enough other questions)")
+    shared = report.shared_between_splits
+    lines.append(f"  in two splits   {shared['pictures']} pictures, {shared['questions']} questions with equal words")
+    lines.append(f"unusable: {sum(found.count for found in report.problems.values())}")
+    lines += [f"  {found.count:>6}  {reason} ({_places(found)})" for reason, found in report.problems.items()]
+    for name, kinds in report.leaks.items():
+        lines.append(f"shared with {name}:")
+        lines += [f"  {found.count:>6}  the same {kind}{_dash(_places(found))}" for kind, found in kinds.items()]
+    return "\n".join(lines)
+
+
+def _places(found: Found) -> str:
+    return ", ".join(found.examples) + (", ..." if found.count > len(found.examples) else "")
+
+
+def _dash(text: str) -> str:
+    return f": {text}" if text else ""
+
+
+def digest_of(path: Path) -> str:
+    """An image file's digest as the index notes it; empty when there is no such file."""
+    from hashlib import sha256
+
+    return sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""

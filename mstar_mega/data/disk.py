@@ -1,0 +1,234 @@
+"""Sets in MathV360K's shape, of any size: queries are read from the file when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import overload
+
+from mstar_mega.config import DataConfig
+from mstar_mega.data.index import IndexedFile, build_index
+from mstar_mega.data.mathv360k import parse_row, to_query
+from mstar_mega.data.order import View
+from mstar_mega.data.prompts import TRAINING_SETS
+from mstar_mega.data.rows import read_row, read_rows
+from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
+from mstar_mega.data.types import ImageRef, Query, Skipped, Task
+
+LISTED = 100
+"""So many skipped rows are named one by one; the others are counted by their reason."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A training file with its index, and how its rows become queries."""
+
+    file: IndexedFile
+    images: Path
+    template: str
+    """Name of the training set in ``prompts.TRAINING_SETS``."""
+    instruct: bool
+
+    def query(self, number: int, hide: bool) -> Query:
+        """The query of row ``number``. Raises ValueError where the file has changed under the index."""
+        with self.file.opened() as (index, data):
+            id, offset, length, digest = index.execute(
+                "SELECT id, offset, length, digest FROM rows WHERE number = ?", (number,)
+            ).fetchone()
+            try:
+                question = parse_row(read_row(data, offset, length))
+            except ValueError:
+                question = None
+        if question is None or question.id != id:
+            raise ValueError(
+                f"{self.file.source}: row {number} is not what the index {self.file.index} says: the file was changed "
+                "while it was in use; start again"
+            )
+        images = () if question.image is None else (ImageRef(str(self.images / question.image), digest),)
+        return to_query(question, TRAINING_SETS[self.template], images, self.instruct, hide)
+
+    def number_at(self, split: str, position: int) -> int:
+        """Row number of a split's query at ``position``."""
+        with self.file.opened() as (index, _):
+            sql = "SELECT number FROM places WHERE split = ? AND position = ?"
+            return int(index.execute(sql, (split, position)).fetchone()[0])
+
+    def size(self, split: str) -> int:
+        """Number of queries of a split."""
+        with self.file.opened() as (index, _):
+            return int(index.execute("SELECT count(*) FROM places WHERE split = ?", (split,)).fetchone()[0])
+
+    def find(self, id: str) -> tuple[int, str] | None:
+        """(row number, split) of a query, None if no split has it."""
+        with self.file.opened() as (index, _):
+            found = index.execute(
+                "SELECT number, split FROM rows JOIN places USING (number) WHERE id = ? AND problem = ''", (id,)
+            ).fetchone()
+        return None if found is None else (int(found[0]), str(found[1]))
+
+
+class DiskQueries(Sequence[Query]):
+    """A split of a source, in its fixed order; nothing but its size is in memory."""
+
+    def __init__(self, source: Source, split: str, limit: int | None = None) -> None:
+        self._source, self._split = source, split
+        size = source.size(split)
+        self._size = size if limit is None else min(size, limit)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def find(self, id: str) -> Query | None:
+        """The split's query of that id, without reading others."""
+        found = self._source.find(id)
+        if found is None or found[1] != self._split:
+            return None
+        return self._source.query(found[0], hide=self._split == "unlabelled")
+
+    @overload
+    def __getitem__(self, position: int) -> Query: ...
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[Query]: ...
+    def __getitem__(self, position: int | slice) -> Query | Sequence[Query]:
+        """One query, or a view of a stretch."""
+        if isinstance(position, slice):
+            return View(self, range(self._size)[position])
+        place = range(self._size)[position]
+        return self._source.query(self._source.number_at(self._split, place), hide=self._split == "unlabelled")
+
+
+class DiskExamples(Sequence[tuple[Query, str]]):
+    """Written-out chains of thought: JSON lines ``{"id": ..., "response": ...}`` that name queries of a source."""
+
+    def __init__(self, source: Source, file: IndexedFile, limit: int | None = None) -> None:
+        self._source, self._file = source, file
+        with file.opened() as (index, _):
+            size = int(index.execute("SELECT count(*) FROM examples").fetchone()[0])
+        self._size = size if limit is None else min(size, limit)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, position: int) -> tuple[Query, str]: ...
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[tuple[Query, str]]: ...
+    def __getitem__(self, position: int | slice) -> tuple[Query, str] | Sequence[tuple[Query, str]]:
+        """One query with its response, or a view of a stretch."""
+        if isinstance(position, slice):
+            return View(self, range(self._size)[position])
+        place = range(self._size)[position]
+        with self._file.opened() as (index, data):
+            sql = "SELECT offset, length, number FROM examples WHERE position = ?"
+            offset, length, number = index.execute(sql, (place,)).fetchone()
+            response = read_row(data, offset, length)["response"]
+        return self._source.query(number, hide=False), response
+
+
+def build(config: DataConfig, dir: Path, seed: int) -> Task:
+    """The task of a file in MathV360K's shape; its indices are written below ``dir``. The splits ignore ``seed``.
+
+    Raises ValueError where a setting is missing or does not fit the file, or, if ``data.bad_rows`` says so, for the
+    first unusable row.
+    """
+    source = open_source(config, dir)
+    warmup, skipped = _examples(config, source, dir)
+    skipped = [*_skipped(source.file, "rows", str(source.file.source)), *skipped]
+    bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
+    if bad and config.bad_rows == "refuse":
+        first = bad[0]
+        raise ValueError(
+            f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
+            "`mstar data check` lists all such rows"
+        )
+    return Task(
+        warmup=warmup,
+        labelled=DiskQueries(source, "labelled", config.labelled_queries),
+        unlabelled=DiskQueries(source, "unlabelled", config.unlabelled_queries),
+        validation=DiskQueries(source, "validation"),
+        test=DiskQueries(source, "test"),
+        skipped=skipped,
+    )
+
+
+def open_source(config: DataConfig, dir: Path) -> Source:
+    """The training file of the settings with its index, made below ``dir`` where it is missing or outdated."""
+    if not config.path:
+        raise ValueError(f"data.path is not set: data.name '{config.name}' needs the training file (docs/data.md)")
+    path = existing(config.path, "data.path")
+    images = Path(config.images) if config.images else path.parent
+    if not images.is_dir():
+        raise ValueError(f"data.images {images} is no folder: give the one that the rows' image paths begin in")
+    file = IndexedFile(dir / "rows.sqlite", path)
+    settings = SplitSettings(str(images), config.validation_queries, config.test_queries, config.conflicts)
+    build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
+    return Source(file, images, config.name, config.instruct)
+
+
+def _examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
+    """The written-out chains of thought, and the rows of their file that cannot be used."""
+    if not config.warmup_file:
+        return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]
+    file = IndexedFile(dir / "warmup.sqlite", existing(config.warmup_file, "data.warmup_file"))
+    stamp = source.file.index.stat().st_mtime_ns  # the row numbers are this index's
+    build_index(file.index, file.source, {"rows": stamp}, lambda index: _fill_examples(index, file, source))
+    return DiskExamples(source, file, config.warmup_examples), _skipped(file, "examples_skipped", config.warmup_file)
+
+
+def existing(path: str, setting: str) -> Path:
+    """Raises ValueError, naming the setting, where there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{setting} {path}: there is no such file")
+    return Path(path)
+
+
+def _fill_examples(index: sqlite3.Connection, file: IndexedFile, source: Source) -> None:
+    index.executescript(
+        """
+        CREATE TABLE examples (position INTEGER PRIMARY KEY, offset INTEGER, length INTEGER, number INTEGER);
+        CREATE TABLE examples_skipped (number INTEGER PRIMARY KEY, id TEXT, field TEXT, problem TEXT);
+        """
+    )
+    position = 0
+    for row in read_rows(file.source):
+        fields = row.value if isinstance(row.value, dict) else {}
+        id, response = fields.get("id"), fields.get("response")
+        found = source.find(id) if isinstance(id, str) else None
+        field, problem = "", ""
+        if row.problem or not isinstance(id, str) or not isinstance(response, str):
+            field, problem = "row", row.problem or "it is not an object with the texts id and response"
+        elif found is None:
+            field, problem = "id", "the training file has no usable row with this id"
+        elif found[1] != "labelled":
+            field, problem = "id", f"it is a query of the {found[1]} split, whose answers training must not see"
+        elif TRAINING_SETS[source.template].marker not in response:
+            field, problem = "response", f"it has no {TRAINING_SETS[source.template].marker!r}"
+        if problem:
+            shown = json.dumps(id)[:80] if id is not None else ""
+            index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, shown, field, problem))
+            continue
+        assert found is not None
+        index.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", (position, row.offset, row.length, found[0]))
+        position += 1
+
+
+def _skipped(file: IndexedFile, table: str, path: str) -> list[Skipped]:
+    """The unusable rows of a file: the first ones by name, the others counted by reason."""
+    listed: list[Skipped] = []
+    with file.opened() as (index, _):
+        counts = Counter(
+            dict(index.execute(f"SELECT problem, count(*) FROM {table} WHERE problem != '' GROUP BY problem"))
+        )
+        for number, id, field, problem in index.execute(
+            f"SELECT number, id, field, problem FROM {table} WHERE problem != '' ORDER BY field = ?, number LIMIT ?",
+            (LEFT_OVER, LISTED),
+        ):
+            named = f" (id {id})" if id else ""
+            listed.append(Skipped(f"row {number}{named}", path, f"{field}: {problem}"))
+            counts[problem] -= 1
+    further = [Skipped(f"{count} further rows", path, problem) for problem, count in counts.most_common() if count]
+    return listed + further

@@ -1,0 +1,160 @@
+"""One row in MathV360K's shape: ``{id, image, conversations: [{from: human, value}, {from: gpt, value}]}``.
+
+The human's text holds ``<image>``, a hint line, ``Question: ...`` and, for multiple choice, ``Choices:`` with a line
+``(A) ...`` for each; the answer reads ``The answer is B``. The image path begins with the name of the source.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from mstar_mega.data.prompts import Template, letters, render
+from mstar_mega.data.types import ImageRef, Query
+
+IMAGE_MARK = "<image>"
+_CHOICES = re.compile(r"^[^\S\n]*Choices:[^\S\n]*$", re.MULTILINE)
+_CHOICE = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.:)])[^\S\n]*", re.MULTILINE)
+_HINT = re.compile(r"\A\s*(Hint:[^\n]*)\n")
+_QUESTION = re.compile(r"\A\s*Question:[^\S\n]*")
+_ANSWER = re.compile(r"\A\s*the\s+(?:final\s+)?answer\s+is\b[:\s]*", re.IGNORECASE)
+
+
+class RowProblem(ValueError):
+    """What makes a row unusable; ``field`` says which part of it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row, understood."""
+
+    id: str
+    image: str | None
+    """Path below the image folder."""
+    source: str
+    hint: str
+    question: str
+    """Without hint and choices."""
+    choices: tuple[str, ...]
+    answer: str
+    """A letter for multiple choice."""
+
+    @property
+    def kind(self) -> str:
+        """Source and type, for breakdowns."""
+        return f"{self.source or 'no source'}, {'multiple choice' if self.choices else 'free form'}"
+
+
+def parse_row(row: Any) -> Question:
+    """Understand a row. Raises RowProblem for what is missing, malformed or contradictory."""
+    if not isinstance(row, dict):
+        raise RowProblem("row", f"it is {_kind_of(row)}, not an object")
+    id = row.get("id")
+    if isinstance(id, int) and not isinstance(id, bool):
+        id = str(id)
+    if not isinstance(id, str) or not id.strip():
+        raise RowProblem("id", "it is missing or empty")
+    image = _image(row.get("image"))
+    human, answer = _turns(row.get("conversations"))
+    marks = human.count(IMAGE_MARK)
+    if marks > 1 or (marks == 1) != (image is not None):
+        raise RowProblem("image", f"the text shows {marks} images, the row names {0 if image is None else 1}")
+    hint, question, choices = split_question(human.replace(IMAGE_MARK, "").strip())
+    if not question:
+        raise RowProblem("question", "it is empty")
+    return Question(id, image, source_of(image), hint, question, choices, _gold(answer, choices))
+
+
+def to_query(question: Question, template: Template, images: tuple[ImageRef, ...], instruct: bool, hide: bool) -> Query:
+    """The query that the policy gets; ``hide`` its answer from training."""
+    return Query(
+        id=question.id,
+        question=render(template, question.question, question.choices, hint=question.hint, instruct=instruct),
+        images=images,
+        answer=None if hide else question.answer,
+        choices=question.choices,
+        kind=question.kind,
+        hidden_answer=question.answer if hide else None,
+    )
+
+
+def source_of(image: str | None) -> str:
+    """The source that an image path begins with: ``TabMWP/images/7.png`` and ``images/TabMWP/7.png`` are TabMWP's."""
+    folders = PurePosixPath(image).parts[:-1] if image else ()
+    return next((name for name in folders if name != "images"), "")
+
+
+def split_question(text: str) -> tuple[str, str, tuple[str, ...]]:
+    """(hint line, question, choices) of a human's text. Raises RowProblem where the letters are not A, B, C ..."""
+    hint = ""
+    if found := _HINT.match(text):
+        hint, text = found[1].strip(), text[found.end() :]
+    text = _QUESTION.sub("", text, count=1)
+    headings = list(_CHOICES.finditer(text))
+    if not headings:
+        return hint, text.strip(), ()
+    heading = headings[-1]  # a question may speak of choices itself
+    listed = text[heading.end() :]
+    marks = list(_CHOICE.finditer(listed))
+    names = [mark[1] or mark[2] for mark in marks]
+    if not names or names != letters(min(len(names), 26)):
+        raise RowProblem("choices", f"they are lettered {', '.join(names) or 'not at all'}, not A, B, C ...")
+    ends = [mark.start() for mark in marks[1:]] + [len(listed)]
+    choices = tuple(listed[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
+    return hint, text[: heading.start()].strip(), choices
+
+
+def _image(image: Any) -> str | None:
+    if image is None:
+        return None
+    if not isinstance(image, str) or not image.strip():
+        raise RowProblem("image", f"it is {_kind_of(image)}, not a path")
+    path = PurePosixPath(image)
+    if path.is_absolute() or ".." in path.parts or "\x00" in image:
+        raise RowProblem("image", "its path leads out of the image folder")
+    return image
+
+
+def _turns(conversations: Any) -> tuple[str, str]:
+    """The human's and the model's text."""
+    if not isinstance(conversations, list) or len(conversations) != 2:
+        raise RowProblem("conversations", "they are not one question and one answer")
+    texts = []
+    for turn, speaker in zip(conversations, ("human", "gpt"), strict=True):
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            raise RowProblem("conversations", f"there is no text from {speaker!r}")
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError:
+            raise RowProblem("conversations", f"the text from {speaker!r} has a lone surrogate") from None
+        texts.append(turn["value"])
+    return texts[0], texts[1]
+
+
+def _gold(text: str, choices: tuple[str, ...]) -> str:
+    answer = _ANSWER.sub("", text, count=1).strip()
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1].rstrip()
+    if not answer:
+        raise RowProblem("answer", "it is empty")
+    if not choices:
+        return answer
+    valid = letters(len(choices))
+    named = _CHOICE.match(answer)
+    letter = answer if answer in valid else (named[1] or named[2]) if named else ""
+    if letter in valid:
+        return letter
+    same = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == answer.casefold()]
+    if len(same) == 1:
+        return same[0]
+    raise RowProblem("answer", f"{answer[:40]!r} is none of the choices {', '.join(valid)}")
+
+
+def _kind_of(value: Any) -> str:
+    return {type(None): "missing", str: "empty", list: "a list", dict: "an object"}.get(type(value), repr(value)[:40])

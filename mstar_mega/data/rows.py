@@ -1,0 +1,147 @@
+"""Rows of a large JSON file, one at a time: a JSON list, or JSON lines. Memory does not grow with the file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_ROW_BYTES = 1 << 24
+"""No row of text is longer; a file that claims so is damaged."""
+_CHUNK = 1 << 20
+_SPACE = " \t\r\n"
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands."""
+
+    number: int
+    """From 1."""
+    offset: int
+    length: int
+    """Its bytes are [offset, offset + length) of the file."""
+    value: Any
+    """The parsed JSON; None where there is a problem."""
+    problem: str = ""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """All rows of a file in order. A row that is not JSON, or not UTF-8, comes with its problem.
+
+    Raises ValueError, with the row, where a JSON list is broken so that the rows behind cannot be found, and for a file
+    in another encoding than UTF-8. Raises OSError as open does.
+    """
+    with open(path, "rb") as file:
+        head = file.read(4)
+        if head.startswith(_WIDE_MARKS):
+            raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
+        start = 3 if head.startswith(codecs.BOM_UTF8) else 0
+        file.seek(start)
+        if _first_character(file) == b"[":
+            yield from _list_rows(path, file)
+        else:
+            file.seek(start)
+            yield from _line_rows(file)
+
+
+def read_row(file: BinaryIO, offset: int, length: int) -> Any:
+    """The value of a row that :func:`read_rows` found without a problem. Raises ValueError if it is no longer JSON."""
+    file.seek(offset)
+    return json.loads(file.read(length))
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    while (character := file.read(1)) and character in b" \t\r\n":
+        pass
+    return character
+
+
+def _line_rows(file: BinaryIO) -> Iterator[Row]:
+    number, offset = 0, file.tell()
+    while line := file.readline(MAX_ROW_BYTES):
+        if not line.endswith(b"\n") and len(line) == MAX_ROW_BYTES:
+            raise ValueError(f"{file.name}: the line at byte {offset} is longer than {MAX_ROW_BYTES} bytes")
+        if line.strip():
+            number += 1
+            yield _parsed(number, offset, line)
+        offset += len(line)
+
+
+def _parsed(number: int, offset: int, line: bytes) -> Row:
+    try:
+        return Row(number, offset, len(line), json.loads(line))
+    except UnicodeDecodeError as error:
+        problem = f"it is not UTF-8 (byte {offset + error.start})"
+    except json.JSONDecodeError as error:
+        problem = f"it is not JSON ({error.msg} at character {error.pos})"
+    except RecursionError:
+        problem = "it is nested too deeply"
+    return Row(number, offset, len(line), None, problem)
+
+
+def _list_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    """Rows of a JSON list whose opening bracket has been read."""
+    # Bytes that are not UTF-8 become lone surrogates and encode back to themselves: lengths in bytes stay exact.
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    parse = json.JSONDecoder().raw_decode
+    text, place, number, offset, ended = "", 0, 0, file.tell(), False
+
+    def refill() -> bool:
+        nonlocal text, place, ended
+        chunk = file.read(_CHUNK)
+        ended = not chunk
+        text = text[place:] + decoder.decode(chunk, final=ended)
+        place = 0
+        return not ended
+
+    def skip_space() -> str:
+        nonlocal place, offset
+        while True:
+            start = place
+            while place < len(text) and text[place] in _SPACE:
+                place += 1
+            offset += place - start
+            if place < len(text) or not refill():
+                return text[place : place + 1]
+
+    while (character := skip_space()) != "]":
+        if number:
+            if character != ",":
+                raise ValueError(f"{path}: after row {number} (byte {offset}) stands {character!r}, not a comma or ]")
+            place, offset = place + 1, offset + 1
+            skip_space()
+        while True:
+            try:
+                value, end = parse(text, place)
+            except RecursionError:
+                raise ValueError(f"{path}: row {number + 1} (byte {offset}) is nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if len(text) - place < MAX_ROW_BYTES and refill():
+                    continue
+                raise ValueError(
+                    f"{path}: row {number + 1} (byte {offset}) is not JSON ({error.msg}), so the rows behind it cannot "
+                    "be found: mend the file, or save it as JSON lines"
+                ) from None
+            if end == len(text) and refill():  # a number may go on
+                continue
+            break
+        number += 1
+        raw = text[place:end]
+        length = end - place if raw.isascii() else len(raw.encode("utf-8", "surrogateescape"))
+        yield _checked(number, offset, length, value, raw)
+        place, offset = end, offset + length
+
+
+def _checked(number: int, offset: int, length: int, value: Any, raw: str) -> Row:
+    if not raw.isascii():
+        try:
+            raw.encode()
+        except UnicodeEncodeError as error:
+            before = len(raw[: error.start].encode("utf-8", "surrogateescape"))
+            return Row(number, offset, length, None, f"it is not UTF-8 (byte {offset + before})")
+    return Row(number, offset, length, value)

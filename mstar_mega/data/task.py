@@ -1,0 +1,34 @@
+"""The training sets by name: the one place that lists them. Everything else sees a :class:`Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mstar_mega.config import DataConfig
+from mstar_mega.data import disk, easy_vqa
+from mstar_mega.data.digits import task as digits
+from mstar_mega.data.screen import screen_task
+from mstar_mega.data.types import Task
+
+Builder = Callable[[DataConfig, Path, int], Task]
+
+
+def build(config: DataConfig, dir: Path, seed: int) -> Task:
+    """The queries of the settings' training set. ``dir`` is where it may write pictures and indices.
+
+    Raises ValueError where the set cannot be used as the settings say, OSError where ``dir`` cannot be written.
+    """
+    return BUILDERS[config.name](config, dir, seed)
+
+
+def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
+    return screen_task(digits.build(config, dir, seed))
+
+
+def _easy_vqa(config: DataConfig, dir: Path, seed: int) -> Task:
+    return screen_task(easy_vqa.build(config, dir, seed))
+
+
+BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build, "easy_vqa": _easy_vqa}
+"""``data.name`` -> what makes its task."""

@@ -1,0 +1,213 @@
+"""Predictions against problems: verdicts, and the benchmark's tables.
+
+Every problem of the file counts: the accuracy is that of the whole set whatever the predictions hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.data.rows import read_rows
+from mstar_mega.evaluation.benchmarks import Benchmark
+from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
+from mstar_mega.rewards.answers import extract_answer
+from mstar_mega.rewards.checker import AnswerChecker
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is known of a policy's answer to one problem: the response, or an answer extracted elsewhere."""
+
+    id: str
+    response: str | None = None
+    extraction: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A file of predictions, by id, and what is odd about it."""
+
+    by_id: Mapping[str, Prediction]
+    repeated: Sequence[str] = ()
+    """Ids that stand in more than one row; the first counts."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One problem's prediction and verdict."""
+
+    id: str
+    response: str | None
+    extraction: str | None
+    prediction: str | None
+    answer: str
+    correct: bool
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of scoring, as ``--out`` holds it."""
+
+    benchmark: str
+    rules: Mapping[str, Any]
+    overall: Tally
+    groups: Mapping[str, Mapping[str, Tally]]
+    records: Sequence[Record]
+    missing: Sequence[str]
+    """Ids without a prediction: counted as wrong."""
+    repeated: Sequence[str]
+    unknown: Sequence[str]
+    """Ids of predictions that are of no problem: ignored."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for ``json.dumps``."""
+        return {
+            "benchmark": self.benchmark,
+            "rules": dict(self.rules),
+            "overall": self.overall.to_json(),
+            "groups": {
+                name: {value: tally.to_json() for value, tally in values.items()}
+                for name, values in self.groups.items()
+            },
+            "missing": list(self.missing),
+            "repeated": list(self.repeated),
+            "unknown": list(self.unknown),
+            "records": [asdict(record) for record in self.records],
+        }
+
+
+def read_predictions(path: Path) -> Predictions:
+    """JSON lines (or a list) of ``{"id", "response"}`` or ``{"id", "extraction"}``.
+
+    Raises ValueError, naming file and row, for anything else; nothing is guessed about a broken prediction.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    found: dict[str, Prediction] = {}
+    repeated: list[str] = []
+    for row in read_rows(path):
+        where = f"{path}, row {row.number}"
+        value = row.value
+        if row.problem or not isinstance(value, dict):
+            raise ValueError(f"{where}: {row.problem or 'it is not an object'}")
+        id = value.get("id")
+        if isinstance(id, bool) or not isinstance(id, (str, int)):
+            raise ValueError(f"{where}: it has no 'id'")
+        if "response" not in value and "extraction" not in value:
+            raise ValueError(f"{where}: it has neither 'response' nor 'extraction'")
+        for name in ("response", "extraction"):
+            if not isinstance(value.get(name), (str, type(None))):
+                raise ValueError(f"{where}: its '{name}' is not text")
+        if str(id) in found:
+            repeated.append(str(id))
+            continue
+        found[str(id)] = Prediction(str(id), value.get("response"), value.get("extraction"))
+    return Predictions(found, repeated)
+
+
+def score(
+    benchmark: Benchmark,
+    problems: Sequence[Problem],
+    predictions: Predictions,
+    rules: Rules,
+    left_out: Sequence[str] = (),
+) -> Scores:
+    """Verdicts on all problems and the tables.
+
+    ``left_out`` are ids of the file that are not scored (a reduced set): their predictions are not unknown. Raises
+    ValueError for missing, repeated or unknown predictions where the settings refuse them.
+    """
+    known = {problem.id for problem in problems}
+    missing = [problem.id for problem in problems if problem.id not in predictions.by_id]
+    unknown = [id for id in predictions.by_id if id not in known and id not in set(left_out)]
+    repeated = list(predictions.repeated)
+    odd = describe(missing, repeated, unknown)
+    if odd and rules.settings.predictions == "refuse":
+        raise ValueError(f"{'; '.join(odd)}. Mend the predictions, or --odd_predictions count")
+    records = []
+    with AnswerChecker() as checker:
+        for problem in problems:
+            prediction = predictions.by_id.get(problem.id)
+            if prediction is None:
+                records.append(Record(problem.id, None, None, None, problem.answer, False, missing=True))
+                continue
+            reading = read(benchmark, problem, prediction, rules, checker)
+            records.append(
+                Record(
+                    problem.id,
+                    prediction.response,
+                    reading.extraction,
+                    reading.prediction,
+                    problem.answer,
+                    reading.correct,
+                )
+            )
+    overall, groups = tally(problems, [record.correct for record in records])
+    return Scores(benchmark.name, asdict(rules.settings), overall, groups, records, missing, repeated, unknown)
+
+
+def read(
+    benchmark: Benchmark, problem: Problem, prediction: Prediction, rules: Rules, checker: AnswerChecker
+) -> Reading:
+    """One prediction under the rules; an extraction, where there is one, goes before the response."""
+    if rules.settings.rules == "reward":
+        return read_reward(problem, prediction, checker)
+    if prediction.extraction is not None or prediction.response is None:
+        return benchmark.read_extraction(problem, prediction.extraction, rules)
+    return benchmark.read_response(problem, shown(prediction.response, rules), rules)
+
+
+def read_reward(problem: Problem, prediction: Prediction, checker: AnswerChecker) -> Reading:
+    """Extraction and comparison of the answer reward in training: no answer block, no answer."""
+    answer = prediction.extraction
+    if answer is None and prediction.response is not None:
+        answer = extract_answer(prediction.response)
+    gold = problem.letter if problem.options else problem.answer
+    verdict = checker.check(answer, gold or problem.answer, list(problem.options.values()))
+    return Reading(answer, answer, verdict.correct)
+
+
+def shown(response: str, rules: Rules) -> str:
+    """The part of a response that the rules see."""
+    return (extract_answer(response) if rules.settings.marker else None) or response
+
+
+def tally(problems: Sequence[Problem], correct: Sequence[bool]) -> tuple[Tally, dict[str, dict[str, Tally]]]:
+    """Overall and by each breakdown. Problems of one circle count once, and as right only if all of them are."""
+    circles: dict[str, tuple[Problem, bool]] = {}
+    for problem, right in zip(problems, correct, strict=True):
+        key = f"circle {problem.circle}" if problem.circle else f"problem {problem.id}"
+        first, so_far = circles.get(key, (problem, True))
+        # The unrotated row stands for its circle.
+        circles[key] = (problem if problem.id == problem.circle else first, so_far and right)
+    counts: dict[str, dict[str, list[int]]] = {}
+    for problem, right in circles.values():
+        for name, values in problem.groups.items():
+            for value in dict.fromkeys(values):
+                entry = counts.setdefault(name, {}).setdefault(value, [0, 0])
+                entry[0] += right
+                entry[1] += 1
+    groups = {
+        name: {value: Tally(*entry) for value, entry in sorted(values.items())} for name, values in counts.items()
+    }
+    return Tally(sum(right for _, right in circles.values()), len(circles)), groups
+
+
+def describe(missing: Sequence[str], repeated: Sequence[str], unknown: Sequence[str]) -> list[str]:
+    """A line each for what is wrong with the predictions: how many, and which."""
+    lines = []
+    for ids, what in (
+        (missing, "problems have no prediction and count as wrong"),
+        (repeated, "predictions repeat an id, of which the first counts"),
+        (unknown, "predictions are of no problem of this file and are ignored"),
+    ):
+        if ids:
+            more = ", ..." if len(ids) > SHOWN else ""
+            lines.append(f"{len(ids)} {what} ({', '.join(ids[:SHOWN])}{more})")
+    return lines

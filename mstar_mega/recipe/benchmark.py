@@ -1,0 +1,213 @@
+"""Ask a policy the questions of a benchmark, and score its responses by the benchmark's rules.
+
+Responses are drawn block by block like all rollouts, so a killed run goes on where it was; scores and page are made
+from them anew each time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.config import BenchmarkConfig, Config
+from mstar_mega.data.types import Group, Query, Response, Task
+from mstar_mega.evaluation.asking import Asked, ask
+from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
+from mstar_mega.evaluation.passk import pass_at_k, sample_accuracy
+from mstar_mega.evaluation.problem import Problem, Rules
+from mstar_mega.evaluation.scoring import Prediction, Predictions, Scores, read, score, tally
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import barrier
+from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.recipe.context import Job
+from mstar_mega.recipe.directory import on_main
+from mstar_mega.recipe.job import newest_policy, open_job
+from mstar_mega.recipe.prm import load_prm
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, in_blocks, sample_groups, sampling_limits
+from mstar_mega.report.benchmark_page import write_page
+from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner
+
+PREDICTIONS, SCORES, PAGE = "predictions.jsonl", "scores.json", "index.html"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated on what."""
+
+    checkpoint: Path
+    """A run directory."""
+    benchmark: str
+    data: Path
+    out: Path
+    limit: int | None
+    """Only the first so many questions (circles, where there are any)."""
+    settings: BenchmarkConfig
+
+
+def evaluate(config: Config, request: Request) -> None:
+    """Draw the responses that are missing, and write predictions, scores and the page. ``config`` is the run's.
+
+    Raises ValueError for what the user can mend.
+    """
+    benchmark = find(request.benchmark)
+    if request.out.resolve() == request.checkpoint.resolve():
+        raise ValueError(f"--out {request.out} is the checkpoint's own directory: choose another")
+    config = replace(config, run=replace(config.run, dir=str(request.out)))
+    with open_job(config, lambda *_: Task([], [], [], [], [])) as job, job.quiet(True):
+        asked = on_main(job.layout.is_main, lambda: prepare(benchmark, request, config.data.instruct))
+        for left, what in (
+            (asked.skipped, "rows are left out"),
+            (asked.without_image, "are asked without their image"),
+        ):
+            if left:
+                job.warn(f"{len(left)} {what}: {left[0].where}: {left[0].reason}{' ...' if len(left) > 1 else ''}")
+        policy, prm = load_policy(job, request.checkpoint)
+        groups = draw(job, Actors(job, policy, prm), asked, request)
+        if job.layout.is_main:
+            job.progress.say(write_results(job, benchmark, request, asked, groups))
+        barrier()
+
+
+def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, LMM | None]:
+    """The newest policy of a run directory, and its PRM where it has a finished one."""
+    run = replace(job, dir=checkpoint)
+    policy, _ = newest_policy(run)
+    return policy, load_prm(run, policy)
+
+
+def prepare(benchmark: Benchmark, request: Request, instruct: bool) -> Asked:
+    """The problems to ask, as queries."""
+    loaded = load_problems(benchmark, request.data, request.settings)
+    problems = first(loaded.problems, request.limit)
+    asked = ask(benchmark.name, problems, request.data, request.out, request.settings, instruct)
+    return replace(asked, skipped=loaded.skipped)
+
+
+def first(problems: Sequence[Problem], limit: int | None) -> Sequence[Problem]:
+    """The first ``limit`` questions; all rotations of a question are one."""
+    if limit is None:
+        return problems
+    keys = list(dict.fromkeys(problem.circle or problem.id for problem in problems))[:limit]
+    return [problem for problem in problems if (problem.circle or problem.id) in set(keys)]
+
+
+def draw(job: Job, actors: Actors, asked: Asked, request: Request) -> list[Group]:
+    """All responses to the queries, on every rank, in the order of their ids."""
+    settings = request.settings
+    greedy = settings.responses == 1
+    name = f"{request.benchmark}_{'greedy' if greedy else f'sampled_{settings.responses}'}"
+    sampling = Sampling(name, 0.0 if greedy else settings.temperature, settings.responses)
+
+    def make(block: list[Query]) -> list[Group]:
+        groups = sample_groups(job, actors.engine, block, sampling)
+        if actors.prm is not None and not greedy:
+            score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
+        return groups
+
+    texts = json.dumps(
+        [[query.id, query.question, [image.digest for image in query.images]] for query in asked.queries]
+    )
+    origin = {
+        "drawn_by": actors.fingerprint(),
+        "temperature": sampling.temperature,
+        "responses": sampling.responses,
+        "reduction": job.config.prm.reduction,
+        "queries": sha256(texts.encode()).hexdigest(),
+        **sampling_limits(job),
+    }
+    return gather_groups(in_blocks(job, asked.queries, job.rollouts / name, f"ask {name}", origin, make))
+
+
+def write_results(job: Job, benchmark: Benchmark, request: Request, asked: Asked, groups: Sequence[Group]) -> str:
+    """Write predictions, scores and page (rank 0); returns what to print."""
+    rules = Rules(replace(request.settings, marker=True))
+    known = {problem.id: problem for problem in asked.problems}
+    lines: list[dict[str, Any]] = []
+    for group in groups:
+        for response in group.responses:
+            prediction = Prediction(group.query.id, response.text)
+            reading = read(benchmark, known[group.query.id], prediction, rules, job.checker)
+            response.correct = reading.correct
+            response.answer = reading.prediction or reading.extraction
+            lines.append(
+                {
+                    "id": group.query.id,
+                    "sample": response.index,
+                    "response": response.text,
+                    **asdict(reading),
+                    "truncated": response.truncated,
+                    "process_score": response.score,
+                }
+            )
+    firsts = Predictions({group.query.id: Prediction(group.query.id, group.responses[0].text) for group in groups})
+    scores = score(benchmark, asked.problems, firsts, rules)
+    result = scores.to_json() | {
+        "scored": "greedy response" if request.settings.responses == 1 else "first response",
+        "truncated": sum(response.truncated for group in groups for response in group.responses),
+        "left_out": [asdict(each) for each in asked.skipped],
+        "without_image": [asdict(each) for each in asked.without_image],
+        "samples": sample_measures(asked.problems, groups) if request.settings.responses > 1 else None,
+    }
+    out = request.out
+    write_text_atomic(out / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text_atomic(out / SCORES, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    values = {
+        problem.id: [value for values in problem.groups.values() for value in values] for problem in asked.problems
+    }
+    write_page(out / PAGE, result, groups, {(line["id"], line["sample"]): line for line in lines}, values)
+    return summary(scores, result, out)
+
+
+def sample_measures(problems: Sequence[Problem], groups: Sequence[Group]) -> dict[str, Any]:
+    """Pass@K of single questions, and what each way to choose among the responses reaches.
+
+    Process scores are used where every response that could vote has one.
+    """
+    count = min(len(group.responses) for group in groups)
+    ks = [k for k in (1 << power for power in range(count.bit_length())) if k <= count]
+    ks += [count] if count not in ks else []
+    picks: dict[str, Callable[[Group], Response | None]] = {
+        "majority_vote": lambda group: majority_winner(group.responses, group.query.choices)
+    }
+    if all(response.score is not None for group in groups for response in group.responses if response.steps):
+        if any(response.score is not None for group in groups for response in group.responses):
+            picks["best_of_n"] = lambda group: best_winner(group.responses)
+            picks["weighted_vote"] = lambda group: weighted_winner(_scored(group.responses), group.query.choices)
+    chosen = {}
+    for name, pick in picks.items():
+        right = {group.query.id: bool((found := pick(group)) and found.correct) for group in groups}
+        overall, by_group = tally(problems, [right[problem.id] for problem in problems])
+        chosen[name] = {
+            "overall": overall.to_json(),
+            "groups": {name: {v: t.to_json() for v, t in values.items()} for name, values in by_group.items()},
+        }
+    return {
+        "responses": count,
+        "sample_accuracy": sample_accuracy(groups),
+        "pass_at_k": {str(k): pass_at_k(groups, k) for k in ks},
+        **chosen,
+    }
+
+
+def _scored(responses: Sequence[Response]) -> list[Response]:
+    """Responses without any step have no process score and no vote that is weighted by it."""
+    return [response for response in responses if response.score is not None]
+
+
+def summary(scores: Scores, result: dict[str, Any], out: Path) -> str:
+    """A few lines for the person who waited."""
+    overall = scores.overall
+    share = 100 * overall.correct / overall.total if overall.total else 0.0
+    text = f"{scores.benchmark}, {result['scored']}: {share:.2f}% ({overall.correct} of {overall.total})"
+    measures = result["samples"] or {}
+    for name in ("majority_vote", "best_of_n", "weighted_vote"):
+        if name in measures:
+            text += f"\n{name.replace('_', ' ')}: {100 * measures[name]['overall']['accuracy']:.2f}%"
+    for k, value in measures.get("pass_at_k", {}).items():
+        text += f"\nPass@{k}: {100 * value:.2f}%"
+    return f"{text}\nscores: {out / SCORES}\npage:   {out / PAGE}"

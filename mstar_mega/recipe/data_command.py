@@ -1,0 +1,219 @@
+"""``mstar data check`` and ``mstar data show``: look at a training set before training on it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
+from mstar_mega.data.check import EvaluationItem, digest_of, report_on, to_text
+from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
+from mstar_mega.data.mathv360k import RowProblem, split_question
+from mstar_mega.data.order import shuffled
+from mstar_mega.data.splits import question_key
+from mstar_mega.data.task import build
+from mstar_mega.data.types import Query, Task
+from mstar_mega.evaluation import benchmarks
+from mstar_mega.models.build import FAMILIES, build_family
+from mstar_mega.models.packing import Prompt
+from mstar_mega.platform.files import write_text_atomic
+
+SAMPLE = 200
+"""Prompts that are made to estimate what a set costs."""
+AROUND = 6
+"""Tokens shown before and after an image."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one family at one size spends on the set's prompts, estimated on a seeded sample."""
+
+    family: str
+    size: str
+    queries: int
+    prompts: int
+    """In the sample."""
+    tokens: float
+    """Mean per prompt, image tokens included."""
+    longest: int
+    image_tokens: float
+    tiles: float
+    problem: str = ""
+
+    def to_text(self) -> str:
+        """One line."""
+        name = f"  {self.family + ' ' + self.size:<22}"
+        if self.problem:
+            return f"{name}cannot be measured: {self.problem}"
+        return (
+            f"{name}{self.tokens:.1f} tokens a prompt ({self.image_tokens:.1f} for images; longest {self.longest}), "
+            f"{self.tiles:.2f} tiles; {self.tokens * self.queries / 1e6:.2f} M tokens and "
+            f"{self.tiles * self.queries:.0f} tiles in all"
+        )
+
+
+def check(config: DataConfig, against: Sequence[str], out: str | None) -> str:
+    """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
+
+    Raises ValueError for files that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        source, note = _open(config, Path(work))
+        report = report_on(source, [item for each in against for item in _evaluation_items(each)])
+        costs = [_cost(source, name, size) for name, size in _families()]
+        if out is not None:
+            facts = {**report.to_json(), "costs": [asdict(cost) for cost in costs]}
+            write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    lines = [to_text(report), f"cost of all usable queries, from {costs[0].prompts} of them:"]
+    return "\n".join([*note, *lines, *(cost.to_text() for cost in costs)])
+
+
+def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
+    try:
+        return open_source(config, work), []
+    except ValueError as error:
+        if "_queries is" not in str(error):
+            raise
+        # Too small a file for the splits that were asked for can still be looked at.
+        return open_source(replace(config, validation_queries=0, test_queries=0), work), [f"NOTE: {error}"]
+
+
+def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
+    """The questions of an evaluation set: a benchmark's file, or one in MathV360K's shape without a name before it."""
+    name, equals, file = argument.partition("=")
+    if not equals:
+        raise ValueError(f"--against {argument}: give it as BENCHMARK=FILE, as in mathvista=testmini.json")
+    path = existing(file, f"--against {name}")
+    loaded = benchmarks.load_problems(benchmarks.find(name), path, BenchmarkConfig(bad_rows="skip"))
+    for problem in loaded.problems:
+        question, choices = problem.question, tuple(problem.options.values())
+        if problem.ready:
+            try:
+                _, question, choices = split_question(question)
+            except RowProblem:
+                pass
+        picture = problem.picture
+        digest = ""
+        if picture is not None and picture.data is not None:
+            digest = sha256(picture.data).hexdigest()[:16]
+        elif picture is not None and picture.path is not None:
+            digest = digest_of(path.parent / picture.path)
+        yield EvaluationItem(name, problem.id, question_key(question, choices), digest)
+
+
+def _families() -> Iterator[tuple[str, str]]:
+    """Every family at every size it knows."""
+    for name, family in FAMILIES.items():
+        for size in getattr(sys.modules[family.__module__], "SIZES", {}):
+            yield name, size
+
+
+def _cost(source: Source, name: str, size: str) -> Cost:
+    usable = [DiskQueries(source, split) for split in ("labelled", "unlabelled", "validation", "test")]
+    total = sum(map(len, usable))
+    sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
+    try:
+        family = build_family(Config(model=ModelConfig(family=name, size=size)))
+        prompts = [family.prompt(query) for query in sample]
+    except (OSError, ValueError) as error:
+        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, " ".join(str(error).split()))
+    return Cost(
+        name, size, total, len(prompts),
+        tokens=statistics.fmean(len(prompt.tokens) for prompt in prompts),
+        longest=max(len(prompt.tokens) for prompt in prompts),
+        image_tokens=statistics.fmean(len(prompt.image_positions) for prompt in prompts),
+        tiles=statistics.fmean(0 if prompt.pixels is None else prompt.pixels.size(0) for prompt in prompts),
+    )  # fmt: skip
+
+
+def show(config: Config, id: str, out: str) -> str:
+    """The text of ``mstar data show``: a query, the exact prompt, its token ids around the image; writes the tiles.
+
+    Raises ValueError where no set of the settings has such a query.
+    """
+    family = build_family(config)
+    with tempfile.TemporaryDirectory() as work:
+        task = build(config.data, Path(config.data.dir or work), config.seed)
+        split, query = find_query(task, id)
+        prompt = family.prompt(query)
+    decode = family.tokenizer.decode
+    answer = query.answer if query.answer is not None else f"hidden ({query.hidden_answer})"
+    lines = [
+        f"query {query.id} of the {split} set ({query.kind or 'no type'}), gold answer {answer}",
+        *(f"image {image.path} (digest {image.digest})" for image in query.images),
+        f"prompt of {config.model.family} {config.model.size}: {len(prompt.tokens)} tokens, "
+        f"{len(prompt.image_positions)} of them image features",
+    ]
+    for start, end in _runs(prompt):
+        before, after = prompt.tokens[max(0, start - AROUND) : start], prompt.tokens[end : end + AROUND]
+        image = prompt.tokens[start]
+        lines.append(f"tokens around the image: {before} + {end - start} x {image} + {after}")
+    lines += ["text (an image feature is shown as ·, a control token by its id):", _text(prompt, decode)]
+    if prompt.pixels is not None:
+        render_tiles(prompt, Path(out))
+        lines.append(f"{prompt.pixels.size(0)} tiles of {tuple(prompt.pixels.shape[2:])} pixels: {out}")
+    return "\n".join(lines)
+
+
+def find_query(task: Task, id: str) -> tuple[str, Query]:
+    """The set and the query of that id. Raises ValueError, with ids that there are, where no set has it."""
+    sets = {name: getattr(task, name) for name in ("labelled", "unlabelled", "validation", "test")}
+    for name, queries in sets.items():
+        found = queries.find(id) if isinstance(queries, DiskQueries) else next((q for q in queries if q.id == id), None)
+        if found is not None:
+            return name, found
+    for query, _ in task.warmup:
+        if query.id == id:
+            return "warm-up", query
+    some = ", ".join(queries[0].id for queries in sets.values() if len(queries))
+    raise ValueError(f"no set has a query {id!r}; there are {some} and others")
+
+
+def _runs(prompt: Prompt) -> Iterator[tuple[int, int]]:
+    """[start, end) of every stretch of image features."""
+    start = previous = None
+    for position in prompt.image_positions:
+        if start is None or previous is None or position != previous + 1:
+            if start is not None and previous is not None:
+                yield start, previous + 1
+            start = position
+        previous = position
+    if start is not None and previous is not None:
+        yield start, previous + 1
+
+
+def _text(prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
+    """The prompt's text; tokens without a text of their own by their id."""
+    images = set(prompt.image_positions)
+    parts: list[str] = []
+    run: list[int] = []
+    for position, token in enumerate(prompt.tokens):
+        if position in images or not decode([token]):
+            parts += [decode(run), "·" if position in images else f"<{token}>"]
+            run = []
+        else:
+            run.append(token)
+    return "".join([*parts, decode(run)])
+
+
+def render_tiles(prompt: Prompt, path: Path) -> None:
+    """Write the tiles side by side as one PNG, each colour channel stretched to its full range."""
+    assert prompt.pixels is not None
+    x = prompt.pixels
+    low, high = x.amin(dim=(0, 2, 3), keepdim=True), x.amax(dim=(0, 2, 3), keepdim=True)
+    shown = ((x - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    count, height, width, _ = shown.shape
+    sheet = Image.new("RGB", (count * (width + 2) - 2, height), (255, 255, 255))
+    for i, tile in enumerate(shown):
+        sheet.paste(Image.fromarray(tile), (i * (width + 2), 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "PNG")

@@ -1,0 +1,67 @@
+"""Reading prose: what a text states as its answer, whether it declines to answer, which numbers stand in it.
+
+Rules only, linear in the length of the text (every repetition in a pattern is bounded or cannot overlap itself).
+"""
+
+from __future__ import annotations
+
+import re
+
+NO_ANSWER = "N/A"
+"""What a reader writes down for a response that declines to answer."""
+
+_CONTINUED = re.compile(r"(?:^|\n)[ \t]*(?:Question|Hint|Human|User|Instruction)[ \t]*:", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed ?\{((?:[^{}]|\{[^{}]{0,200}\}){0,500})\}")
+_STATED = re.compile(
+    r"\b(?:answer|solution|result|final (?:value|list|integer|number)|(?:correct )?(?:option|choice)(?: letter)?)\b"
+    r"[^.\n:]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[ \t]*(?:\n+(?=\S))?([^\n]{1,300})",
+    re.IGNORECASE,
+)
+_DECLINED = re.compile(
+    r"\bnot (?:possible|able)|\bcannot|\bcan't|\bcan not|\bunable|\bimpossible|\binsufficient"
+    r"|(?:\bnot|n't) (?:\w{1,30} ){0,4}(?:enough|sufficient|any)\b|\bnot clear\b|n't clear\b"
+    r"|(?:\bnot|n't) (?:provide|show|contain|specify|give|include)\b|\bno (?:information|data|context)\b"
+    r"|\bwithout (?:\w{1,30} ){0,5}(?:information|context|details|data|image)|\bplease provide"
+    r"|\bneed (?:\w{1,30} ){0,3}more |\bundefined|\bnone of the|\bno (?:\w{1,30} )?(?:correct )?(?:answer|option)",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?(?![0-9])"
+    r"|(?<![\w.])[-+]?\.[0-9]+"
+)
+_UNIT_OR_POWER = re.compile(r"\^\{?-?[0-9]+\}?|\\mathrm\s{0,9}\{[^{}]{0,40}\}")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+def first_turn(text: str) -> str:
+    """The part of a text that answers, where the policy went on to ask itself further questions, or began by
+    repeating the prompt."""
+    turns = [turn.strip() for turn in _CONTINUED.split(text)]
+    for turn in turns:
+        if _STATED.search(turn):
+            return turn
+    return next((turn for turn in turns if turn), "")
+
+
+def statements(text: str) -> list[str]:
+    """What the text says its answer is, the last statement first; a boxed answer before all."""
+    boxed = _BOXED.findall(text)
+    # "The answer cannot be ..." states none.
+    stated = [match[1].strip() for match in _STATED.finditer(text) if not declines(match[0][: -len(match[1])])]
+    return [each for each in (*boxed[-1:], *reversed(stated)) if each]
+
+
+def declines(text: str) -> bool:
+    """Whether the text says that it cannot answer."""
+    return bool(_DECLINED.search(text))
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines."""
+    return [part for line in text.split("\n") for part in _SENTENCE_END.split(line) if part.strip()]
+
+
+def numbers(text: str) -> list[str]:
+    """All numbers of a text as Python reads them; exponents and units of LaTeX are no numbers of their own."""
+    plain = _UNIT_OR_POWER.sub(" ", text)
+    return [match[0].replace(",", "").replace("\u2212", "-").lstrip("+") for match in _NUMBER.finditer(plain)]

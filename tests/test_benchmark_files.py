@@ -1,0 +1,316 @@
+"""Benchmark files as they are distributed, good and bad, and files of predictions."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from PIL import Image
+from published import BENCHMARKS, VECTORS, lines, needs_data
+from pyarrow import parquet
+
+from mstar_mega.cli import main
+from mstar_mega.config import BenchmarkConfig
+from mstar_mega.evaluation.asking import ask, prompt_text
+from mstar_mega.evaluation.benchmarks import find, load_problems
+from mstar_mega.evaluation.load import Loaded
+from mstar_mega.evaluation.problem import Rules
+from mstar_mega.evaluation.scoring import Prediction, Predictions, read_predictions, score
+
+
+def load(name: str, path: Path, **settings: Any) -> Loaded:
+    return load_problems(find(name), path, BenchmarkConfig(**settings))
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def m3cot_row(id: str, **changes: Any) -> dict[str, Any]:
+    row = {"id": id, "question": "q?", "choices": ["None", "nan"], "context": "", "answer": "B", "domain": "science"}
+    return row | {"topic": "theory", "image": {"bytes": png(), "path": f"{id}.png"}} | changes
+
+
+def write_m3cot(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row | {"image": None}) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- genuine files
+
+
+@needs_data
+def test_mathvistas_prompts_are_its_own() -> None:
+    wanted = json.loads((BENCHMARKS / "mathvista/query.json").read_bytes())
+    for file in ("testmini.json", "MathVista_MINI_noimage.tsv"):
+        problems = load("mathvista", BENCHMARKS / "mathvista" / file).problems
+        assert len(problems) == 1000
+        for problem in problems:
+            ours, theirs = prompt_text("mathvista", problem, instruct=False), wanted[problem.id]
+            assert ours.replace("\r\n", "\n") == theirs.replace("\r\n", "\n"), problem.id
+    asked = prompt_text("mathvista", problems[0], instruct=True)
+    assert asked.startswith(ours[:4]) and "# Answer" in asked
+
+
+@needs_data
+def test_m3cots_prompts_are_those_of_its_published_outputs() -> None:
+    known = {problem.id: problem for problem in load("m3cot", BENCHMARKS / "m3cot/test.jsonl").problems}
+    compared, others = 0, []
+    for row in lines(VECTORS / "m3cot.jsonl"):
+        if "<QUESTION>" in row["prompt"]:  # two of the settings wrap the question again
+            continue
+        problem = replace(known[row["qid"]], options=dict(zip("ABCDEF", row["choices"], strict=False)))
+        ours, theirs = prompt_text("m3cot", problem, instruct=False), row["prompt"]
+        compared += 1
+        if not (theirs.startswith(ours) and "(" not in theirs[len(ours) :]):  # behind it only an instruction
+            others.append(row["id"])
+    assert compared == 202 and others == ["llava-13b/dsp#social-commonsense-723"], "a choice has lost its full stop"
+
+
+@needs_data
+def test_mathvistas_json_and_tsv_hold_the_same_problems() -> None:
+    first, second = (
+        {p.id: p for p in load("mathvista", BENCHMARKS / "mathvista" / file).problems}
+        for file in ("testmini.json", "MathVista_MINI_noimage.tsv")
+    )
+    for id, problem in first.items():
+        other = second[id]
+        for name in ("options", "answer", "answer_type", "precision", "groups"):
+            assert getattr(problem, name) == getattr(other, name), (id, name)
+
+
+@needs_data
+def test_mmstars_two_layouts_ask_the_same() -> None:
+    table = {problem.id: problem for problem in load("mmstar", BENCHMARKS / "mmstar/MMStar_noimage.tsv").problems}
+    listed = load("mmstar", BENCHMARKS / "mmstar/mmstar_all_text.jsonl").problems
+    same = [prompt_text("mmstar", p, False) == prompt_text("mmstar", table[p.id], False) for p in listed]
+    assert sum(same) == 1148, "the others write their choices in lines"
+    assert all(
+        not p.options or p.options == table[p.id].options for p, is_same in zip(listed, same, strict=True) if is_same
+    )
+    assert len(load("mmstar", BENCHMARKS / "mmstar/MMStar_noimage.tsv", reduced=True).problems) == 1000
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "file", "count"),
+    [
+        ("mmbench", "mmbench/MMBench_DEV_EN_sample.tsv", 78),
+        ("mmbench", "mmbench/MMBench_DEV_CN_sample.tsv", 78),
+        ("mmbench", "mmbench/CCBench_sample.tsv", 56),
+        ("m3cot", "m3cot/test-sample.parquet", 45),
+    ],
+)
+def test_images_inside_genuine_files(name: str, file: str, count: int, tmp_path: Path) -> None:
+    loaded = load(name, BENCHMARKS / file)
+    asked = ask(name, loaded.problems, BENCHMARKS / file, tmp_path, BenchmarkConfig(), instruct=True)
+    assert len(asked.queries) == count and not asked.without_image
+    for problem, query in zip(asked.problems, asked.queries, strict=True):
+        assert Path(query.images[0].path).parent == tmp_path / "images"
+        if problem.circle and problem.circle != problem.id:  # a rotation refers to its first row's image
+            first = next(other for other in asked.queries if other.id == problem.circle)
+            assert query.images == first.images and query.question != first.question
+
+
+@needs_data
+def test_ai2d_rows() -> None:
+    problems = load("ai2d", BENCHMARKS / "ai2d/AI2D_rows_from_MMStar_noimage.tsv").problems
+    assert len(problems) == 196 and prompt_text("ai2d", problems[0], False).endswith("from the options above.")
+
+
+@needs_data
+def test_m3cots_images_beside_its_jsonl(tmp_path: Path) -> None:
+    problems = [
+        problem
+        for problem in load("m3cot", BENCHMARKS / "m3cot/test.jsonl").problems
+        if (BENCHMARKS / f"m3cot/images/{problem.id}.png").exists()
+    ][:20]
+    asked = ask("m3cot", problems, BENCHMARKS / "m3cot/test.jsonl", tmp_path, BenchmarkConfig(), instruct=False)
+    assert len(asked.queries) == 20 and not (tmp_path / "images").exists()
+
+
+@needs_data
+def test_mathvistas_parquet(tmp_path: Path) -> None:
+    rows = list(json.loads((BENCHMARKS / "mathvista/testmini.json").read_bytes()).values())[:30]
+    queries = json.loads((BENCHMARKS / "mathvista/query.json").read_bytes())
+    wanted = {problem.id: problem for problem in load("mathvista", BENCHMARKS / "mathvista/testmini.json").problems}
+    path = tmp_path / "testmini.parquet"
+    image = {"bytes": png(), "path": None}
+    table = [row | {"decoded_image": image, "query": queries[row["pid"]]} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    problems = load("mathvista", path).problems
+    asked = ask("mathvista", problems, path, tmp_path, BenchmarkConfig(), instruct=False)
+    for problem, query in zip(asked.problems, asked.queries, strict=True):
+        for name in ("options", "answer", "answer_type", "precision", "groups"):
+            assert getattr(problem, name) == getattr(wanted[problem.id], name)
+        assert query.question == queries[problem.id] and query.images
+
+
+# ------------------------------------------------------------------------------------------------------- bad files
+
+
+def test_options_called_none_and_nan_are_options(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("index\tquestion\tA\tB\tC\tanswer\tcategory\n1\tq\tNone\tnan\t\tB\tx\n")
+    (problem,) = load("ai2d", path).problems
+    assert problem.options == {"A": "None", "B": "nan"}
+    path = write_m3cot(tmp_path / "m.jsonl", m3cot_row("a"))
+    assert list(load("m3cot", path).problems[0].options.values()) == ["None", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (m3cot_row("a"), "id: 'a' stands in"),
+        (m3cot_row("b", answer="C"), "answer: it is 'C', not one of the options A, B"),
+        (m3cot_row("b", answer=None), "answer: it is empty"),
+        (m3cot_row("b", question=" "), "question: it is empty"),
+        (m3cot_row("b", question=["q"]), "question: it is a list, not text"),
+        (m3cot_row("b", choices="[["), "choices: it is not a list"),
+        (m3cot_row("b", choices=["x"] * 27), "choices: 27 choices are more than"),
+        (m3cot_row("b", choices="[" * 60_000), "choices: it is not a list"),
+        ({"id": "b"}, "no such column"),
+    ],
+)
+def test_bad_rows_are_named_refused_or_counted(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    path = write_m3cot(tmp_path / "m.jsonl", m3cot_row("a"), row)
+    with pytest.raises(ValueError, match="1 rows cannot be used") as caught:
+        load("m3cot", path)
+    assert f"{path}, row 2: " in str(caught.value) and reason in str(caught.value)
+    loaded = load("m3cot", path, bad_rows="skip")
+    assert len(loaded.problems) == 1 and reason in loaded.skipped[0].reason and loaded.skipped[0].what == "row 2"
+
+
+HEAD = b"index\tquestion\tA\tB\tanswer\tcategory\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (HEAD + b"1\tq\tx\ty\tA\tc\n2\tq\xff\tx\ty\tA\tc\n", "column 'question' is not UTF-8"),
+        (HEAD + b"1\tq\tx\ty\tA\tc\n2\tq\tx\n", "it ends before the column 'B'"),
+        (HEAD + b"1\tq\tx\ty\tA\tc\n2\tq\tx\ty\tA\tc\tmore\n", "more cells than there are columns"),
+        (b"\xff\xfe" + HEAD, "UTF-16"),
+        (HEAD, "no problem that can be used"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.tsv") as caught:
+        load("ai2d", path)
+    assert reason in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    for name, content, reason in [
+        ("a.parquet", b"PAR1junk", "no readable parquet"),
+        ("a.json", b'{"1": {"pid": "1"}, "1": {}}', "a.json: the key '1' stands twice"),
+        ("a.jsonl", b'{"id": \n', "it is not JSON"),
+        ("a.xlsx", b"", "not from '.xlsx'"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            load("mathvista", tmp_path / name)
+    with pytest.raises(ValueError, match="no such file"):
+        load("mathvista", tmp_path / "none.json")
+
+
+def test_images_that_cannot_be_had(tmp_path: Path) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+    images = {
+        "good": {"bytes": png(), "path": "x"},
+        "bomb": {"bytes": bomb, "path": "x"},
+        "broken": {"bytes": png()[:40], "path": "x"},
+        "outside": {"bytes": None, "path": "../../etc/passwd"},
+        "absent": None,
+    }
+    path = tmp_path / "m.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([m3cot_row(id, image=image) for id, image in images.items()]), path)
+    problems = load("m3cot", path).problems
+    with pytest.raises(ValueError, match="4 of 5 problems have no usable image"):
+        ask("m3cot", problems, path, tmp_path, BenchmarkConfig(), instruct=False)
+    asked = ask("m3cot", problems, path, tmp_path, BenchmarkConfig(without_image="ask"), instruct=False)
+    assert [len(query.images) for query in asked.queries] == [1, 0, 0, 0, 0]
+    reasons = {each.what: each.reason for each in asked.without_image}
+    assert "decompression bomb" in reasons["problem bomb"] and "leads out of the folder" in reasons["problem outside"]
+
+
+def test_a_reference_to_a_row_without_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    image = base64.b64encode(png()).decode()
+    rows = [("1", image), ("2", "1"), ("3", "9"), ("4", "3")]
+    path.write_bytes(HEAD[:-1] + b"\timage\n" + "".join(f"{i}\tq\tx\ty\tA\tc\t{cell}\n" for i, cell in rows).encode())
+    problems = load("ai2d", path).problems
+    assert problems[1].picture == problems[0].picture
+    asked = ask("ai2d", problems, path, tmp_path, BenchmarkConfig(without_image="ask"), instruct=False)
+    assert [each.what for each in asked.without_image] == ["problem 3", "problem 4"]
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+
+def test_odd_predictions_are_said_and_divide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_m3cot(tmp_path / "m.jsonl", *(m3cot_row(id) for id in "abcd"))
+    lines = [("a", "(B)"), ("b", "(A)"), ("b", "(B)"), ("x", "(B)")]
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text("".join(json.dumps({"id": id, "response": text}) + "\n" for id, text in lines))
+    arguments = ["score", "--benchmark", "m3cot", "--data", str(data), "--predictions", str(predictions)]
+    assert main([*arguments, "--out", str(tmp_path / "o.json")]) == 0
+    said = capsys.readouterr().out
+    assert "2 problems have no prediction and count as wrong (c, d)" in said
+    assert "1 predictions repeat an id, of which the first counts (b)" in said and "(x)" in said
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["overall"] == {"accuracy": 0.25, "correct": 1, "total": 4}
+    assert (result["missing"], result["repeated"], result["unknown"]) == (["c", "d"], ["b"], ["x"])
+    assert [record["correct"] for record in result["records"]] == [True, False, False, False]
+    assert main([*arguments, "--out", str(tmp_path / "o.json"), "--odd_predictions", "refuse"]) == 2
+    assert "2 problems have no prediction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("{", "it is not JSON"), ("[]", "not an object"), ("{}", "no 'id'"), ('{"id": 1}', "neither"),
+     ('{"id": 1, "response": 7}', "not text"), ('{"id": true, "response": ""}', "no 'id'")],
+)  # fmt: skip
+def test_bad_predictions_are_refused(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "response": "B"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="p.jsonl, row 2") as caught:
+        read_predictions(path)
+    assert reason in str(caught.value)
+
+
+def test_reward_rules_marker_and_judge(tmp_path: Path) -> None:
+    data = write_m3cot(tmp_path / "m.jsonl", m3cot_row("a", choices=["1/2", "7"]))
+    problems = load("m3cot", data).problems
+
+    def verdict(response: str, rules: Rules) -> bool:
+        return score(find("m3cot"), problems, Predictions({"a": Prediction("a", response)}), rules).records[0].correct
+
+    marked = "(A) is wrong.\n\n# Answer\n\n7.0"
+    reward, official = Rules(BenchmarkConfig(rules="reward")), Rules(BenchmarkConfig())
+    assert verdict(marked, reward) and not verdict("(B)", reward), "no answer block, no reward"
+    assert not verdict(marked, official) and not verdict("no idea", official)
+    assert verdict("(A)?\n\n# Answer\n\n(B)", Rules(BenchmarkConfig(marker=True)))
+    assert verdict("no idea", Rules(BenchmarkConfig(), judge=lambda problem, response: "B"))
+    with pytest.raises(ValueError, match="no reduced set"):
+        load("m3cot", data, reduced=True)
+    with pytest.raises(ValueError, match="choose one of mathvista"):
+        find("mmmu")

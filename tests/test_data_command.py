@@ -1,0 +1,127 @@
+"""``mstar data``: what a set holds, its leaks, and one query as the policy sees it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_sets import good_rows, picture, row
+
+from mstar_mega import cli
+from mstar_mega.models.families.internvl2 import InternVL2
+
+SMALL = ("--data.validation_queries", "10", "--data.test_queries", "14")
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["data", *map(str, arguments)])
+
+
+def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = good_rows(tmp_path)
+    (tmp_path / "GEOS/images/cut.png").write_bytes(picture(500)[:50])
+    rows += [
+        row("cut", "GEOS/images/cut.png"),
+        row("cut", "GEOS/images/1a.png"),
+        row("again", "GEOS/images/2b.png", "question 0", "0"),
+    ]
+    rows[0]["conversations"][0]["value"] += "\nChoices:\n(A) x\n(B) y"
+    rows[0]["conversations"][1]["value"] = "The answer is B"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(picture(0))
+    problem: dict[str, object] = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+    problem |= {"unit": None, "answer": "y", "choices": ["x", "y"], "image": "images/0.png"}
+    groups = ("language", "source", "category", "task", "context", "grade")
+    problem["metadata"] = {"skills": [], **dict.fromkeys(groups, "any")}
+    exam = {str(i): {**problem, "pid": str(i), "question": text} for i, text in enumerate(("QUESTION  0", "other"))}
+    (tmp_path / "exam.json").write_text(json.dumps(exam))
+    command = ("check", tmp_path / "rows.json", *SMALL, "--against", f"mathvista={tmp_path / 'exam.json'}")
+    assert run(*command, "--out", tmp_path / "out.json") == 0
+    shown = capsys.readouterr().out
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert facts["rows"] == 183 and facts["usable"] + facts["left_over"] == 180
+    assert facts["sources"] == {"GEOS": {"free form": facts["usable"] - 1, "multiple choice": 1}}
+    assert facts["images"] == {
+        "paths": 121, "pictures": 60, "unreadable": 1, "min_width": 8, "max_width": 8, "min_height": 8, "max_height": 8,
+    }  # fmt: skip
+    assert {reason.split(":")[0]: found["count"] for reason, found in facts["problems"].items()} == {
+        "image": 1, "id": 1, "answer": 1,
+    }  # fmt: skip
+    assert facts["shared_between_splits"]["pictures"] == 0
+    assert sum(split["queries"] for split in facts["splits"].values()) == facts["usable"]
+    leaks = facts["leaks"]["mathvista"]
+    assert leaks["image and question"] == {"count": 1, "examples": ["row 1 (id id-0-0) = 0"]}
+    assert leaks["question"]["count"] == 0 and leaks["image"]["count"] == 1 + 2 * 2, "three rows, two questions"
+    (cost,) = facts["costs"]
+    assert cost["tiles"] == 1 and cost["image_tokens"] == 9 and cost["queries"] == facts["usable"]
+    for text in (
+        "GEOS",
+        "1 unreadable",
+        "row 181 (id cut) GEOS/images/cut.png",
+        "shared with mathvista",
+        "tokens a prompt",
+    ):
+        assert text in shown
+
+
+def test_check_of_a_file_too_small_for_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(good_rows(tmp_path)))
+    assert run("check", tmp_path / "rows.json", "--data.test_queries", "500") == 0
+    assert "NOTE: data." in capsys.readouterr().out
+
+
+def test_show_prints_the_prompt_and_renders_the_tiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(good_rows(tmp_path)))
+    (tmp_path / "GEOS/images/3a.png").write_bytes(striped())
+    assert run("show", tmp_path / "rows.json", "id-3-1", *SMALL, "--out", tmp_path / "tiles.png") == 0
+    shown = capsys.readouterr().out
+    tokenizer = InternVL2("digits").tokenizer
+    start, image = tokenizer.id("<|im_start|>"), tokenizer.id("<IMG_CONTEXT>")
+    assert f"<{start}>user\n<{tokenizer.id('<img>')}>{'·' * 9}<{tokenizer.id('</img>')}>\nHint: " in shown
+    assert f" + 9 x {image} + [{tokenizer.id('</img>')}, " in shown
+    assert "Question: question 1" in shown and "gold answer" in shown and "1 tiles of (48, 48) pixels" in shown
+    tile = np.asarray(Image.open(tmp_path / "tiles.png"))
+    assert tile.shape == (48, 48, 3) and tile[:, 4].max() == 0 and tile[:, -4].min() == 255
+
+
+def striped() -> bytes:
+    """Black on the left, white on the right."""
+    import io
+
+    data = io.BytesIO()
+    stripes = Image.new("RGB", (48, 48))
+    stripes.paste((255, 255, 255), (24, 0, 48, 48))
+    stripes.save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "choose check or show"),
+        (("check",), "usage: mstar data check PATH"),
+        (("check", "none.json"), "data.path none.json: there is no such file"),
+        (("show", "rows.json", "nobody", *SMALL), "no set has a query 'nobody'; there are id-"),
+        (("check", "rows.json", *SMALL, "--against", "exam.json"), "give it as BENCHMARK=FILE"),
+        (
+            ("check", "rows.json", *SMALL, "--against", "exam=exam.json"),
+            "--against exam exam.json: there is no such file",
+        ),
+        (("check", "rows.json", "--data.pathh", "x"), "did you mean '--data.path'"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(good_rows(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == cli.USER_ERROR
+    assert said in capsys.readouterr().err
