@@ -1,1 +1,6 @@
-"""Kernels, each beside its plain-PyTorch reference; imported as ``mstar_mega.kernels``."""
+"""Kernels, each beside its plain-PyTorch reference; imported as ``mstar_mega.kernels``. See docs/kernels.md."""
+
+from mstar_mega.kernels.dispatch import backend, configure, force_backend, forced_backend
+from mstar_mega.kernels.logprob import vocab_parallel_logprob
+
+__all__ = ["backend", "configure", "force_backend", "forced_backend", "vocab_parallel_logprob"]

@@ -28,7 +28,7 @@ from mstar_mega.config import Config
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
 
-_FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.")
+_FREE_TO_CHANGE = ("run.dir", "run.allow_changed_settings", "run.keep_checkpoints", "report.", "parallel.", "kernels.")
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
 
 
@@ -109,7 +109,7 @@ _NAMES_OF_RULE = (
         generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
         evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
-        temperature.every temperature.k temperature.responses temperature.queries
+        temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
         """,
     ),
     (
