@@ -35,7 +35,10 @@ _PROGRAMS = 1024
 def scaled(logits: Tensor, temperature: float, valid: int, owned: bool = False) -> Tensor:
     """float32 logits / T, minus infinity from column ``valid`` on; a copy unless ``owned``."""
     z = logits.float()
-    z = z.div_(temperature) if owned and z is logits else z / temperature
+    if not (owned and z is logits):
+        z = z / temperature
+    elif temperature != 1:
+        z.div_(temperature)
     if valid < z.size(-1):
         z[..., max(0, valid) :] = NEG_INF
     return z
@@ -210,7 +213,7 @@ def merge_ranks(
 
     A gather is exact, needs no common reference, and replaces the two or three all-reduces of the usual scheme.
     """
-    if group is None or get_world_size(group) == 1:
+    if group is None or get_world_size(group) == 1 or not lse.numel():
         return lse, target, entropy
     packed = torch.stack([lse, target] if entropy is None else [lse, target, entropy])
     size = get_world_size(group)
