@@ -27,12 +27,16 @@ FORWARD = {"BM": 64, "BN": 64}
 FEW_ROWS = {"BM": 16, "BN": 128}
 FORWARD_OPTIONS = {"num_warps": 4, "num_stages": 3}
 BACKWARD = {"BM": 64, "BN": 64}
-BACKWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
+DQ_OPTIONS = {"num_warps": 4, "num_stages": 2}
+DKV_OPTIONS = {"num_warps": 8, "num_stages": 2}
+"""Two accumulators: with 4 warps they spill hundreds of bytes."""
 MERGE_ROWS = 8
 _PROGRAMS = 264
 _MIN_KEYS = 256
 """Keys of a split: shorter ones cost more to merge than they gain."""
 MAX_CHANNELS = 256
+_MAX_ELEMENTS = 2**31
+"""Offsets into the queries have 32 bits: 64 would take twice the registers of the tile they address."""
 
 
 @jit
@@ -45,10 +49,10 @@ def _rows(  # type: ignore[no-untyped-def]
     slot = batch * tokens + row // rep
     token = slot
     if TABLED:
-        token = tl.load(TABLE + slot, mask=there, other=0)
+        token = tl.load(TABLE + slot, mask=there, other=0).to(tl.int32)
         # Padding of the table names any slot; only the slot's own place counts.
         there = there & (tl.load(PLACE + token, mask=there, other=-1) == slot)
-    return token.to(tl.int64), head * rep + row % rep, there
+    return token, head * rep + row % rep, there
 
 
 @jit
@@ -78,9 +82,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     """One program: BM rows of one batch and key head against keys [split * span, ...). O, LSE: [parts, T, Hq(, D)]."""
     first = tl.program_id(0) * BM
     batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = (tl.program_id(1) % key_heads).to(tl.int64)
+    head = tl.program_id(1) % key_heads
     split = tl.program_id(2)
-    token, query_head, there = _rows(TABLE, PLACE, batch, head, first, tokens, rep, BM, TABLED)
+    token, query_head, there = _rows(TABLE, PLACE, batch.to(tl.int32), head, first, tokens, rep, BM, TABLED)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
     heads = key_heads * rep
@@ -94,8 +98,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     for start in range(begin, end, BN):
         key = start + tl.arange(0, BN)
         mask = (key < end)[:, None] & (d < D)[None, :]
-        k = tl.load(K + batch * k_b + head * k_h + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
-        v = tl.load(V + batch * v_b + head * v_h + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
+        k = tl.load(K + (batch * k_b + head.to(tl.int64) * k_h) + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
+        v = tl.load(V + (batch * v_b + head.to(tl.int64) * v_h) + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
         s = _scores(
             q, k, BIAS, batch, row, key, end, inner, stride_g, stride_n, stride_r, rep, scale, there,
             BM, BN, ROW_BIAS, INTERP,
@@ -149,8 +153,8 @@ def attend_dq_kernel(  # type: ignore[no-untyped-def]
     """One program: the gradient of BM query rows, float32, from one part."""
     first = tl.program_id(0) * BM
     batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = (tl.program_id(1) % key_heads).to(tl.int64)
-    token, query_head, there = _rows(LSE, LSE, batch, head, first, tokens, rep, BM, False)
+    head = tl.program_id(1) % key_heads
+    token, query_head, there = _rows(LSE, LSE, batch.to(tl.int32), head, first, tokens, rep, BM, False)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
     place = token * key_heads * rep + query_head
@@ -164,8 +168,8 @@ def attend_dq_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, keys, BN):
         key = start + tl.arange(0, BN)
         mask = (key < keys)[:, None] & (d < D)[None, :]
-        k = tl.load(K + batch * k_b + head * k_h + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
-        v = tl.load(V + batch * v_b + head * v_h + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
+        k = tl.load(K + (batch * k_b + head.to(tl.int64) * k_h) + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
+        v = tl.load(V + (batch * v_b + head.to(tl.int64) * v_h) + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
         s = _scores(
             q, k, BIAS, batch, row, key, keys, inner, stride_g, stride_n, stride_r, rep, scale, there,
             BM, BN, ROW_BIAS, INTERP,
@@ -187,16 +191,16 @@ def attend_dkv_kernel(  # type: ignore[no-untyped-def]
     """One program: the gradients of BN keys and values over all rows that read them; DK, DV contiguous."""
     start = tl.program_id(0) * BN
     batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = (tl.program_id(1) % key_heads).to(tl.int64)
+    head = tl.program_id(1) % key_heads
     key = start + tl.arange(0, BN)
     d = tl.arange(0, BD)
     mask = (key < keys)[:, None] & (d < D)[None, :]
-    k = tl.load(K + batch * k_b + head * k_h + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
-    v = tl.load(V + batch * v_b + head * v_h + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
+    k = tl.load(K + (batch * k_b + head.to(tl.int64) * k_h) + key[:, None] * k_n + d[None, :], mask=mask, other=0.0)
+    v = tl.load(V + (batch * v_b + head.to(tl.int64) * v_h) + key[:, None] * v_n + d[None, :], mask=mask, other=0.0)
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     for first in range(0, tokens * rep, BM):
-        token, query_head, there = _rows(LSE, LSE, batch, head, first, tokens, rep, BM, False)
+        token, query_head, there = _rows(LSE, LSE, batch.to(tl.int32), head, first, tokens, rep, BM, False)
         row = first + tl.arange(0, BM)
         place = token * key_heads * rep + query_head
         at = place[:, None] * D + d[None, :]
@@ -214,9 +218,10 @@ def attend_dkv_kernel(  # type: ignore[no-untyped-def]
         dp = dot(do, tl.trans(v), tl.zeros((BM, BN), tl.float32), INTERP)
         ds = p * (dp - delta[:, None])
         dk = dot(tl.trans(narrow(ds, Q.dtype.element_ty, INTERP)), q, dk, INTERP)
-    out = ((batch * key_heads + head) * keys + key)[:, None] * D + d[None, :]
-    tl.store(DK + out, narrow(dk * scale, DK.dtype.element_ty, INTERP), mask=mask)
-    tl.store(DV + out, narrow(dv, DV.dtype.element_ty, INTERP), mask=mask)
+    own = (batch * key_heads + head) * keys * D
+    out = key[:, None] * D + d[None, :]
+    tl.store(DK + own + out, narrow(dk * scale, DK.dtype.element_ty, INTERP), mask=mask)
+    tl.store(DV + own + out, narrow(dv, DV.dtype.element_ty, INTERP), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,11 @@ class Part:
         outer, inner, row = self.bias.stride()[:3]
         k, v = self.k.stride()[:3], self.v.stride()[:3]
         return (*k, *v, self.bias.size(1), outer, inner, row if rows else 0)
+
+
+def fits(q: Tensor) -> bool:
+    """Whether the kernels take these queries."""
+    return q.size(-1) <= MAX_CHANNELS and q.numel() < _MAX_ELEMENTS
 
 
 def forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
@@ -292,14 +302,14 @@ def backward(
         dk, dv = (torch.empty(part.k.shape, device=q.device, dtype=part.k.dtype) for _ in range(2))
         shared = {
             "D": D, "BD": max(16, next_power_of_2(D)), **BACKWARD, "ROW_BIAS": part.bias.size(2) > 1,
-            "INTERP": INTERPRETED, **BACKWARD_OPTIONS,
+            "INTERP": INTERPRETED,
         }  # fmt: skip
         sizes = (part.tokens, keys, key_heads, rep, scale, *part.strides())
         attend_dq_kernel[(cdiv(part.tokens * rep, BACKWARD["BM"]), batches * key_heads)](
-            q, part.k, part.v, part.bias, dout, lse, delta, dq[number], *sizes, **shared
+            q, part.k, part.v, part.bias, dout, lse, delta, dq[number], *sizes, **shared, **DQ_OPTIONS
         )
         attend_dkv_kernel[(cdiv(keys, BACKWARD["BN"]), batches * key_heads)](
-            q, part.k, part.v, part.bias, dout, lse, delta, dk, dv, *sizes, **shared
+            q, part.k, part.v, part.bias, dout, lse, delta, dk, dv, *sizes, **shared, **DKV_OPTIONS
         )
         gradients.append((dk, dv))
     return dq.sum(0).to(q.dtype), gradients

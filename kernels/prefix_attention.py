@@ -51,7 +51,7 @@ def prefix_attention(
     Returns:
         [G, n, R, Hq, D]. A row that may attend to nothing is a caller's mistake (NaN).
     """
-    if uses_triton("attention", q) and q.size(-1) <= attend.MAX_CHANNELS:
+    if uses_triton("attention", q) and attend.fits(q):
         return _PrefixAttention.apply(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
     return _prefix_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
 
@@ -112,7 +112,7 @@ def decode_attention(
     Returns:
         [B, Hq, D].
     """
-    if uses_triton("attention", q) and q.size(-1) <= attend.MAX_CHANNELS:
+    if uses_triton("attention", q) and attend.fits(q):
         prefix = attend.Part(
             _side_by_side(k_prefix), _side_by_side(v_prefix), prefix_bias[:, None, None, :], table.size(1), table, place
         )

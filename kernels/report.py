@@ -131,9 +131,9 @@ def _attention_cases() -> Iterator[Case]:
     yield Case("attention, merge", attend.merge_kernel, types, constants, {"num_warps": 4})
     constants = {**head, **attend.BACKWARD, "ROW_BIAS": True}
     types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides}"
-    yield Case("attention, dq", attend.attend_dq_kernel, types, constants, attend.BACKWARD_OPTIONS, wgmma=True)
+    yield Case("attention, dq", attend.attend_dq_kernel, types, constants, attend.DQ_OPTIONS, wgmma=True)
     types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides}"
-    yield Case("attention, dk and dv", attend.attend_dkv_kernel, types, constants, attend.BACKWARD_OPTIONS, wgmma=True)
+    yield Case("attention, dk and dv", attend.attend_dkv_kernel, types, constants, attend.DKV_OPTIONS, wgmma=True)
 
 
 def compile_case(case: Case) -> Compiled:
