@@ -1,4 +1,4 @@
-"""Attention in parts, in Triton: every part says (output, log-sum-exp), and :func:`merge_parts_kernel` joins them.
+"""Attention in parts, in Triton: every part says (output, log-sum-exp), and :func:`merge_kernel` joins them.
 
 A part is a batch of key blocks; for query row q, keys k_j, values v_j and bias b_j in {0, -inf}:
 
@@ -74,12 +74,12 @@ def _scores(  # type: ignore[no-untyped-def]
 
 @jit
 def attend_kernel(  # type: ignore[no-untyped-def]
-    Q, K, V, BIAS, TABLE, PLACE, O, LSE, tokens, keys, key_heads, rep, scale, span, query_tokens, first_part,
+    Q, K, V, BIAS, TABLE, PLACE, OUT, LSE, tokens, keys, key_heads, rep, scale, span, query_tokens, first_part,
     k_b, k_h, k_n, v_b, v_h, v_n, inner, stride_g, stride_n, stride_r,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ROW_BIAS: tl.constexpr, TABLED: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows of one batch and key head against keys [split * span, ...). O, LSE: [parts, T, Hq(, D)]."""
+    """One program: BM rows of one batch and key head against keys [split * span, ...). OUT, LSE: [parts, T, Hq(, D)]."""
     first = tl.program_id(0) * BM
     batch = (tl.program_id(1) // key_heads).to(tl.int64)
     head = tl.program_id(1) % key_heads
@@ -115,15 +115,15 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     part = (first_part + split).to(tl.int64) * query_tokens * heads
     tl.store(LSE + part + token * heads + query_head, lse, mask=there)
-    tl.store(O + part * D + at, acc, mask=there[:, None] & (d < D)[None, :])
+    tl.store(OUT + part * D + at, acc, mask=there[:, None] & (d < D)[None, :])
 
 
 @jit
 def merge_kernel(  # type: ignore[no-untyped-def]
-    PARTS, LSES, O, LSE, rows, parts,
+    PARTS, LSES, OUT, LSE, rows, parts,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BR (token, head) rows; PARTS float32 [parts, rows, D] -> O [rows, D], LSE [rows]."""
+    """One program: BR (token, head) rows; PARTS float32 [parts, rows, D] -> OUT [rows, D], LSE [rows]."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     there = row < rows
     d = tl.arange(0, BD)
@@ -140,7 +140,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         total += share
         acc += share[:, None] * tl.load(PARTS + place[:, None] * D + d[None, :], mask=mask, other=0.0)
     tl.store(LSE + row, base + tl.log(total), mask=there)
-    tl.store(O + row[:, None] * D + d[None, :], narrow(acc / total[:, None], O.dtype.element_ty, INTERP), mask=mask)
+    tl.store(OUT + row[:, None] * D + d[None, :], narrow(acc / total[:, None], OUT.dtype.element_ty, INTERP), mask=mask)
 
 
 @jit

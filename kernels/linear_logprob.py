@@ -291,8 +291,8 @@ def linear_cross_entropy(
         reduction: "mean" divides by the number of counted rows; without any it is 0, with zero gradients.
         row_weight: float [N], no gradient; rows with weight 0 cost nothing. None: 1 for each.
 
-    Under a group the forward has one all-gather of 8 bytes a row per chunk (one chunk, where the budget holds all rows).
-    The gradient is computed with the loss, and only where something asks for it.
+    Under a group the forward has one all-gather of 8 bytes a row for each chunk; one in all, where the budget holds all
+    rows. The gradient is computed with the loss, and only where something asks for it.
     """
     _check(hidden, weight, bias, target, temperature)
     if reduction not in ("sum", "mean"):

@@ -1,10 +1,10 @@
 """Row statistics of ``hidden @ weight.T`` that never leave the chip: the forward of the fused linear log-probability.
 
-One persistent Triton kernel, after the structure of persistent matrix multiplication with tensor descriptors (TMA): each
-program walks over 128 x 256 tiles in an order that keeps a slab of the weight in the L2 cache, accumulates a tile of
-logits in float32 registers, and reduces it there to (maximum, sum of exponentials, target logit) per row. Operations
-2 N H V; traffic: operands, and 8 bytes per row and tile of 256 columns (16 MB at N = 8192, V = 128,256, where float32
-logits have 4.2 GB). The target is picked before the exponentials: the other order spills hundreds of bytes.
+One persistent Triton kernel with tensor descriptors (TMA): each program walks over 128 x 256 tiles in an order that
+keeps a slab of the weight in the L2 cache, accumulates a tile of logits in float32 registers, and reduces it there to
+(maximum, sum of exponentials, target logit) per row. Operations: 2 N H V. Traffic: the operands, and 8 bytes per row
+and tile of 256 columns (33 MB at N = 8192, V = 128,256, where float32 logits have 4.2 GB). The target is picked before
+the exponentials: the other order spills hundreds of bytes.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def _row_cases() -> Iterator[Case]:
     for how in process_scores.REDUCTIONS:
         constants = {"HOW": how, "BLOCK": process_scores.BLOCK_STEPS}
         function = process_scores.reduce_steps_kernel
-        yield Case(f"reduce steps, {how}", function, "*fp32 *i64 *fp32", constants, {"num_warps": 1})
-    types, constants = "*fp32 *u8 *i64 *i64 *i64 *i64 i32", {"BLOCK": selection.BLOCK}
+        yield Case(f"reduce steps, {how}", function, "*fp64 *i64 *fp64", constants, {"num_warps": 1})
+    types, constants = "*fp64 *u8 *i64 *i64 *i64 *i64 i32", {"BLOCK": selection.BLOCK}
     yield Case("select top-k", selection.select_topk_kernel, types, constants, {"num_warps": 1})
     for name, width, centred in (("rms_norm", 4096, False), ("layer_norm", 1024, True)):
         constants = {"BLOCK": width, "CENTRED": centred, "INTERP": False}
@@ -196,7 +196,17 @@ def problems(case: Case, compiled: Compiled) -> list[str]:
 
 def table(results: list[Compiled]) -> str:
     """A Markdown page."""
-    head = ["configuration", "kernel", "warps", "registers", "spill, bytes", "shared, bytes", "wgmma", "mma", "TMA loads"]
+    head = [
+        "configuration",
+        "kernel",
+        "warps",
+        "registers",
+        "spill, bytes",
+        "shared, bytes",
+        "wgmma",
+        "mma",
+        "TMA loads",
+    ]
     rows = [[str(value) for value in asdict(result).values()] for result in results]
     lines = [" | ".join(row) for row in (head, ["---"] * 2 + ["---:"] * 7, *rows)]
     versions = f"torch {torch.__version__.partition('+')[0]}, triton {triton.__version__}"

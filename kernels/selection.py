@@ -81,7 +81,9 @@ def select_topk(score: Tensor, correct: Tensor, offsets: Tensor, k: int) -> Sele
     if k < 1:
         raise ValueError(f"selection.k is {k}: it must be at least 1")
     if correct.dtype != torch.bool or correct.shape != score.shape or score.dim() != 1:
-        raise ValueError(f"score {list(score.shape)} and correct {correct.dtype} {list(correct.shape)} must be [R], bool")
+        raise ValueError(
+            f"score {list(score.shape)} and correct {correct.dtype} {list(correct.shape)} must be [R], bool"
+        )
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not offsets.numel():
         raise ValueError(f"offsets are {offsets.dtype} {list(offsets.shape)}: pass int64 [Q + 1], from 0 to R")
     queries, device = offsets.numel() - 1, score.device

@@ -23,4 +23,5 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     if not wanted.numel():
         return 0.0
-    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-6))
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))

@@ -170,6 +170,7 @@ def test_vocabulary_shards_give_the_same_values_and_gradients(valid: int, which:
     # 70 leaves the last of 4 ranks (ids 96 to 127) nothing but padding.
     if which == "interpreter" and torch.cuda.is_available():
         pytest.skip("Triton is compiled in this process: there is a GPU")
+    accuracy = 1e-6 if which == "torch" else 2e-6
     whole = run_parallel(1, "test_linear_logprob:shards", valid, "torch")[0]
     hidden, weight, bias, target, g, h = (t.cpu() for t in problem(24, 16, 128, valid))
     exact = by_definition(hidden, weight, bias, target, g, h, valid, 0.8)
@@ -179,11 +180,11 @@ def test_vocabulary_shards_give_the_same_values_and_gradients(valid: int, which:
         ranks = run_parallel(size, "test_linear_logprob:shards", valid, which)
         for part in ranks:
             for place in (0, 1, 2, 3, 6):  # values, and hidden's gradient, are whole on every rank
-                torch.testing.assert_close(part[place], whole[place], rtol=1e-6, atol=2e-6)
+                assert relative_error(part[place], whole[place]) < accuracy
             assert part[-1].tolist() == [1, 1], "one small collective in each forward"
         for place in (4, 5, 7, 8):
             cut = torch.cat([part[place] for part in ranks])
-            torch.testing.assert_close(cut, whole[place], rtol=1e-6, atol=2e-6)
+            assert relative_error(cut, whole[place]) < accuracy
             assert valid == 128 or cut[valid:].abs().max() == 0
 
 

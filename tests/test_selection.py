@@ -14,7 +14,7 @@ from mstar_mega.rewards.selection import SelectionSummary, select
 
 
 def picked(group: Group, rule: str, k: int = 2, threshold: float = 0.5, seed: int = 0) -> list[int]:
-    chosen = select(group, SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
+    (chosen,) = select([group], SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
     assert chosen == [response for response in sorted(group.responses, key=lambda r: r.index) if response.selected]
     return [response.index for response in chosen]
 

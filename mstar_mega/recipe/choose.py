@@ -19,8 +19,8 @@ def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]
     settings = job.config.selection
     summary = SelectionSummary()
     examples: list[TrainGroup] = []
-    for group in groups:
-        selected = select(group, settings, key_of(job.config.seed, "select", now.number))
+    chosen = select(groups, settings, key_of(job.config.seed, "select", now.number))
+    for group, selected in zip(groups, chosen, strict=True):
         summary.add(group)
         if selected:
             examples.append(TrainGroup(group.query, [response.tokens for response in selected]))

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.generation.engine import Request
@@ -142,6 +143,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 def open_job(config: Config) -> Iterator[Job]:
     """Join the process group, take the run directory and prepare the queries; close everything in the end."""
     distributed.initialize(config.parallel, config.seed)
+    kernels.configure(config.kernels)
     place = distributed.layout()
     family = build_family(config)
     check_divisible(config, family.vision, family.language)
