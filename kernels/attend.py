@@ -79,7 +79,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ROW_BIAS: tl.constexpr, TABLED: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows of one batch and key head against keys [split * span, ...). OUT, LSE: [parts, T, Hq(, D)]."""
+    """One program: BM rows of one batch and key head against keys [split * span, ...). OUT [parts, T, Hq, D]."""
     first = tl.program_id(0) * BM
     batch = (tl.program_id(1) // key_heads).to(tl.int64)
     head = tl.program_id(1) % key_heads

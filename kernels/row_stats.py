@@ -1,7 +1,7 @@
-"""What a row of logits is reduced to, and the gradient that these numbers give back: the core of all log-probabilities.
+"""What a row of logits is reduced to, and the gradient these numbers give back: the core of all log-probabilities.
 
-Of a row z (already divided by the temperature) a rank keeps three floats: lse = logsumexp_v z_v, the target's z_y (minus
-infinity where another rank holds it) and the slice's entropy. :func:`merge_ranks` combines those of all vocabulary
+Of a row z (already divided by the temperature) a rank keeps three floats: lse = logsumexp_v z_v, the target's z_y
+(minus infinity where another rank holds it) and the slice's entropy. :func:`merge_ranks` combines those of all vocabulary
 slices with one all-gather; log-probability and gradient follow:
 
     log p(y) = z_y - lse     p_v = exp(z_v - lse)     entropy = sum_v p_v (lse - z_v)
