@@ -1,8 +1,8 @@
 """What a row of logits is reduced to, and the gradient these numbers give back: the core of all log-probabilities.
 
 Of a row z (already divided by the temperature) a rank keeps three floats: lse = logsumexp_v z_v, the target's z_y
-(minus infinity where another rank holds it) and the slice's entropy. :func:`merge_ranks` combines those of all vocabulary
-slices with one all-gather; log-probability and gradient follow:
+(minus infinity where another rank holds it) and the slice's entropy. :func:`merge_ranks` combines those of all
+vocabulary slices with one all-gather; log-probability and gradient follow:
 
     log p(y) = z_y - lse     p_v = exp(z_v - lse)     entropy = sum_v p_v (lse - z_v)
     d(g log p(y) + h entropy) / d logit_v = (g [v = y] - p_v (g + h (z_v - lse + entropy))) / T

@@ -143,7 +143,7 @@ def test_two_runs_are_equal_bit_for_bit(backend: str) -> None:
 
 def shards(valid: int, backend: str) -> list[Tensor]:
     """Values, and this rank's gradients, of the problem cut over the group; and the all-gathers of each forward."""
-    hidden, weight, bias, target, g, h = problem(24, 16, 128, valid)
+    hidden, weight, bias, target, g, h = (t.cpu() for t in problem(24, 16, 128, valid))
     size, rank = get_world_size(), get_rank()
     x = hidden.requires_grad_()
     w, b = (t.chunk(size)[rank].clone().requires_grad_() for t in (weight, bias))
@@ -201,7 +201,8 @@ def operations(run: Callable[[], Any]) -> int:
 def test_products_are_counted_and_dead_rows_cost_nothing() -> None:
     N, H, V = 60, 16, 200
     one = 2 * N * H * V
-    hidden, weight, target = randn(N, H).requires_grad_(), randn(V, H, seed=1).requires_grad_(), randint(0, V, (N,))
+    hidden, weight = randn(N, H).cpu().requires_grad_(), randn(V, H, seed=1).cpu().requires_grad_()
+    target = randint(0, V, (N,)).cpu()
     half = torch.where(torch.arange(N) % 2 == 0, target, IGNORE)
     upstream = (torch.arange(N) % 4 == 0).float()
     with forced_backend("torch"):

@@ -129,7 +129,7 @@ def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
 
 def logprob_shards(valid: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Forward and this rank's gradient slice of the problem cut over the group."""
-    logits, target, upstream = logprob_problem(128)
+    logits, target, upstream = (t.cpu() for t in logprob_problem(128))
     size, rank = get_world_size(), get_rank()
     z = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
     values = vocab_parallel_logprob(
@@ -146,7 +146,7 @@ def test_log_probs_from_vocabulary_shards_equal_the_whole(valid: int) -> None:
     # 70 leaves the last of 4 ranks (columns 96 to 127) nothing but padding.
     for temperature in (1.0, 0.5):
         whole, gradient = run_parallel(1, "test_logprob:logprob_shards", valid, temperature)[0]
-        logits, target, upstream = logprob_problem(128)
+        logits, target, upstream = (t.cpu() for t in logprob_problem(128))
         expected, _ = by_definition(logits, target.clamp(max=valid - 1), upstream, temperature, valid)
         torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=2e-6)
         for size in (2, 4):

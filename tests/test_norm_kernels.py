@@ -46,8 +46,9 @@ def test_values_and_gradients_against_float64(
 
 def rows_of_a_rank(backend: str) -> list[Tensor]:
     size, rank = get_world_size(), get_rank()
-    x, weight, bias = randn(8, 24), randn(24, seed=1).requires_grad_(), randn(24, seed=2).requires_grad_()
-    part, upstream = x.chunk(size)[rank], randn(8, 24, seed=3).chunk(size)[rank]
+    x, upstream = randn(8, 24).cpu(), randn(8, 24, seed=3).cpu().chunk(size)[rank]
+    weight, bias = (randn(24, seed=seed).cpu().requires_grad_() for seed in (1, 2))
+    part = x.chunk(size)[rank]
     with forced_backend(backend):
         settings: dict[str, Any] = {"sequence_group": group.WORLD}
         total = (rms_norm(part, weight, **settings) + layer_norm(part, weight, bias, **settings)) * upstream
