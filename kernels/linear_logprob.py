@@ -153,8 +153,8 @@ class _LinearLogProb(torch.autograd.Function):
             z = head.logits(x[rows])
             if not head.triton:
                 z = scaled(z, head.temperature, head.valid, owned=True)
-            some = None if h is None or H is None else (h[rows], H[rows])
-            d = head.gradient(z, at[rows], lse[rows], g[rows], *(some or (None, None)), dtype=x.dtype)
+            h_some, H_some = (None, None) if h is None or H is None else (h[rows], H[rows])
+            d = head.gradient(z, at[rows], lse[rows], g[rows], h_some, H_some, x.dtype)
             gradients.add(rows, x[rows], d)
             del z, d  # before the next chunk, not after it
         dx = gradients.x

@@ -31,7 +31,7 @@ def test_values_and_gradients_against_float64(
         pytest.skip("one case of more rows than programs is enough")
     x, weight, bias = 3 + randn(*shape), randn(shape[-1], seed=1), randn(shape[-1], seed=2)
     inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias)[: 2 + centred]]
-    y = layer_norm(*inputs, eps=1e-3) if centred else rms_norm(*inputs, eps=1e-3)
+    y = layer_norm(inputs[0], inputs[1], inputs[2], 1e-3) if centred else rms_norm(inputs[0], inputs[1], 1e-3)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     wanted = definition(exact[0], exact[1], exact[2] if centred else None, 1e-3)
     upstream = randn(*shape, seed=3).to(dtype)

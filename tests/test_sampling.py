@@ -167,7 +167,7 @@ def test_triton_draws_what_plain_pytorch_draws(case: str, vocabulary: int) -> No
     logits = case_logits()[:rows] if vocabulary == VOCABULARY else 2 * randn(rows, vocabulary, seed=5)
     if "valid_vocab" in CASES[case] and vocabulary != VOCABULARY:
         pytest.skip("the same as with the small vocabulary")
-    settings = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in CASES[case].items()}
+    settings: dict[str, Any] = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in CASES[case].items()}
     drawn = []
     for backend in BACKENDS:
         with forced_backend(backend):
