@@ -127,6 +127,24 @@ def test_nothing_counted_and_nothing_upstream(backend: str, reduction: Any) -> N
             assert gradient.abs().max() == 0
 
 
+def test_the_loss_agrees_with_ligers(backend: str) -> None:
+    """A second, independent implementation of the loss and its gradients, where it is installed."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'peers')")
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    hidden, weight, _, target, _, _ = problem(*SIZES[0])
+    results = []
+    for function in (
+        lambda x, w: linear_cross_entropy(x, w, target),
+        lambda x, w: LigerFusedLinearCrossEntropyFunction.apply(x, w, target, None, None, IGNORE, 0.0, 0.0, "sum")[0],
+    ):
+        x, w = (t.clone().requires_grad_() for t in (hidden, weight))
+        loss = function(x, w)
+        results.append([loss, *torch.autograd.grad(loss, (x, w))])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < 3e-6
+
+
 def test_two_runs_are_equal_bit_for_bit(backend: str) -> None:
     def run() -> list[Tensor]:
         hidden, weight, _, target, g, _ = problem(*SIZES[0], torch.bfloat16)

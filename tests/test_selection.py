@@ -10,6 +10,7 @@ from groups import make_group, make_response
 
 from mstar_mega.config import SelectionConfig
 from mstar_mega.data.types import Group
+from mstar_mega.kernels.dispatch import turn_off
 from mstar_mega.rewards.selection import SelectionSummary, select
 
 
@@ -32,6 +33,21 @@ def test_selection_rules() -> None:
     group.responses.reverse()
     assert picked(group, "top_k", 3) == [0, 2, 3]
     assert picked(make_group([make_response(0, 0.5, False)]), "top_k") == []
+
+
+def test_all_queries_at_once_as_one_by_one_and_without_the_kernel() -> None:
+    random.seed(5)
+    groups = [
+        make_group([make_response(i, random.randint(0, 3) / 4, random.random() < 0.6) for i in range(n)], f"q{n}")
+        for n in (16, 1, 0, 7)
+    ]
+    together = select(groups, SelectionConfig("top_k", 3), 0)
+    assert together == [select([group], SelectionConfig("top_k", 3), 0)[0] for group in groups]
+    turn_off(["selection"])
+    try:
+        assert together == select(groups, SelectionConfig("top_k", 3), 0)
+    finally:
+        turn_off([])
 
 
 def test_random_k_depends_on_seed_query_and_index_only() -> None:
