@@ -300,7 +300,8 @@ def _megatron() -> Any:
 
 
 def seconds(run: Callable[[], Any], repetitions: int) -> float:
-    """Median of a few runs, after one that does not count; on CUDA with a cold L2 cache."""
+    """Median of a few runs, after one that does not count. CUDA: with a cold L2 cache. CPU: processor time, which other
+    work on the machine disturbs less."""
     run()
     cold = torch.empty(64 * 2**20, dtype=torch.int8, device=DEVICE) if CUDA else None
     taken = []
@@ -314,9 +315,9 @@ def seconds(run: Callable[[], Any], repetitions: int) -> float:
             torch.cuda.synchronize()
             taken.append(start.elapsed_time(end) / 1e3)
         else:
-            started = time.perf_counter()
+            started = time.process_time()
             run()
-            taken.append(time.perf_counter() - started)
+            taken.append((time.process_time() - started) / torch.get_num_threads())
     return statistics.median(taken)
 
 
