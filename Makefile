@@ -1,6 +1,7 @@
 # make run    set up everything and run the main job on the built-in task  (ARGS="--seed 1" adds arguments)
 # make test   set up everything and run the tests                          (ARGS="-k resume" adds arguments)
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
+# make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
 # make clean  remove the environment and caches; runs/ stays
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.setup-done
 OMP_NUM_THREADS ?= 1
 TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: setup run smoke test lint clean
+.PHONY: setup run smoke test lint kernel-report gpu-check clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -41,6 +42,21 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernel-report: $(STAMP)
+	TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m mstar_mega.kernels.report --out docs/kernel_report.md
+
+# On one GPU, minutes: kernels against their definitions, their speed, and every stage of the job in bfloat16.
+KERNEL_TESTS := $(addprefix tests/test_,attention_kernels.py kernel_dispatch.py linear_logprob.py logprob.py noise.py \
+    norm_kernels.py process_scores.py sampling.py selection_kernel.py)
+gpu-check: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	    "make gpu-check: torch " + torch.__version__ + " sees no CUDA device; run it on a machine with an NVIDIA GPU")'
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/kernels.py --quick
+	rm -rf runs/gpu_check
+	env -u TRITON_INTERPRET $(TORCHRUN) 1 examples/pretrain_mstar.sh --config examples/configs/smoke.yaml \
+	    --model.precision bfloat16 --run.dir runs/gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,10 @@
-"""Log-probabilities of given tokens from vocabulary-sharded logits.
+"""Log-probabilities of given tokens from given vocabulary-sharded logits.
 
-Formula: log p(y) = z_y / T - logsumexp_v(z_v / T). Each rank reduces its own slice to (logsumexp, target logit); one
-all-gather of two floats per row merges the ranks, so no [N, V] tensor crosses the network. The backward recomputes the
-softmax from the saved logits and the merged logsumexp.
+    log p(y) = z_y / T - logsumexp_v(z_v / T)
+
+Each rank reduces its own slice to two floats a row (three with the entropy); one all-gather merges the ranks, so no
+[N, V] tensor crosses the network. Only the logits and the log-sum-exp are kept for the backward, which recomputes the
+softmax, and may write the gradient over the logits. Formulas and kernels: ``row_stats.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_gather_into_tensor, get_world_size
+from torch.distributed import ProcessGroup
+
+from mstar_mega.kernels.dispatch import uses_triton
+from mstar_mega.kernels.row_stats import (
+    gradient_reference,
+    gradient_triton,
+    merge_ranks,
+    scaled,
+    stats_reference,
+    stats_triton,
+)
 
 
 class _VocabParallelLogProb(torch.autograd.Function):
@@ -22,42 +34,43 @@ class _VocabParallelLogProb(torch.autograd.Function):
         target: Tensor,
         temperature: float,
         ignore_index: int,
-        valid_vocab: int | None,
+        valid: int,
         vocab_start: int,
         group: ProcessGroup | None,
-    ) -> Tensor:
-        z = logits.float() / temperature
-        local = z.size(-1)
-        if valid_vocab is not None and vocab_start + local > valid_vocab:
-            z[..., max(0, valid_vocab - vocab_start) :] = float("-inf")
-        column = target - vocab_start
-        here = (column >= 0) & (column < local) & (target != ignore_index)
-        column = column.clamp(0, max(local - 1, 0))
-        lse = torch.logsumexp(z, dim=-1)
-        target_logit = torch.where(here, z.gather(-1, column[..., None]).squeeze(-1), 0.0)
-        if group is not None and get_world_size(group) > 1:
-            packed = torch.stack([lse, target_logit], dim=-1)
-            size = get_world_size(group)
-            everyone = packed.new_empty(size * packed.size(0), *packed.shape[1:])
-            all_gather_into_tensor(everyone, packed, group=group)
-            everyone = everyone.view(size, *packed.shape)
-            lse = torch.logsumexp(everyone[..., 0], dim=0)
-            target_logit = everyone[..., 1].sum(dim=0)
-        counted = target != ignore_index
-        ctx.save_for_backward(logits, lse, column, here, counted)
-        ctx.constants = (temperature, valid_vocab, vocab_start)
-        return torch.where(counted, target_logit - lse, 0.0)
+        entropy: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows, labels = logits.reshape(-1, logits.size(-1)), target.reshape(-1)
+        counted = labels != ignore_index
+        column = torch.where(counted, labels - vocab_start, -1)
+        if uses_triton("vocab_parallel_logprob", rows):
+            local = stats_triton(_unit_stride(rows), column, temperature, valid, entropy, ~counted)
+        else:
+            local = stats_reference(scaled(rows, temperature, valid), column, entropy)
+        lse, at_target, H = merge_ranks(*local, group)
+        ctx.save_for_backward(logits, lse, column, counted, H)
+        ctx.constants = (temperature, valid, inplace)
+        log_prob = torch.where(counted, at_target - lse, 0.0).view(target.shape)
+        if H is None:
+            return log_prob, log_prob.new_empty(0)
+        return log_prob, torch.where(counted, H, 0.0).view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, lse, column, here, counted = ctx.saved_tensors
-        temperature, valid_vocab, vocab_start = ctx.constants
-        scale = torch.where(counted, grad_outputs[0].float() / temperature, 0.0)[..., None]
-        grad = torch.exp(logits.float() / temperature - lse[..., None]) * -scale
-        if valid_vocab is not None and vocab_start + logits.size(-1) > valid_vocab:
-            grad[..., max(0, valid_vocab - vocab_start) :] = 0.0
-        grad.scatter_add_(-1, column[..., None], scale * here[..., None])
-        return grad.to(logits.dtype), None, None, None, None, None, None
+        logits, lse, column, counted, H = ctx.saved_tensors
+        temperature, valid, inplace = ctx.constants
+        g = torch.where(counted, grad_outputs[0].reshape(-1).float(), 0.0)
+        h = None if H is None else torch.where(counted, grad_outputs[1].reshape(-1).float(), 0.0)
+        rows = logits.detach().reshape(-1, logits.size(-1))
+        if uses_triton("vocab_parallel_logprob", rows):
+            rows = _unit_stride(rows)
+            grad = gradient_triton(
+                rows, rows if inplace else torch.empty_like(rows), column, lse, g, h, H, temperature, valid
+            )
+        else:
+            z = scaled(rows, temperature, valid, owned=inplace)
+            grad = gradient_reference(z, column, lse, g, h, H, temperature).to(logits.dtype)
+        return grad.view(logits.shape), None, None, None, None, None, None, None, None
 
 
 def vocab_parallel_logprob(
@@ -69,19 +82,58 @@ def vocab_parallel_logprob(
     valid_vocab: int | None = None,
     vocab_start: int = 0,
     group: ProcessGroup | None = None,
-) -> Tensor:
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Any:
     """Log-probabilities, float32 [...], of ``target`` under softmax(logits / temperature).
 
     Args:
         logits: [..., V_local] of any float dtype: this rank's slice of the vocabulary. Differentiable.
-        target: int64 [...] global ids; ``ignore_index`` gives 0 and no gradient.
+        target: int64 [...] global ids; ``ignore_index`` gives 0 and no gradient, an id that no rank holds gives minus
+            infinity.
         valid_vocab: ids at or above it (padding rows) do not exist.
         vocab_start: global id of this rank's first column.
         group: tensor-parallel group; None where the vocabulary is whole.
+        with_entropy: also return the entropy of that distribution, float32 [...], differentiable as well.
+        inplace_backward: the gradient overwrites the logits, which nothing may read afterwards.
+
+    Raises:
+        ValueError: shapes that do not fit, a target that is not int64, a temperature that is not above 0.
     """
-    return _VocabParallelLogProb.apply(logits, target, temperature, ignore_index, valid_vocab, vocab_start, group)
+    check_arguments(logits.shape[:-1], target, temperature, f"logits {list(logits.shape)}")
+    valid = local_valid(logits.size(-1), valid_vocab, vocab_start)
+    log_prob, entropy = _VocabParallelLogProb.apply(
+        logits, target, temperature, ignore_index, valid, vocab_start, group, with_entropy, inplace_backward
+    )
+    return (log_prob, entropy) if with_entropy else log_prob
+
+
+def local_valid(local: int, valid_vocab: int | None, vocab_start: int) -> int:
+    """How many of a slice's ``local`` columns exist."""
+    return local if valid_vocab is None else max(0, min(local, valid_vocab - vocab_start))
+
+
+def check_arguments(rows: torch.Size, target: Tensor, temperature: float, what: str) -> None:
+    """Raises ValueError where targets and what they index do not fit."""
+    if target.shape != rows:
+        raise ValueError(f"target has shape {list(target.shape)}, but {what} need {list(rows)}: one id per row")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target is {target.dtype}: pass int64 ids")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Rows whose columns lie side by side, as the kernels read them."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def logprob_reference(logits: Tensor, target: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Plain definitions of log-probability and entropy on whole logits [..., V], for tests."""
+    everything = torch.log_softmax(logits / temperature, dim=-1)
+    return everything.gather(-1, target[..., None]).squeeze(-1), -(everything.exp() * everything).sum(-1)
 
 
 def target_logprob_reference(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """Plain definition on whole logits [..., V], for tests."""
-    return torch.log_softmax(logits / temperature, dim=-1).gather(-1, target[..., None]).squeeze(-1)
+    return logprob_reference(logits, target, temperature)[0]

@@ -1,7 +1,8 @@
 """Attention of many continuations to one shared prefix: the prefix's keys and values are read once per group.
 
 For a query row with scores s_p over the prefix and s_o over its own tokens, softmax([s_p, s_o]) [v_p; v_o] is computed
-jointly, so sharing changes nothing but the order of additions. These are the plain PyTorch definitions.
+jointly, so sharing changes nothing but the order of additions. Plain PyTorch computes it as it stands; Triton computes
+each part for itself and merges by log-sum-exp (``attend.py``), also in the backward.
 
 Shapes: G groups, n continuations each, R query tokens each, P prefix and L own key tokens; Hq query heads, Hk key heads
 (Hq a multiple of Hk, query head h reads key head h // (Hq / Hk)), D channels.
@@ -9,8 +10,13 @@ Shapes: G groups, n continuations each, R query tokens each, P prefix and L own 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from mstar_mega.kernels import attend
+from mstar_mega.kernels.dispatch import uses_triton
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -45,6 +51,22 @@ def prefix_attention(
     Returns:
         [G, n, R, Hq, D]. A row that may attend to nothing is a caller's mistake (NaN).
     """
+    if uses_triton("attention", q) and attend.fits(q):
+        return _PrefixAttention.apply(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
+    return _prefix_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
+
+
+def _prefix_reference(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """The definition."""
     G, n, R, Hq, D = q.shape
     Hk, P = k_prefix.size(1), k_prefix.size(2)
     rep = Hq // Hk
@@ -90,6 +112,28 @@ def decode_attention(
     Returns:
         [B, Hq, D].
     """
+    if uses_triton("attention", q) and attend.fits(q):
+        prefix = attend.Part(
+            _side_by_side(k_prefix), _side_by_side(v_prefix), prefix_bias[:, None, None, :], table.size(1), table, place
+        )
+        own = attend.Part(_side_by_side(k_own), _side_by_side(v_own), _side_by_side(own_bias)[:, None, None, :], 1)
+        return attend.forward(q.contiguous(), [prefix, own], scale)[0]
+    return _decode_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, table, place, scale)
+
+
+def _decode_reference(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+    table: Tensor,
+    place: Tensor,
+    scale: float,
+) -> Tensor:
+    """The definition."""
     B, Hq, D = q.shape
     G, Hk, P, _ = k_prefix.shape
     rep, (c, L) = Hq // Hk, (table.size(1), own_bias.size(1))
@@ -115,3 +159,48 @@ def decode_attention(
     out = from_table(torch.matmul(weights[..., :P].reshape(G, Hk, c * rep, P), v_prefix).view(G, Hk, c, rep, D))
     out += torch.matmul(from_table(weights[..., P:]), v_own)
     return out.view(B, Hq, D)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, *inputs: Any) -> Tensor:
+        *tensors, scale = inputs
+        rows = q.reshape(-1, *q.shape[3:]).contiguous()
+        out, lse = attend.forward(rows, _parts(q.shape, *tensors), scale)
+        ctx.save_for_backward(rows, *tensors, out, lse)
+        ctx.shape, ctx.scale = q.shape, scale
+        return out.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *tensors, out, lse = ctx.saved_tensors
+        parts = _parts(ctx.shape, *tensors)
+        dout = grad_outputs[0].reshape(rows.shape)
+        dq, ((dkp, dvp), (dko, dvo)) = attend.backward(rows, parts, out, lse, dout, ctx.scale)
+        own = tensors[3].shape
+        return dq.view(ctx.shape), dkp, dvp, None, dko.view(own), dvo.view(own), None, None
+
+
+def _parts(
+    shape: torch.Size,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+) -> list[attend.Part]:
+    """The shared prefix, read by all n R tokens of a group, and every continuation's own tokens."""
+    G, n, R = shape[:3]
+    k_own, v_own = (_side_by_side(x.flatten(0, 1)) for x in (k_own, v_own))
+    own_bias = _side_by_side(own_bias.expand(G, n, R, k_own.size(2)))
+    prefix_bias = _side_by_side(prefix_bias)[:, None, None, :]
+    return [
+        attend.Part(_side_by_side(k_prefix), _side_by_side(v_prefix), prefix_bias, n * R),
+        attend.Part(k_own, v_own, own_bias, R),
+    ]
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """A tensor whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()

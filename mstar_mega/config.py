@@ -235,6 +235,30 @@ class GenerationConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """Fused kernels of ``mstar_mega/kernels``. Each switch set to false leaves one to its plain PyTorch definition."""
+
+    backend: Literal["auto", "triton", "interpreter", "torch"] = "auto"
+    """auto: Triton on CUDA, plain PyTorch on the CPU. interpreter: Triton's own, for tests (TRITON_INTERPRET=1)."""
+    chunk_mb: int = 1024
+    """Most MiB of logits, and of what is computed from them, that exist at once in training and scoring."""
+    linear_logprob: bool = True
+    """Log-probabilities straight from hidden states, in chunks; false: from whole logits."""
+    linear_cross_entropy: bool = True
+    """The SFT loss takes its gradient chunk by chunk in the forward; false: through log-probabilities."""
+    vocab_parallel_logprob: bool = True
+    """Log-probabilities from given logits."""
+    sampling: bool = True
+    step_scores: bool = True
+    """PRM scores at step ends, and the reduction over steps."""
+    selection: bool = True
+    """The best correct responses, for all queries at once."""
+    norms: bool = True
+    attention: bool = True
+    """Attention of many responses to one prompt, in decoding and training."""
+
+
+@dataclass
 class EvaluationConfig:
     """Accuracy and exploration measures, on validation and test queries."""
 
@@ -301,5 +325,6 @@ class Config:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

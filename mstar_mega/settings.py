@@ -37,6 +37,7 @@ _FREE_TO_CHANGE = (
     "parallel.",
     "data.workers",
     "data.prefetch_mb",
+    "kernels.",
 )
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
 
@@ -118,7 +119,7 @@ _NAMES_OF_RULE = (
         generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
         evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
-        temperature.every temperature.k temperature.responses temperature.queries
+        temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
         """,
     ),
     (

@@ -7,8 +7,29 @@ import os
 # Before anything imports torch, and inherited by the workers.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: its functions are interpreted or compiled, for the life of the process.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kernel_cases import BACKENDS, DEVICE
 from parallel import close_pools
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with every implementation of the kernels: plain PyTorch, and Triton (interpreted without a GPU)."""
+    from mstar_mega.kernels import forced_backend
+
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+    with forced_backend(request.param):
+        yield request.param
+    torch.set_default_device(None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import BACKENDS, DEVICE
 from parallel import run_parallel
 from tensors import randn
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size, group
 
+from mstar_mega.kernels import forced_backend
 from mstar_mega.kernels.noise import counters
 from mstar_mega.kernels.sampling import Sampled, sample_with_logprob
 
@@ -156,3 +158,38 @@ def test_sampling_reads_bfloat16_logits_exactly() -> None:
     logits = case_logits().bfloat16()
     low, full = sample_case(logits, "plain"), sample_case(logits.float(), "plain")
     assert torch.equal(low.token, full.token) and torch.equal(low.log_prob, full.log_prob)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("top_p", "all")])  # plain PyTorch always
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 2051])
+def test_triton_draws_what_plain_pytorch_draws(case: str, vocabulary: int) -> None:
+    rows = 12
+    logits = case_logits()[:rows] if vocabulary == VOCABULARY else 2 * randn(rows, vocabulary, seed=5)
+    if "valid_vocab" in CASES[case] and vocabulary != VOCABULARY:
+        pytest.skip("the same as with the small vocabulary")
+    settings: dict[str, Any] = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in CASES[case].items()}
+    drawn = []
+    for backend in BACKENDS:
+        with forced_backend(backend):
+            noise = counters(torch.arange(rows), torch.arange(rows) % 5).to(DEVICE)
+            low = logits.bfloat16().to(DEVICE)
+            drawn.append([sample_with_logprob(x, seed=3, counters=noise, **settings) for x in (logits.to(DEVICE), low)])
+    for plain, fast in zip(*drawn, strict=True):
+        assert torch.equal(plain.token, fast.token)
+        for name in ("behaviour_log_prob", "log_prob", "mass"):
+            torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=0, atol=1e-5)
+
+
+def triton_shards(case: str) -> Sampled:
+    size, rank = get_world_size(), get_rank()
+    with forced_backend("interpreter"):
+        return sample_case(case_logits().chunk(size, dim=1)[rank], case, group.WORLD)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton is compiled in this process: there is a GPU")
+@pytest.mark.parametrize("case", ["top_k", "padded shard"])
+def test_triton_draws_the_same_from_vocabulary_shards(case: str) -> None:
+    whole = sample_case(case_logits(), case)
+    for drawn in run_parallel(2, "test_sampling:triton_shards", case):
+        assert torch.equal(drawn.token, whole.token)
+        torch.testing.assert_close(drawn.mass, whole.mass, rtol=0, atol=1e-5)

@@ -10,11 +10,12 @@ from groups import make_group, make_response
 
 from mstar_mega.config import SelectionConfig
 from mstar_mega.data.types import Group
+from mstar_mega.kernels.dispatch import turn_off
 from mstar_mega.rewards.selection import SelectionSummary, select
 
 
 def picked(group: Group, rule: str, k: int = 2, threshold: float = 0.5, seed: int = 0) -> list[int]:
-    chosen = select(group, SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
+    (chosen,) = select([group], SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
     assert chosen == [response for response in sorted(group.responses, key=lambda r: r.index) if response.selected]
     return [response.index for response in chosen]
 
@@ -41,7 +42,22 @@ def test_distinct_counts_equal_responses_once() -> None:
     cases = [("top_k", False, [1, 2]), ("top_k", True, [1, 3]), ("all_correct", True, [0, 1, 3])]
     for rule, distinct, expected in cases:
         config = SelectionConfig(rule, 2, distinct=distinct)  # type: ignore[arg-type]
-        assert [response.index for response in select(make_group(responses), config, 0)] == expected
+        assert [response.index for response in select([make_group(responses)], config, 0)[0]] == expected
+
+
+def test_all_queries_at_once_as_one_by_one_and_without_the_kernel() -> None:
+    random.seed(5)
+    groups = [
+        make_group([make_response(i, random.randint(0, 3) / 4, random.random() < 0.6) for i in range(n)], f"q{n}")
+        for n in (16, 1, 0, 7)
+    ]
+    together = select(groups, SelectionConfig("top_k", 3), 0)
+    assert together == [select([group], SelectionConfig("top_k", 3), 0)[0] for group in groups]
+    turn_off(["selection"])
+    try:
+        assert together == select(groups, SelectionConfig("top_k", 3), 0)
+    finally:
+        turn_off([])
 
 
 def test_random_k_depends_on_seed_query_and_index_only() -> None:

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mstar_mega.kernels.logprob import vocab_parallel_logprob
+from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
 from mstar_mega.models.attention import AttentionPlan, PlannedAttention
 from mstar_mega.models.norms import RMSNorm
@@ -177,15 +177,22 @@ class LMM(MegatronModule):
 
     def log_probs(self, hidden: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of target ids, float32 [K], for selected rows [K, hidden] (last stage)."""
+        weight = self.language.output_layer.weight
+        return linear_logprob(hidden, weight, target, temperature=temperature, **self._vocabulary())
+
+    def token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Minus the sum of the target ids' log-probabilities, for selected rows [K, hidden] (last stage)."""
+        return linear_cross_entropy(hidden, self.language.output_layer.weight, target, **self._vocabulary())
+
+    def _vocabulary(self) -> dict[str, Any]:
+        """This rank's slice, for the kernels; the gradient of hidden rows is summed where the trunk hands them out."""
         local = self.size.padded_vocab // self.tensor_group.size()
-        return vocab_parallel_logprob(
-            self.logits(hidden),
-            target,
-            temperature=temperature,
-            valid_vocab=self.size.vocab,
-            vocab_start=self.tensor_group.rank() * local,
-            group=self.tensor_group,
-        )
+        return {
+            "valid_vocab": self.size.vocab,
+            "vocab_start": self.tensor_group.rank() * local,
+            "group": self.tensor_group,
+            "reduce_hidden_grad": False,
+        }
 
     def step_logits(self, hidden: Tensor, steps: StepIndex) -> Tensor:
         """PRM logits, float32 [K]: that a step is good (last stage, score head).
@@ -195,7 +202,7 @@ class LMM(MegatronModule):
         alone. The trunk already knows what it would have written: judging needs no second way of seeing the image, and
         every token of a step with a bad label is made less likely where it is wrong.
         """
-        logits = step_scores(hidden, steps.position, self.score_head)
+        logits = step_scores(hidden, steps.position, self.score_head, as_logit=True)
         if self.head == "likelihood":
             # Each rank's slice of the vocabulary gives a part of the gradient; the score rows give each rank all of it.
             whole = copy_to_tensor_model_parallel_region(hidden)

@@ -22,8 +22,8 @@ def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]
     summary = SelectionSummary()
     examples: list[TrainGroup] = []
     indices: dict[str, list[int]] = {}
-    for group in groups:
-        selected = select(group, settings, key_of(job.config.seed, "select", now.number))
+    chosen = select(groups, settings, key_of(job.config.seed, "select", now.number))
+    for group, selected in zip(groups, chosen, strict=True):
         summary.add(group)
         if selected:
             examples.append(TrainGroup(group.query, [response.tokens for response in selected]))

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import ImageRef, Query, Task
@@ -169,6 +170,7 @@ def open_job(
     ``trains``: see :func:`run_directory`.
     """
     distributed.initialize(config.parallel, config.seed)
+    kernels.configure(config.kernels)
     place = distributed.layout()
     family = build_family(config)
     check_divisible(config, family.vision, family.language)

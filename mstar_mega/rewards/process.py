@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 
 from mstar_mega.config import Reduction
 from mstar_mega.data.types import Group, Query
+from mstar_mega.kernels.dispatch import is_on
+from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt, pack, step_index
-from mstar_mega.rewards.steps import reduce_scores
+from mstar_mega.rewards.steps import check_finite, reduce_scores
 
 
 def score_groups(
@@ -28,10 +31,27 @@ def score_groups(
     with inference(prm):
         for part, prompts in _by_tokens(groups, prompt_of, max_tokens):
             _score(prm, part, prompts)
-    for group in groups:
-        for response in group.responses:
-            scores = [step.score for step in response.steps if step.score is not None]
-            response.score = reduce_scores(scores, reduction)
+    reduce_groups(groups, reduction)
+
+
+def reduce_groups(groups: Sequence[Group], reduction: Reduction) -> None:
+    """Fill ``Response.score`` from the scores of its steps, in place; None where there are none.
+
+    Raises ValueError for a score that is not a finite number.
+    """
+    responses = [response for group in groups for response in group.responses]
+    scores = [[step.score for step in response.steps if step.score is not None] for response in responses]
+    if not is_on("step_scores"):
+        reduced = [reduce_scores(of_response, reduction) for of_response in scores]
+    else:
+        for of_response in scores:
+            check_finite(of_response)
+        offsets = torch.tensor([0, *accumulate(map(len, scores))])
+        flat = torch.tensor([score for of_response in scores for score in of_response], dtype=torch.float64)
+        values = reduce_steps(flat, offsets, reduction).tolist()
+        reduced = [value if of_response else None for value, of_response in zip(values, scores, strict=True)]
+    for response, score in zip(responses, reduced, strict=True):
+        response.score = score
 
 
 def _score(prm: LMM, groups: list[Group], prompts: list[Prompt]) -> None:

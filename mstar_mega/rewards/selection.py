@@ -6,11 +6,17 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
+
+import torch
 
 from mstar_mega.config import SelectionConfig
 from mstar_mega.data.types import Group, Response
+from mstar_mega.kernels.dispatch import is_on
+from mstar_mega.kernels.selection import select_topk
 
 
 def process_score(response: Response, query_id: str) -> float:
@@ -51,20 +57,53 @@ def _choose(correct: list[Response], query_id: str, config: SelectionConfig, rng
     return ranked[: config.k]
 
 
-def select(group: Group, config: SelectionConfig, rng_seed: int) -> list[Response]:
-    """Mark ``selected`` on every response of the group and return the selected ones, by sample index.
+def select(groups: Sequence[Group], config: SelectionConfig, rng_seed: int) -> list[list[Response]]:
+    """Mark ``selected`` on every response of the groups and return each group's selected ones, by sample index.
 
     The answer filter comes first: only correct responses are eligible. ``random_k`` draws by (rng_seed, query id,
     sample index), so that the order of queries and responses does not matter. Raises ValueError for responses that are
     not judged or, where the rule needs it, not scored.
     """
+    correct = [_eligible(group, config.distinct) for group in groups]
+    ids = [group.query.id for group in groups]
+    if config.rule == "top_k" and config.k >= 1 and is_on("selection"):
+        chosen = _top_k(correct, ids, config.k)
+    else:
+        chosen = [_choose(*of_query, config, rng_seed) for of_query in zip(correct, ids, strict=True)]
+    for group, of_group in zip(groups, chosen, strict=True):
+        indices = {response.index for response in of_group}
+        for response in group.responses:
+            response.selected = response.index in indices
+    return [sorted((r for r in group.responses if r.selected), key=lambda r: r.index) for group in groups]
+
+
+def _eligible(group: Group, distinct: bool) -> list[Response]:
+    """The correct responses; with ``distinct`` the first of those with the same tokens."""
     correct = [response for response in group.responses if is_correct(response, group.query.id)]
-    if config.distinct:
-        correct = list({tuple(response.tokens): response for response in reversed(correct)}.values())[::-1]
-    chosen = {response.index for response in _choose(correct, group.query.id, config, rng_seed)}
-    for response in group.responses:
-        response.selected = response.index in chosen
-    return sorted((response for response in group.responses if response.selected), key=lambda response: response.index)
+    if not distinct:
+        return correct
+    first: dict[tuple[int, ...], Response] = {}
+    for response in correct:
+        first.setdefault(tuple(response.tokens), response)
+    return list(first.values())
+
+
+def _top_k(correct: list[list[Response]], query_ids: list[str], k: int) -> list[list[Response]]:
+    """The k best of every query's correct responses, all queries at once."""
+    ordered = [sorted(responses, key=lambda response: response.index) for responses in correct]
+    pool = [response for responses in ordered for response in responses]
+    scores = [
+        process_score(response, query_id)
+        for responses, query_id in zip(ordered, query_ids, strict=True)
+        for response in responses
+    ]
+    best = select_topk(
+        torch.tensor(scores, dtype=torch.float64),
+        torch.ones(len(pool), dtype=torch.bool),
+        torch.tensor([0, *accumulate(map(len, ordered))]),
+        k,
+    )
+    return [[pool[place] for place in places if place >= 0] for places in best.index.tolist()]
 
 
 @dataclass

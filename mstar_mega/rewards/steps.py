@@ -85,8 +85,7 @@ def reduce_scores(scores: Sequence[float], how: Reduction) -> float | None:
     Raises ValueError for a score that is not a finite number: comparisons with NaN would make the result depend on the
     order of the steps.
     """
-    if not all(math.isfinite(score) for score in scores):
-        raise ValueError(f"step scores {list(scores)} are not all finite; the process reward model has diverged")
+    check_finite(scores)
     if not scores:
         return None
     if how == "min":
@@ -98,6 +97,12 @@ def reduce_scores(scores: Sequence[float], how: Reduction) -> float | None:
     if how == "last":
         return scores[-1]
     raise ValueError(f"prm.reduction is {how!r}; it must be min, prod, mean or last")
+
+
+def check_finite(scores: Sequence[float]) -> None:
+    """Raises ValueError for a score that is not a finite number."""
+    if not all(math.isfinite(score) for score in scores):
+        raise ValueError(f"step scores {list(scores)} are not all finite; the process reward model has diverged")
 
 
 def count_stepless(groups: Iterable[Group]) -> int:

@@ -38,8 +38,8 @@ class TokenLoss:
         """(sum of losses, number of counted tokens) on the last stage."""
         if not self.source.numel():
             return hidden.sum() * 0.0, torch.tensor(0, dtype=torch.int)
-        log_probs = model.log_probs(hidden[self.source], self.target)
-        return -log_probs.sum(), torch.tensor(self.target.numel(), dtype=torch.int)
+        loss = model.token_loss(hidden[self.source], self.target)
+        return loss, torch.tensor(self.target.numel(), dtype=torch.int)
 
 
 @dataclass

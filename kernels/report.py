@@ -1,0 +1,240 @@
+"""Compile every kernel for an H100, without having one: registers, spills, shared memory, matrix instructions.
+
+    TRITON_INTERPRET=0 python -m mstar_mega.kernels.report [--out FILE] [--json]        (make kernel-report)
+
+Triton brings ptxas and cuobjdump; neither needs a driver. Pointers and sizes that are multiples of 16 in production are
+declared so, otherwise loads are not vectorised and the report would be about code that never runs. Triton does not
+check shared memory against the device's limit: :func:`problems` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mstar_mega.kernels import attend, linear_stats, norms, process_scores, row_stats, sampling, selection
+from mstar_mega.kernels.language import INTERPRETED, triton
+
+SHARED_LIMIT = 232_448
+"""Bytes of shared memory that one program may use on an H100."""
+SPILL_LIMIT = 64
+"""Bytes of registers spilled to memory per thread."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at a production configuration."""
+
+    name: str
+    function: Any
+    types: str
+    """One type per argument that is not a constant, in order; a star before it is a pointer, ! after it a multiple of
+    16 (pointers always are)."""
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    wgmma: bool = False
+    """Products of matrices must become warpgroup instructions."""
+    spill: int = SPILL_LIMIT
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case."""
+
+    name: str
+    kernel: str
+    warps: int
+    registers: int
+    spill: int
+    """Bytes per thread."""
+    shared: int
+    """Bytes per program."""
+    wgmma: int
+    mma: int
+    """Matrix instructions of the older kind (HMMA)."""
+    tma_loads: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel of this package, at the shapes of the three policies (hidden 2048, 3072 and 4096)."""
+    yield from _log_prob_cases()
+    yield from _row_cases()
+    yield from _attention_cases()
+
+
+def _log_prob_cases() -> Iterator[Case]:
+    tile = {**linear_stats.TILE, "INTERP": False}
+    linear = "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32! i32 i32! i32! fp32 i32"
+    for width, bias, entropy in ((4096, False, False), (2048, False, True), (3072, True, False)):
+        name = f"linear_logprob forward, H {width}{', bias' * bias}{', entropy' * entropy}"
+        constants = {"K": width, "HAS_BIAS": bias, "ENTROPY": entropy, **tile}
+        yield Case(name, linear_stats.linear_stats_kernel, linear, constants, linear_stats.OPTIONS, wgmma=True)
+    warps = {"num_warps": row_stats.WARPS}
+    for dtype, entropy, skip in (("bf16", False, True), ("fp32", True, False)):
+        constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "HAS_SKIP": skip}
+        types = f"*{dtype} *i64 *i1 *fp32 *fp32 *fp32 *fp32 i32! i32 i32! fp32"
+        yield Case(f"log-prob statistics, {dtype}", row_stats.row_stats_kernel, types, constants, warps)
+    for dtype, out, entropy in (("fp32", "bf16", False), ("bf16", "bf16", True)):
+        constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "INTERP": False}
+        types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
+        yield Case(f"log-prob gradient, {dtype} to {out}", row_stats.row_grad_kernel, types, constants, warps)
+    types = "*fp32 *u8 *fp32 *i64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32! fp32"
+    for greedy, ban, top_k in ((False, True, False), (False, True, True), (True, False, False)):
+        constants = {"BLOCK": sampling.BLOCK, "GREEDY": greedy, "BAN": ban, "TOP_K": top_k}
+        name = f"sampling{', greedy' * greedy}{', ban' * ban}{', top-k' * top_k}"
+        yield Case(name, sampling.sample_kernel, types, constants, {"num_warps": sampling.WARPS})
+
+
+def _row_cases() -> Iterator[Case]:
+    constants: dict[str, Any] = {"BLOCK": process_scores.BLOCK_H}
+    types = "*bf16 *i64 *fp32 *fp32 i32! i32!"
+    yield Case("step scores", process_scores.step_logits_kernel, types, constants, {"num_warps": 4})
+    for how in process_scores.REDUCTIONS:
+        constants = {"HOW": how, "BLOCK": process_scores.BLOCK_STEPS}
+        function = process_scores.reduce_steps_kernel
+        yield Case(f"reduce steps, {how}", function, "*fp64 *i64 *fp64", constants, {"num_warps": 1})
+    types, constants = "*fp64 *u8 *i64 *i64 *i64 *i64 i32", {"BLOCK": selection.BLOCK}
+    yield Case("select top-k", selection.select_topk_kernel, types, constants, {"num_warps": 1})
+    for name, width, centred in (("rms_norm", 4096, False), ("layer_norm", 1024, True)):
+        constants = {"BLOCK": width, "CENTRED": centred, "INTERP": False}
+        options = {"num_warps": norms.warps_for(width)}
+        types = "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32! fp32"
+        yield Case(f"{name} forward, H {width}", norms.norm_kernel, types, constants, options)
+        types = "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 *fp32 i32 i32!"
+        yield Case(f"{name} backward, H {width}", norms.norm_backward_kernel, types, constants, options)
+
+
+def _attention_cases() -> Iterator[Case]:
+    sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32 i32! i32! i32!"
+    head = {"D": 128, "BD": 128, "INTERP": False}
+    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides}"
+    for name, tile, row_bias, tabled in (
+        ("decode, shared prefix", attend.FORWARD, False, True),
+        ("decode, own tokens", attend.FEW_ROWS, False, False),
+        ("training, own tokens", attend.FORWARD, True, False),
+    ):
+        constants = {**head, **tile, "ROW_BIAS": row_bias, "TABLED": tabled}
+        wgmma = tile is attend.FORWARD  # fewer than 64 rows cannot be
+        yield Case(f"attention, {name}", attend.attend_kernel, types, constants, attend.FORWARD_OPTIONS, wgmma=wgmma)
+    types = "*fp32 *fp32 *bf16 *fp32 i32 i32"
+    constants = {**head, "BR": attend.MERGE_ROWS}
+    yield Case("attention, merge", attend.merge_kernel, types, constants, {"num_warps": 4})
+    constants = {**head, **attend.BACKWARD, "ROW_BIAS": True}
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides}"
+    yield Case("attention, dq", attend.attend_dq_kernel, types, constants, attend.DQ_OPTIONS, wgmma=True)
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides}"
+    yield Case("attention, dk and dv", attend.attend_dkv_kernel, types, constants, attend.DKV_OPTIONS, wgmma=True)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile for sm_90. Raises RuntimeError in a process whose kernels are interpreted."""
+    if triton is None or INTERPRETED:
+        raise RuntimeError("compiling needs triton, and a process without TRITON_INTERPRET=1")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.function.arg_names
+    free = [name for name in names if name not in case.constants]
+    types = case.types.split()
+    assert len(free) == len(types), (case.name, free, types)
+    signature = {name: "constexpr" for name in names} | {n: t.rstrip("!") for n, t in zip(free, types, strict=True)}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, type_ in zip(free, types, strict=True)
+        if type_.startswith("*") or type_.endswith("!")
+    }
+    source = ASTSource(case.function, signature, constexprs=case.constants, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options))
+    registers, stack, sass = _resources(kernel.asm["cubin"])
+    return Compiled(
+        name=case.name,
+        kernel=case.function.__name__,
+        warps=kernel.metadata.num_warps,
+        registers=registers,
+        spill=stack,
+        shared=kernel.metadata.shared,
+        wgmma=len(re.findall(r"\bHGMMA", sass)),
+        mma=len(re.findall(r"\bHMMA", sass)),
+        tma_loads=len(re.findall(r"\bUTMALDG", sass)),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, bytes of stack, assembly) of a kernel."""
+    cuobjdump = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        use = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", use.stdout + use.stderr)
+    assert found is not None, use.stdout + use.stderr
+    return int(found[1]), int(found[2]), sass
+
+
+def problems(case: Case, compiled: Compiled) -> list[str]:
+    """What would keep a compiled case from running well on an H100; empty when all is as meant."""
+    found = []
+    if compiled.shared > SHARED_LIMIT:
+        found.append(f"{case.name}: {compiled.shared} bytes of shared memory, at most {SHARED_LIMIT} can launch")
+    if compiled.spill > case.spill:
+        found.append(f"{case.name}: {compiled.spill} bytes spilled per thread, at most {case.spill} are accepted")
+    if case.wgmma and not compiled.wgmma:
+        found.append(f"{case.name}: no warpgroup matrix instruction, though it multiplies matrices")
+    return found
+
+
+def table(results: list[Compiled]) -> str:
+    """A Markdown page."""
+    head = "configuration,kernel,warps,registers,spilled bytes,shared bytes,wgmma,mma,TMA loads".split(",")
+    rows = [[str(value) for value in asdict(result).values()] for result in results]
+    lines = [" | ".join(row) for row in (head, ["---"] * 2 + ["---:"] * 7, *rows)]
+    versions = f"torch {torch.__version__.partition('+')[0]}, triton {triton.__version__}"
+    return "\n".join(
+        [
+            "# Kernels compiled for sm_90",
+            "",
+            f"Generated by `make kernel-report` with {versions}; no GPU is needed. Registers and spilled bytes are",
+            f"per thread, shared memory is per program (an H100 has {SHARED_LIMIT:,} bytes), the last three columns",
+            "count instructions of the machine code.",
+            "",
+            *(f"| {line} |" for line in lines),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="write the table here (default: print it)")
+    parser.add_argument("--json", action="store_true", help="print results and problems as JSON")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    pairs = [(case, compile_case(case)) for case in cases()]
+    found = [problem for case, compiled in pairs for problem in problems(case, compiled)]
+    if options.json:
+        print(json.dumps({"compiled": [asdict(compiled) for _, compiled in pairs], "problems": found}))
+        return
+    text = table([compiled for _, compiled in pairs])
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text)
+        print(f"written: {options.out}")
+    if found:
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

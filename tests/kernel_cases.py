@@ -1,0 +1,27 @@
+"""Where kernel tests run: on the GPU where there is one, else Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton" if DEVICE == "cuda" else "interpreter")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
+
+
+def randint(low: int, high: int, size: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randint(low, high, size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest deviation over the largest value."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    if not wanted.numel():
+        return 0.0
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
