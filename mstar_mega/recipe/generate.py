@@ -125,7 +125,7 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group
 def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tensor:
     """|generated - recomputed| log-prob of every token of a group, float32 [tokens]."""
     tokens = [[response.tokens for response in group.responses]]
-    batch = pack([job.family.prompt(group.query)], tokens, policy.stream_multiple)
+    batch = pack([job.family.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes)
     source, target = next_token_targets(batch, tokens)
     with inference(policy):
         hidden = run_packed(policy, batch)
