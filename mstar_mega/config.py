@@ -46,7 +46,9 @@ class ModelConfig:
 
     family: str = "internvl2"
     size: str = "digits"
-    """A named size of the family (``mstar_mega/models/families``)."""
+    """A named size of the family (``mstar_mega/models/families``); read by nothing when there is a checkpoint."""
+    checkpoint: str | None = None
+    """A converted checkpoint (``mstar convert hf-to-megatron``): sizes, tokenizer and first weights come from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     """Recompute each transformer layer in the backward pass instead of storing its activations."""

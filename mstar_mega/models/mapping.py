@@ -47,7 +47,7 @@ class Stacked:
         return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
     def to_hf(self, tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        return list(tensor.split([shape[0] for shape in shapes]))
+        return [tensor] if len(shapes) == 1 else list(tensor.split([shape[0] for shape in shapes]))
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,6 @@ def linear(ours: str, theirs: str, outputs: int, inputs: int, layout: Layout, bi
     weight = same(f"{ours}.weight", f"{theirs}.weight", outputs, inputs, layout=layout)
     of_bias: Layout = "column" if layout == "column" else "replicated"
     return [weight, *([same(f"{ours}.bias", f"{theirs}.bias", outputs, layout=of_bias)] if bias else [])]
-
-
-def layer_norm(ours: str, theirs: str, channels: int) -> list[Mapping]:
-    """Weight and bias of a LayerNorm."""
-    return [same(f"{ours}.{part}", f"{theirs}.{part}", channels) for part in ("weight", "bias")]
 
 
 def interleaved(ours: str, sources: Sequence[Source], groups: int, per_group: int) -> Mapping:

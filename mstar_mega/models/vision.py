@@ -1,9 +1,9 @@
 """Vision towers, tensor-parallel: InternViT and CLIP on square tiles, SigLIP on strips of patches.
 
-Sources of the maths: OpenGVLab/InternVL ``modeling_intern_vit.py``; CLIP ViT as in Phi-3.5-vision; the Idefics2 tower as
-MiniCPM-Llama3-V 2.5 calls it (shapes and order checked against their outputs). Heads and the MLP are cut over tensor
-ranks; norms, layer scale, patch and position embeddings are replicated (small). Sequence parallelism does not reach the
-vision tower.
+Sources of the maths: OpenGVLab/InternVL ``modeling_intern_vit.py``; CLIP ViT as in Phi-3.5-vision; the Idefics2 tower
+as MiniCPM-Llama3-V 2.5 calls it (shapes and order checked against their outputs). Heads and the MLP are cut over tensor
+ranks; norms, layer scale, patch and position embeddings are replicated (small). Sequence parallelism does not reach
+the vision tower.
 """
 
 from __future__ import annotations
