@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: sharded safetensors read one tensor at a time, and written one shard at a time."""
+"""Hugging Face checkpoint directories: sharded safetensors, read tensor by tensor and written shard by shard."""
 
 from __future__ import annotations
 
@@ -159,6 +159,7 @@ class HFWriter:
             return
         file = f"part-{self.process:05d}-{len(self.shards):05d}.safetensors"
         save_file(self._open, self.directory / file, metadata={"format": "pt"})
+        (self.directory / file).chmod(0o644)  # safetensors makes its files for the owner alone
         self.shards.append((file, {name: tensor.nbytes for name, tensor in self._open.items()}))
         self._open, self._open_bytes = {}, 0
 

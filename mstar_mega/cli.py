@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import sys
@@ -103,6 +104,18 @@ def _report_page(name: str, rest: list[str]) -> None:
         print(write_report(run_dir))
 
 
+def _tool(module: str) -> Callable[[str, list[str]], None]:
+    """A command whose arguments and code are those of a module of ``checkpoint_tools``."""
+
+    def command(name: str, rest: list[str]) -> None:
+        tool = importlib.import_module(f"mstar_mega.checkpoint_tools.{module}")
+        parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
+        tool.add_arguments(parser)
+        tool.run(parser.parse_args(rest))
+
+    return command
+
+
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
@@ -111,6 +124,8 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "report": ("Rebuild report.html of a run directory.", _report_page),
+    "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
+    "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
 

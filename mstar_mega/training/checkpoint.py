@@ -380,7 +380,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(path: Path) -> Metadata:
-    """torch's index of a checkpoint, read without running anything that it names. Raises :class:`DamagedCheckpointError`."""
+    """torch's index of a checkpoint, read without running what it names. Raises :class:`DamagedCheckpointError`."""
     file = path / ".metadata"
     try:
         with open(file, "rb") as stream:
