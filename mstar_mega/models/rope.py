@@ -63,6 +63,14 @@ class Rope:
             return length if length > self.scaling.limit else 0
         return 0
 
+    def enters_regime(self, lengths: Tensor) -> Tensor:
+        """bool, like ``lengths``: sequences of this length are in another regime than one token earlier."""
+        if isinstance(self.scaling, LongRope):
+            return lengths == self.scaling.original + 1
+        if isinstance(self.scaling, DynamicNTK):
+            return lengths > self.scaling.limit
+        return torch.zeros_like(lengths, dtype=torch.bool)
+
     def angles(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """int64 [T] -> float32 [T, 1, 1, head_dim], as megatron's ``apply_rotary_pos_emb`` wants them.
 
