@@ -20,25 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mstar_mega.checkpoint_tools.hf_files import (
-    CONFIG,
-    HFWeights,
-    HFWriter,
-    TensorInfo,
-    companions,
-    finish_shards,
-    read_config,
-)
+from mstar_mega.checkpoint_tools.hf_files import HFWeights, HFWriter, TensorInfo, finish_shards
 from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
 from mstar_mega.checkpoint_tools.native import to_native
+from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
+from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.training.checkpoint import (
     FailedTogether,
-    find_checkpoints,
     on_main,
     together,
     verify_checkpoint,
@@ -48,8 +41,6 @@ from mstar_mega.training.checkpoint import (
 
 SHARD_BYTES = 10**9
 """Largest shard written for Hugging Face: the only one held in memory."""
-COMPANION_FOLDER = "hf"
-"""Where a megatron checkpoint keeps config.json and the tokenizer's files."""
 HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
 _LISTED = 30
@@ -88,7 +79,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     started = time.monotonic()
     _must_be_free(out)
     config = read_config(hf)
-    model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / CONFIG)
+    model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
     weights = HFWeights(hf)
     _check_sources(hf, model, weights)
     _check_layout(model, tensor, pipeline)
@@ -108,7 +99,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
         def complete() -> None:
             write_index(directory, stored)
             write_plain_state(directory, {})
-            _copy_companions(hf, directory / COMPANION_FOLDER)
+            copy_model_files(hf, directory / MODEL_FILES)
 
         together("finish", on_main(complete))
 
@@ -134,19 +125,16 @@ def megatron_to_hf(
     """
     started = time.monotonic()
     _must_be_free(out)
-    checkpoint = newest_policy(checkpoint)
+    checkpoint = Path(broadcast_object(str(newest_policy(checkpoint))))
     verify_checkpoint(checkpoint)
     weights = MegatronWeights(checkpoint)
     files = _companion_folder(checkpoint, like)
     config = read_config(files)
-    model = map_of(config, _head_of(weights), files / CONFIG)
-    if model.head != "vocabulary":
-        config[HEAD_KEY] = model.head
+    model = map_of(config, _head_of(weights), files / "config.json")
     _check_parameters(checkpoint, model, weights)
+    _describe(config, model, weights)
     if export is not None:
         config, model = export(config, model, files)
-    if like is not None:
-        _note_dtype(config, weights)
     temporary = out.with_name(f".{out.name}.tmp")
     sizes = [torch.Size(mapping.shape).numel() for mapping in model.mappings]
     mine = _share(model.mappings, sizes)
@@ -165,9 +153,10 @@ def megatron_to_hf(
 
     def complete() -> None:
         finish_shards(temporary, shards)
-        _copy_companions(files, temporary)
+        copy_model_files(files, temporary)
         if config != read_config(files):
-            (temporary / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (temporary / "config.json").write_text(text, encoding="utf-8")
         temporary.rename(out)
 
     try:
@@ -179,16 +168,6 @@ def megatron_to_hf(
             shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"{out} could not be written ({error}); nothing is left of it") from error
     return _summary(out, model, weights.parameters.values(), started)
-
-
-def newest_policy(path: Path) -> Path:
-    """A checkpoint directory as it is; of a run directory the newest checkpoint of the policy. Collective."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such directory; expected a checkpoint or a run directory")
-    found = next(
-        (each for stage in ("evolve", "warmup") for each in find_checkpoints(path / "checkpoints" / stage)), path
-    )
-    return Path(broadcast_object(str(found)))
 
 
 def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
@@ -253,30 +232,29 @@ def _head_of(weights: MegatronWeights) -> Any:
 
 
 def _companion_folder(checkpoint: Path, like: Path | None) -> Path:
-    own = checkpoint / COMPANION_FOLDER
+    own, config = checkpoint / MODEL_FILES, run_config(checkpoint)
+    if like is None and own.is_dir():
+        return own
+    if like is None and config is not None and config.model.checkpoint is not None:
+        like = Path(config.model.checkpoint)
     if like is None:
-        if own.is_dir():
-            return own
         raise ValueError(
-            f"{checkpoint} has no {COMPANION_FOLDER}/ with config.json and tokenizer: training wrote it. Add --like "
+            f"{checkpoint} has no {MODEL_FILES}/ with config.json and tokenizer: training wrote it. Add --like "
             "DIR: the Hugging Face directory, or the converted checkpoint, that the run started from"
         )
-    inner = like / COMPANION_FOLDER
+    inner = like / MODEL_FILES
     return inner if inner.is_dir() else like
 
 
-def _note_dtype(config: dict[str, Any], weights: MegatronWeights) -> None:
-    """Let the config say in which dtype training left the weights."""
+def _describe(config: dict[str, Any], model: ModelMap, weights: MegatronWeights) -> None:
+    """Let the config say which head the weights have and in which dtype they are: training may have changed both."""
+    config.pop(HEAD_KEY, None)
+    if model.head != "vocabulary":
+        config[HEAD_KEY] = model.head
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in weights.parameters.values()}
     for key in ("torch_dtype", "dtype"):
         if key in config and len(dtypes) == 1:
             config[key] = next(iter(dtypes))
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for path in companions(source):
-        shutil.copyfile(path, target / path.name)
 
 
 def _share(mappings: Sequence[Mapping], sizes: Sequence[int]) -> list[Mapping]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +15,6 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CONFIG = "config.json"
-COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.json", "chat_template.jinja", "LICENSE", "README.md",
-)  # fmt: skip
-"""What travels with the weights. No Python files: code of a checkpoint is never run, so it is not carried either."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -111,25 +103,6 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if outside:
         raise ValueError(f"{path}: {outside[0]!r} is not a file name in this directory")
     return dict(weight_map)
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. Raises ValueError naming the file."""
-    path = Path(directory) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected the model's configuration in the Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def companions(directory: Path) -> list[Path]:
-    """The files of ``directory`` that travel with the weights."""
-    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
 
 
 class HFWriter:

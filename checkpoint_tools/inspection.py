@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.checkpoint_tools.hf_files import CONFIG, INDEX, SINGLE, HFWeights, TensorInfo, read_config
+from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, TensorInfo
 from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
+from mstar_mega.checkpoint_tools.runs import run_config
+from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.training.checkpoint import MANIFEST, DamagedCheckpointError, find_checkpoints, read_manifest
 
 _PARTS = (
@@ -93,7 +95,7 @@ def _megatron(path: Path) -> Inspection:
         lines += [("temperature", str(temperature))] if temperature is not None else []
     if run := _run_model(path):
         lines.append(("run's model", run))
-    lines += _model_lines(path / "hf", weights.parameters)
+    lines += _model_lines(path / MODEL_FILES, weights.parameters)
     lines += _parameter_lines(weights.parameters)
     if weights.optimizer_bytes:
         lines.append(("optimizer state", f"{weights.optimizer_bytes:,} bytes"))
@@ -102,25 +104,22 @@ def _megatron(path: Path) -> Inspection:
 
 def _run_model(path: Path) -> str:
     """Family, size and layout of the run that the checkpoint lies in."""
-    for parent in path.parents[:3]:
-        if (parent / "config.yaml").is_file() and (parent / "checkpoints").is_dir():
-            from mstar_mega import settings
-
-            config = settings.load(parent / "config.yaml")
-            layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
-            return f"{config.model.family}, {config.model.size}, {config.model.precision}, {layout}"
-    return ""
+    config = run_config(path)
+    if config is None:
+        return ""
+    layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+    return f"{config.model.family}, {config.model.checkpoint or config.model.size}, {config.model.precision}, {layout}"
 
 
 def _model_lines(folder: Path, tensors: Dictionary[str, Any]) -> list[tuple[str, str]]:
-    if not (folder / CONFIG).is_file():
+    if not (folder / "config.json").is_file():
         return []
     config = read_config(folder)
     try:
         head = "likelihood" if "likelihood_weights" in tensors else "vocabulary"
         if any(name.startswith("score_head") for name in tensors) and head != "likelihood":
             head = "linear"
-        model = map_of(config, head, folder / CONFIG)
+        model = map_of(config, head, folder / "config.json")
     except ValueError as error:
         return [("family", f"not known ({error})"), ("model_type", json.dumps(config.get("model_type")))]
     v, t = model.vision, model.language

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.models.build import FAMILIES
+from mstar_mega.models.description import family_class
 from mstar_mega.models.mapping import Head, Mapping
 from mstar_mega.models.sizes import LanguageSize, VisionSize
 
@@ -33,16 +33,12 @@ def map_of(config: dict[str, Any], head: str, file: Path) -> ModelMap:
     """The model of a config.json (``file`` is named in errors). Raises ValueError for a family that is not known."""
     if head not in HEADS:
         raise ValueError(f"{file}: head {head!r} is unknown; known: {', '.join(HEADS)}")
-    known = {family.model_type: family for family in FAMILIES.values()}
-    model_type = config.get("model_type")
-    if model_type not in known:
-        raise ValueError(f"{file}: model_type is {model_type!r}; known: {', '.join(sorted(known))}")
-    family = known[model_type]
     try:
+        family = family_class(config)
         vision, language = family.sizes(config)
         mappings = family.weight_map(config, head)
     except KeyError as error:
-        raise ValueError(f"{file}: key {error} is missing, which {family.name} needs") from error
+        raise ValueError(f"{file}: key {error} is missing, which the family needs") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     sources = [source.name for mapping in mappings for source in mapping.sources]
