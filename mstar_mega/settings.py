@@ -133,7 +133,7 @@ _NAMES_OF_RULE = (
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),
     (_DECAY, "optimizer.beta1 optimizer.beta2"),
-    (_TEXT, "run.dir model.family model.size data.dir"),
+    (_TEXT, "run.dir model.family model.size model.checkpoint data.dir"),
     (_GRID, "temperature.grid"),
 )
 _RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}

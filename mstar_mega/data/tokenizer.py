@@ -155,6 +155,8 @@ class SentencePieceTokenizer(Tokenizer):
 class FastTokenizer(Tokenizer):
     """Encoder and decoder over a ``tokenizer.json`` with byte-level BPE (Llama-3) or BPE with byte pieces (Llama).
 
+    The latter kind reads U+2581 in a text as a space.
+
     Raises:
         ValueError: the file is not a tokenizer.json, or one of another kind.
         FileNotFoundError: there is no such file.
@@ -217,6 +219,14 @@ def check_utf8(text: str) -> None:
     except UnicodeEncodeError as error:
         where = f"{error.reason} at character {error.start}"
         raise ValueError(f"the text cannot be encoded as UTF-8 ({where})") from error
+
+
+def required_file(directory: Path, name: str) -> Path:
+    """A file of a model directory. Raises FileNotFoundError naming it where it is missing."""
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: copy it from the original model")
+    return path
 
 
 def added_tokens(directory: Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mstar_mega.config import Config
 from mstar_mega.data.digits.task import DigitsTask
 from mstar_mega.data.screen import Skipped
-from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import Layout
 from mstar_mega.platform.memory import peak_memory_bytes
 from mstar_mega.report.metrics import MetricsLog, NullMetrics
@@ -30,7 +30,7 @@ class Job:
     config: Config
     dir: Path
     layout: Layout
-    family: InternVL2
+    family: Family
     task: DigitsTask
     metrics: MetricsLog | NullMetrics
     progress: Progress

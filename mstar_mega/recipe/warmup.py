@@ -6,7 +6,7 @@ import math
 
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_greedy
-from mstar_mega.recipe.fit import Position, fit, restore, save
+from mstar_mega.recipe.fit import Position, fit, load_start, restore, save
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.training.batches import TrainGroup, split_into_steps
 from mstar_mega.training.trainer import Trainer
@@ -26,7 +26,10 @@ def warmup_steps(job: Job) -> list[list[TrainGroup]]:
 def warmup(job: Job, policy: Trainer) -> Position:
     """Train the warm-up policy (or load it) and measure it."""
     with job.stage("warmup"):
-        position = restore(job, policy, "warmup") or Position()
+        position = restore(job, policy, "warmup")
+        if position is None:
+            load_start(job, policy)
+            position = Position()
         if not position.finished:
             fit(job, policy, "warmup", warmup_steps(job), position)
             position.finished = True

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar_mega.data.tokenizer import SentencePieceTokenizer, Tokenizer, added_tokens
+from mstar_mega.data.tokenizer import SentencePieceTokenizer, Tokenizer, added_tokens, required_file
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.families.base import (
     Family,
@@ -192,7 +192,7 @@ class InternVL2(Family):
     @classmethod
     def load_tokenizer(cls, directory: Path) -> Tokenizer:
         """See :meth:`Family.load_tokenizer`: ``tokenizer.model`` and the added tokens beside it."""
-        return SentencePieceTokenizer(directory / "tokenizer.model", added_tokens(directory))
+        return SentencePieceTokenizer(required_file(directory, "tokenizer.model"), added_tokens(directory))
 
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""

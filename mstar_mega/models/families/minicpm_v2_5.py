@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar_mega.data.tokenizer import FastTokenizer, Tokenizer
+from mstar_mega.data.tokenizer import FastTokenizer, Tokenizer, required_file
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.families.base import (
     Family,
@@ -157,7 +157,7 @@ class MiniCPMV25(Family):
     @classmethod
     def load_tokenizer(cls, directory: Path) -> Tokenizer:
         """See :meth:`Family.load_tokenizer`: ``tokenizer.json``."""
-        return FastTokenizer(directory / "tokenizer.json")
+        return FastTokenizer(required_file(directory, "tokenizer.json"))
 
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
@@ -197,7 +197,7 @@ class MiniCPMV25(Family):
             positions.extend(range(len(tokens), len(tokens) + self.vision.queries))
             tokens.extend([*[self._unknown] * self.vision.queries, self._image_end])
 
-        for source, rows in pictures:
+        for place_in_turn, (source, rows) in enumerate(pictures, start=1):
             place(source)
             if rows:
                 tokens.append(self._slice)
@@ -207,7 +207,7 @@ class MiniCPMV25(Family):
                     for piece in row:
                         place(piece)
                 tokens.append(self._slice_end)
-            if (source, rows) is not pictures[-1]:
+            if place_in_turn < len(pictures):
                 tokens.extend(self._newline)
         tokens += self.tokenizer.encode(("\n" if pictures else "") + question)
         return tokens, positions, pieces

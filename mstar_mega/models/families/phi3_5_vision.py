@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar_mega.data.tokenizer import FastTokenizer, Tokenizer
+from mstar_mega.data.tokenizer import FastTokenizer, Tokenizer, required_file
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.families.base import (
     Family,
@@ -165,7 +165,7 @@ class Phi35Vision(Family):
     @classmethod
     def load_tokenizer(cls, directory: Path) -> Tokenizer:
         """See :meth:`Family.load_tokenizer`: ``tokenizer.json``."""
-        return FastTokenizer(directory / "tokenizer.json")
+        return FastTokenizer(required_file(directory, "tokenizer.json"))
 
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
