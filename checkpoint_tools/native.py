@@ -58,7 +58,7 @@ def to_native(config: dict[str, Any], model: ModelMap, files: Path) -> tuple[dic
     groups = (text["num_key_value_heads"], vision["num_attention_heads"])
     shared = text["num_attention_heads"] // text["num_key_value_heads"]
     mappings = [_native(mapping, *groups, shared) for mapping in model.mappings]
-    return _config(config, _context_token(files)), replace(model, mappings=mappings)
+    return _config(config, context_token(files)), replace(model, mappings=mappings)
 
 
 def _native(mapping: Mapping, language_groups: int, vision_groups: int, shared: int) -> Mapping:
@@ -126,7 +126,7 @@ def _config(config: dict[str, Any], context_token: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _context_token(files: Path) -> int:
+def context_token(files: Path) -> int:
     """Id of the token under which image features are written. Raises ValueError where no tokenizer file has it."""
     added: dict[str, int] = {}
     if (files / "added_tokens.json").is_file():

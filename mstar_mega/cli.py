@@ -125,6 +125,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "report": ("Rebuild report.html of a run directory.", _report_page),
     "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
+    "verify": ("Compare a checkpoint with recorded outputs of the original model.", _tool("verify")),
     "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
