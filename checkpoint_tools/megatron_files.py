@@ -49,6 +49,15 @@ def stored_place(name: str) -> tuple[str, int | None]:
     return found[1] + _RENAMED.get(found[3], found[3]), int(found[2])
 
 
+def stage_of(name: str, layers: int, pipeline: int) -> int:
+    """Pipeline stage that holds a parameter of a model with so many layers."""
+    _, layer = stored_place(name)
+    if layer is not None:
+        return layer * pipeline // layers
+    on_last = name.startswith(("language.decoder.", "language.output_layer.", "score_head", "likelihood_weights"))
+    return pipeline - 1 if on_last else 0
+
+
 @dataclass(frozen=True)
 class Stored:
     """A piece of a whole tensor in a file; without a box: an object that is not a tensor."""
@@ -79,12 +88,12 @@ class MegatronWriter:
         """Write one parameter of the model."""
         key, layer = stored_place(mapping.name)
         for rank, start, box in _boxes(mapping, whole, self.tensor):
-            self._append_tensor(self._file_of(mapping.name, layer, rank), key, layer, tuple(whole.shape), start, box)
+            self._append_tensor(self._file_of(mapping.name, rank), key, layer, tuple(whole.shape), start, box)
         if mapping.layout != "replicated" and key.endswith(".weight") and not key.endswith(_STATELESS):
             # megatron's linear layers expect a state of their own, which is empty outside TransformerEngine.
             place = "0_1" if layer is None else f"{layer}_{self.layers}"
             own = key.removesuffix("weight") + _OWN_STATE + place
-            self._append(self._file_of(mapping.name, layer, 0), lambda info: Stored(own, info), [None])
+            self._append(self._file_of(mapping.name, 0), lambda info: Stored(own, info), [None])
 
     def close(self) -> None:
         """Finish the files."""
@@ -92,14 +101,8 @@ class MegatronWriter:
             file.close()
         self._files = {}
 
-    def _file_of(self, name: str, layer: int | None, tensor_rank: int) -> int:
-        if layer is not None:
-            stage = layer * self.pipeline // self.layers
-        elif name.startswith(("language.decoder.", "language.output_layer.", "score_head", "likelihood_weights")):
-            stage = self.pipeline - 1
-        else:
-            stage = 0
-        return stage * self.tensor + tensor_rank
+    def _file_of(self, name: str, tensor_rank: int) -> int:
+        return stage_of(name, self.layers, self.pipeline) * self.tensor + tensor_rank
 
     def _append_tensor(
         self, file: int, key: str, layer: int | None, whole: tuple[int, ...], start: tuple[int, ...], box: Tensor

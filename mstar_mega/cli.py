@@ -126,6 +126,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "report": ("Rebuild report.html of a run directory.", _report_page),
     "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
     "verify": ("Compare a checkpoint with recorded outputs of the original model.", _tool("verify")),
+    "plan": ("Predict memory by part and recommend a layout.", _tool("plan")),
     "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
