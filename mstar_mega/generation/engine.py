@@ -234,8 +234,11 @@ class _Run:
         slots.sample[slot] = index
         slots.entry[slot] = ready.entry
         slots.length[slot], slots.forced[slot] = spec.length, work.forced
+        if self.regimes is not None and spec.length:
+            # It may have to be prefilled again, with its start.
+            start = self.requests[work.request].drafts[spec.draft][: spec.length]
+            slots.tokens[slot, : spec.length] = torch.tensor(start)
         if work.log_probs is not None:
-            slots.tokens[slot, : spec.length] = torch.tensor(self.requests[work.request].drafts[0])
             slots.log_probs[slot, : spec.length] = work.log_probs
         slots.prompt_length[slot] = len(self.requests[work.request].prompt.tokens)
         slots.key[slot] = spec.key
