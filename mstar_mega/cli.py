@@ -68,6 +68,16 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
     return command
 
 
+def _warmup_data(name: str, rest: list[str]) -> None:
+    from mstar_mega import settings
+
+    config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
+    settings.validate(config)
+    from mstar_mega.recipe import job
+
+    job.warmup_data(config)
+
+
 def _evaluate(name: str, rest: list[str]) -> None:
     _, config = _config_of_run(_run_directory_parser(name), rest)
     from mstar_mega.recipe import job
@@ -119,6 +129,7 @@ def _tool(module: str) -> Callable[[str, list[str]], None]:
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
+    "warmup-data": ("Make a warm-up set: reasoning to given gold answers, kept where it arrives there.", _warmup_data),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
     "evaluate": ("Measure the policy of a run directory on the test queries.", _evaluate),

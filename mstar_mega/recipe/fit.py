@@ -102,13 +102,17 @@ def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
     return Position(**common["position"])
 
 
-def load_start(job: Job, trainer: Trainer) -> None:
-    """The weights of ``model.checkpoint``, where the settings name one, instead of random ones."""
+def load_start(job: Job, policy: Trainer | LMM) -> None:
+    """The weights of ``model.checkpoint``, where the settings name one, instead of random ones. Collective."""
     if job.config.model.checkpoint is None:
         return
     path = Path(job.config.model.checkpoint)
-    state, _ = load_checkpoint(path, {"model": trainer.model.sharded_state_dict()})
-    trainer.load_weights(state["model"])
+    model = policy.model if isinstance(policy, Trainer) else policy
+    state, _ = load_checkpoint(path, {"model": model.sharded_state_dict()})
+    if isinstance(policy, Trainer):
+        policy.load_weights(state["model"])
+    else:
+        policy.load_state_dict(state["model"])
     job.say(f"   the first weights are those of {path}")
 
 
