@@ -30,6 +30,7 @@ from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_co
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.platform.files import sync_tree
 from mstar_mega.training.checkpoint import (
     FailedTogether,
     on_main,
@@ -132,7 +133,11 @@ def megatron_to_hf(
     config = read_config(files)
     model = map_of(config, _head_of(weights), files / "config.json")
     _check_parameters(checkpoint, model, weights)
-    _describe(config, model, weights)
+    config.pop(HEAD_KEY, None)
+    if model.head != "vocabulary":
+        config[HEAD_KEY] = model.head
+    if files.parent != checkpoint:
+        _note_dtype(config, weights)
     if export is not None:
         config, model = export(config, model, files)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -157,6 +162,7 @@ def megatron_to_hf(
         if config != read_config(files):
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (temporary / "config.json").write_text(text, encoding="utf-8")
+        sync_tree(temporary)
         temporary.rename(out)
 
     try:
@@ -246,11 +252,8 @@ def _companion_folder(checkpoint: Path, like: Path | None) -> Path:
     return inner if inner.is_dir() else like
 
 
-def _describe(config: dict[str, Any], model: ModelMap, weights: MegatronWeights) -> None:
-    """Let the config say which head the weights have and in which dtype they are: training may have changed both."""
-    config.pop(HEAD_KEY, None)
-    if model.head != "vocabulary":
-        config[HEAD_KEY] = model.head
+def _note_dtype(config: dict[str, Any], weights: MegatronWeights) -> None:
+    """Let the config say in which dtype training left the weights."""
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in weights.parameters.values()}
     for key in ("torch_dtype", "dtype"):
         if key in config and len(dtypes) == 1:

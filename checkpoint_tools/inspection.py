@@ -66,7 +66,7 @@ def _hugging_face(path: Path) -> Inspection:
     weights = HFWeights(path)
     lines = [
         ("checkpoint", str(path)),
-        ("format", f"Hugging Face, {len({t.file for t in weights.tensors.values()})} files"),
+        ("format", f"Hugging Face, safetensors, {_files(len({t.file for t in weights.tensors.values()}))}"),
     ]
     lines += _model_lines(path, weights.tensors)
     return Inspection(lines + _parameter_lines(weights.tensors))
@@ -82,7 +82,7 @@ def _megatron(path: Path) -> Inspection:
     size = sum(size for size, _ in manifest["files"].values())
     lines = [
         ("checkpoint", str(path)),
-        ("format", f"megatron torch_dist, {files} shards, {size:,} bytes (loads at any tensor x pipeline)"),
+        ("format", f"megatron torch_dist, {_files(files)}, {size:,} bytes (loads at any tensor x pipeline)"),
     ]
     if conversion := common.get("conversion"):
         lines.append(("cut for", f"tensor {conversion['tensor']} x pipeline {conversion['pipeline']}"))
@@ -145,6 +145,10 @@ def _parameter_lines(tensors: Dictionary[str, TensorInfo] | Dictionary[str, Para
     total = sum(counts.values())
     shown = ", ".join(f"{name}" if len(dtypes) == 1 else f"{name} ({n:,})" for name, n in dtypes.most_common())
     return [*lines, ("all parameters", f"{total:,} in {len(tensors)} tensors"), ("dtype", shown)]
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count != 1 else ''}"
 
 
 def _part(name: str) -> str:

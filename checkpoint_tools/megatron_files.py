@@ -213,9 +213,11 @@ class MegatronWeights:
     def read(self, name: str) -> Tensor:
         """One whole parameter. Raises ValueError, naming file and tensor, when its pieces do not fill it."""
         parameter = self.parameters[name]
+        entry = self.index.state_dict_metadata[parameter.key]
+        assert isinstance(entry, TensorStorageMetadata)
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         filled = 0
-        for number, chunk in enumerate(self.index.state_dict_metadata[parameter.key].chunks):
+        for number, chunk in enumerate(entry.chunks):
             offset, sizes = list(chunk.offsets), list(chunk.sizes)
             inside: tuple[int, ...] = ()
             if parameter.layer is not None:

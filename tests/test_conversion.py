@@ -431,7 +431,7 @@ def test_inspect_tells_the_same_of_both_formats(tmp_path: Path) -> None:
         assert a[part] == b[part], part
     assert a["score head"] == "32" and a["dtype"] == "bfloat16"
     assert (a["embedding"], b["embedding"]) == (f"{301 * 16:,}", f"{384 * 16:,}")
-    assert b["cut for"] == "tensor 2 x pipeline 2" and "4 shards" in b["format"]
+    assert b["cut for"] == "tensor 2 x pipeline 2" and "4 files" in b["format"]
 
 
 def test_inspect_reads_no_weights_and_shows_the_training_step(tmp_path: Path) -> None:
