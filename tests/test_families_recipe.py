@@ -30,9 +30,7 @@ SETTINGS = [
 
 def judge_by_index() -> None:
     """Call every second response that has a step correct, on this rank."""
-    rollouts._verdict = lambda job, query, response: Verdict(  # type: ignore[assignment]
-        bool(response.steps) and response.index % 2 == 0, "exact"
-    )
+    rollouts._verdict = lambda job, query, response: Verdict(bool(response.steps) and response.index % 2 == 0, "exact")
 
 
 @pytest.fixture(scope="module", autouse=True)

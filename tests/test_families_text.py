@@ -151,7 +151,8 @@ def test_phi3_template(family: Family, tmp_path: Path) -> None:
         piece("<s>"), piece("<|user|>"), *newline, *image, piece("<s>"), *newline, *image, piece("<s>"),
         *encode("\nWhy?"), piece("<|end|>"), *newline, piece("<|assistant|>"),
     ]  # fmt: skip
-    assert newline == [family.tokenizer._model.token_to_id("\u2581"), family.tokenizer._model.token_to_id("<0x0A>")]
+    assert isinstance(family.tokenizer, FastTokenizer)
+    assert newline == [family.tokenizer._model.token_to_id(piece) for piece in ("\u2581", "<0x0A>")]
     assert family.stop_tokens == {piece("<|end|>"), piece("<|endoftext|>"), piece("</s>")}
 
 

@@ -39,7 +39,7 @@ def test_what_is_kept() -> None:
 
 def judge_and_read_steps() -> None:
     """Untrained policies write no steps: give each response two, and call every second one correct."""
-    rollouts._verdict = lambda job, query, response: Verdict(response.index % 2 == 0, "exact")  # type: ignore[assignment]
+    rollouts._verdict = lambda job, query, response: Verdict(response.index % 2 == 0, "exact")
     split = rollouts.split_steps
 
     def two(tokens: list[int], offsets: list[int], text: str) -> list[Step]:

@@ -136,12 +136,14 @@ class InternVL2(Family):
         expect(llm, f"{where}, llm_config", tie_word_embeddings=False)
         expect(vit, f"{where}, vision_config", model_type="intern_vit_6b", hidden_act="gelu", norm_type="layer_norm")
         expect(vit, f"{where}, vision_config", qk_normalization=False, qkv_bias=True, num_channels=3)
-        v = [
-            number(vit, f"{where}, vision_config", key)
-            for key in ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        ]
-        heads = number(vit, f"{where}, vision_config", "num_attention_heads")
-        vision = VisionSize(*v, heads, eps=float(vit.get("layer_norm_eps", 1e-6)))
+        image, patch, width, mlp, depth, vision_heads = (
+            int(number(vit, f"{where}, vision_config", key))
+            for key in (
+                "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads",
+            )
+        )  # fmt: skip
+        vision = VisionSize(image, patch, width, mlp, depth, vision_heads, eps=float(vit.get("layer_norm_eps", 1e-6)))
         if vision.grid % 2:
             raise ValueError(f"{where}: {vision.grid} patches along a tile cannot be merged two by two")
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

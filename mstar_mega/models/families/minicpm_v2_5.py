@@ -113,13 +113,19 @@ class MiniCPMV25(Family):
         expect(config, where, drop_vision_last_layer=False, batch_vision_input=True)
         siglip = {**_SIGLIP, **number(config, where, "vision_config")}
         expect(siglip, f"{where}, vision_config", hidden_act="gelu_pytorch_tanh", num_channels=3)
-        keys = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        v = [number(siglip, f"{where}, vision_config", key) for key in (*keys, "num_attention_heads")]
+        image, patch, width, mlp, depth, vision_heads = (
+            int(number(siglip, f"{where}, vision_config", key))
+            for key in (
+                "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads",
+            )
+        )  # fmt: skip
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        hidden, ffn, layers, heads = (number(config, where, key) for key in keys)
+        hidden, ffn, layers, heads = (int(number(config, where, key)) for key in keys)
         vision = VisionSize(
-            *v, float(siglip["layer_norm_eps"]), tower="strips", activation="gelu_tanh", layer_scale=False,
-            post_norm="applied", connector="resampler", queries=number(config, where, "query_num"),
+            image, patch, width, mlp, depth, vision_heads, float(siglip["layer_norm_eps"]), tower="strips",
+            activation="gelu_tanh", layer_scale=False, post_norm="applied", connector="resampler",
+            queries=number(config, where, "query_num"),
             # The original's rule; its configs do not have the key.
             connector_heads=int(config.get("resampler_num_heads", hidden // 128)),
         )  # fmt: skip
