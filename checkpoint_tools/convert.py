@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from mstar_mega.checkpoint_tools.hf_files import HFWeights, HFWriter, TensorInfo, finish_shards
 from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
+from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
@@ -45,6 +47,10 @@ SHARD_BYTES = 10**9
 HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
 _LISTED = 30
+
+
+Export = Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]]
+"""Config and map of the original's layout, and where the tokenizer is -> those of another layout."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def megatron_to_hf(
     out: Path,
     like: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
-    export: Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]] | None = None,
+    export: Export | None = None,
 ) -> Converted:
     """Write ``out``, a Hugging Face directory. Collective.
 
@@ -124,12 +130,22 @@ def megatron_to_hf(
     of its own because training wrote it. ``export`` changes config and map to another layout of the same model.
     Raises ValueError, before anything is written, where the checkpoint is not exactly the model of the config.
     """
-    started = time.monotonic()
     _must_be_free(out)
     checkpoint = Path(broadcast_object(str(newest_policy(checkpoint))))
     verify_checkpoint(checkpoint)
     weights = MegatronWeights(checkpoint)
-    files = _companion_folder(checkpoint, like)
+    made = Path(tempfile.mkdtemp(prefix="mstar_model_files_"))
+    try:
+        files = _model_files(checkpoint, like, made)
+        return _to_hf(checkpoint, weights, files, out, shard_bytes, export)
+    finally:
+        shutil.rmtree(made)
+
+
+def _to_hf(
+    checkpoint: Path, weights: MegatronWeights, files: Path, out: Path, shard_bytes: int, export: Export | None
+) -> Converted:
+    started = time.monotonic()
     config = read_config(files)
     model = map_of(config, _head_of(weights), files / "config.json")
     _check_parameters(checkpoint, model, weights)
@@ -237,12 +253,16 @@ def _head_of(weights: MegatronWeights) -> Any:
     return "linear" if "score_head" in weights.parameters else "vocabulary"
 
 
-def _companion_folder(checkpoint: Path, like: Path | None) -> Path:
+def _model_files(checkpoint: Path, like: Path | None, made: Path) -> Path:
+    """Where config.json and the tokenizer are; those of a named size are written into ``made``."""
     own, config = checkpoint / MODEL_FILES, run_config(checkpoint)
     if like is None and own.is_dir():
         return own
     if like is None and config is not None and config.model.checkpoint is not None:
         like = Path(config.model.checkpoint)
+    if like is None and config is not None:
+        write_model_files(config, made)
+        return made
     if like is None:
         raise ValueError(
             f"{checkpoint} has no {MODEL_FILES}/ with config.json and tokenizer: training wrote it. Add --like "

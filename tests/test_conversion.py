@@ -15,16 +15,19 @@ from parallel import run_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mstar_mega import cli
+from mstar_mega import cli, settings
 from mstar_mega.checkpoint_tools import convert, hf_files
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron, megatron_to_hf
 from mstar_mega.checkpoint_tools.inspection import inspect
 from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights
 from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from mstar_mega.models import golden
 from mstar_mega.models.build import FAMILIES, build_model
+from mstar_mega.models.description import family_from_hf
 from mstar_mega.models.initialization import canonical_name
 from mstar_mega.models.lmm import Head
+from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
 from mstar_mega.training.checkpoint import load_checkpoint, save_checkpoint
 from mstar_mega.training.trainer import Trainer
@@ -175,8 +178,8 @@ def through_the_model(folder: str, family: str, tensor: int, pipeline: int, head
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     distributed.initialize(parallel, 0)
     policy = FAMILIES[family].from_config(CONFIGS[family], None)
-    settings = Config(parallel=parallel, model=ModelConfig(family=family, precision="bfloat16"))
-    model = build_model(settings, policy, head)
+    config = Config(parallel=parallel, model=ModelConfig(family=family, precision="bfloat16"))
+    model = build_model(config, policy, head)
     path = Path(folder)
     state, _ = load_checkpoint(path / "there", {"model": model.sharded_state_dict()})
     model.load_state_dict(state["model"])
@@ -284,6 +287,38 @@ def test_native_layout_gives_the_original_logits_in_transformers(tmp_path: Path,
     with torch.no_grad():
         logits = model(input_ids=tensors["input_ids"], pixel_values=tensors["pixel_values"]).logits
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=5e-4)
+
+
+def test_a_run_from_random_weights_exports_to_transformers(tmp_path: Path) -> None:
+    """The built-in size has no Hugging Face directory behind it: config and tokenizer are written for it."""
+    config = Config()
+    family = FAMILIES["internvl2"]("digits")  # type: ignore[call-arg, arg-type]
+    model = tiny.randomize(build_model(config, family))
+    run = tmp_path / "run"
+    state = Trainer(model, OptimizerConfig(), family.prompt, 10).sharded_state()
+    save_checkpoint(run / "checkpoints" / "warmup", "iteration_0000_step_000001", state, {"stage": "warmup"})
+    (run / "config.yaml").write_text(settings.dump(config))
+    megatron_to_hf(run, tmp_path / "native", export=convert.to_native)
+    vision, context = family.vision, family.tokenizer.id("<IMG_CONTEXT>")
+    count = (vision.grid // 2) ** 2
+    text = family.tokenizer.encode("Which row?")
+    tokens = [text[0], *[context] * count, *text]
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(0))
+    prompt = Prompt(tokens, list(range(1, 1 + count)), pixels)
+    ours = golden.logits(model, golden.Case([prompt], pixels, None, torch.ones(1, dtype=torch.bool)))
+    with torch.no_grad():
+        theirs = native_model(tmp_path / "native")(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-4)
+    assert (tmp_path / "native" / "tokenizer.model").exists()
+    megatron_to_hf(run, tmp_path / "back")
+    again = family_from_hf(tmp_path / "back")
+    assert again.vision == family.vision and again.tokenizer.encode("row 3") == family.tokenizer.encode("row 3")
+    hf_to_megatron(tmp_path / "back", tmp_path / "there")
+    saved = MegatronWeights(run / "checkpoints" / "warmup" / "iteration_0000_step_000001")
+    made = MegatronWeights(tmp_path / "there")
+    for name in saved.parameters:
+        rows = family.language.vocab if "word_embeddings" in name or "output_layer" in name else None
+        assert torch.equal(saved.read(name)[:rows], made.read(name)[:rows]), name
 
 
 # -- what is wrong is named ------------------------------------------------------------------------------------------
