@@ -23,6 +23,7 @@ REQUIRES = [
     "pillow>=10.1",
     "scikit-learn>=1.4",  # the handwritten digits of the built-in task; AUC of the PRM
     "sentencepiece>=0.2",
+    "tokenizers>=0.21",  # tokenizer.json of Llama and Phi; encode_special_tokens
     "safetensors>=0.5",
     "jsonargparse>=4.40,<5",
     "pyyaml>=6.0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import sys
@@ -71,6 +72,16 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
         job.run(config, until)
 
     return command
+
+
+def _warmup_data(name: str, rest: list[str]) -> None:
+    from mstar_mega import settings
+
+    config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
+    settings.validate(config)
+    from mstar_mega.recipe import job
+
+    job.warmup_data(config)
 
 
 def _evaluate(name: str, rest: list[str]) -> None:
@@ -197,9 +208,23 @@ _DATA_ACTIONS = {
     "show": "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
 }
 
+
+def _tool(module: str) -> Callable[[str, list[str]], None]:
+    """A command whose arguments and code are those of a module of ``checkpoint_tools``."""
+
+    def command(name: str, rest: list[str]) -> None:
+        tool = importlib.import_module(f"mstar_mega.checkpoint_tools.{module}")
+        parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
+        tool.add_arguments(parser)
+        tool.run(parser.parse_args(rest))
+
+    return command
+
+
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
+    "warmup-data": ("Make a warm-up set: reasoning to given gold answers, kept where it arrives there.", _warmup_data),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
     "evaluate": (
@@ -213,6 +238,10 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
         _data,
     ),
     "report": ("Rebuild report.html of a run directory.", _report_page),
+    "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
+    "verify": ("Compare a checkpoint with recorded outputs of the original model.", _tool("verify")),
+    "plan": ("Predict memory by part and recommend a layout.", _tool("plan")),
+    "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
 

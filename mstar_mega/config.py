@@ -46,7 +46,9 @@ class ModelConfig:
 
     family: str = "internvl2"
     size: str = "digits"
-    """A named size of the family (``mstar_mega/models/families``)."""
+    """A named size of the family (``mstar_mega/models/families``); read by nothing when there is a checkpoint."""
+    checkpoint: str | None = None
+    """A converted checkpoint (``mstar convert``): sizes, tokenizer and first weights come from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     """Recompute each transformer layer in the backward pass instead of storing its activations."""
@@ -113,6 +115,16 @@ class WarmupConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: float = 1.0
+    set: str | None = None
+    """A warm-up set made by ``mstar warmup-data``; None: the chains of thought that come with the data."""
+    queries: int = 0
+    """For ``mstar warmup-data``: labelled queries that are asked for their reasoning; 0: all (the paper: 100K kept)."""
+    responses: int = 4
+    """For ``mstar warmup-data``: responses sampled per query, the gold answer given (the paper is silent)."""
+    keep: int = 1
+    """For ``mstar warmup-data``: most responses kept per query, of those with the gold answer (the paper is silent)."""
+    temperature: float = 1.0
+    """For ``mstar warmup-data``."""
 
 
 @dataclass

@@ -118,21 +118,22 @@ _NAMES_OF_RULE = (
         data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
         generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
-        evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
+        warmup.responses warmup.keep evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
         temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
         """,
     ),
     (
         _COUNT_OR_NONE,
         """
-        seed data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
+        seed warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
         optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
         """,
     ),
     (
         _POSITIVE,
         """
-        generation.log_prob_gap_limit optimizer.eps warmup.epochs annotate.temperature prm.epochs temperature.value
+        generation.log_prob_gap_limit optimizer.eps warmup.epochs warmup.temperature annotate.temperature prm.epochs
+        temperature.value
         """,
     ),
     (
@@ -143,7 +144,12 @@ _NAMES_OF_RULE = (
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),
     (_DECAY, "optimizer.beta1 optimizer.beta2"),
-    (_TEXT, "run.dir model.family model.size data.dir data.path data.images data.warmup_file"),
+    (
+        _TEXT,
+        """
+        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file warmup.set
+        """,
+    ),
     (_GRID, "temperature.grid"),
 )
 _RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.build import build_model
+from mstar_mega.models.connectors import pixel_shuffle
 from mstar_mega.models.lmm import LMM, LanguageSize, VisionSize
 from mstar_mega.models.packing import Prompt, pack
-from mstar_mega.models.vision import VisionTower, pixel_shuffle
+from mstar_mega.models.vision import VisionTower
 from mstar_mega.platform import distributed
 
 

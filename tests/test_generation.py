@@ -263,9 +263,9 @@ def test_each_image_is_encoded_and_each_prompt_prefilled_once(
     vision = model.vision.forward
     prefilling = engine_module.run_packed
 
-    def encode(pixels: Tensor) -> Tensor:
+    def encode(pixels: Tensor, *grids: Tensor | None) -> Tensor:
         tiles.append(pixels.size(0))
-        return vision(pixels)
+        return vision(pixels, *grids)
 
     def run(model: LMM, batch: PackedBatch) -> Tensor | None:
         streams.append(batch.tokens.numel())

@@ -44,9 +44,11 @@ PROMPTS = [tiny.prompt(0, 13, tiles=2), tiny.prompt(1, 5), tiny.prompt(2, 9, til
 RESPONSES = [tiny.tokens(10, 7), tiny.tokens(11, 4, 0, 9), tiny.tokens(12, 1, 6)]
 
 
-def token_log_probs(model: LMM, prompts: list[Prompt], responses: list[list[list[int]]], **pad: int) -> list[Tensor]:
+def token_log_probs(
+    model: LMM, prompts: list[Prompt], responses: list[list[list[int]]], multiple: int = 1
+) -> list[Tensor]:
     """Per response, the log-probs of its tokens, from one packed stream."""
-    batch = pack(prompts, responses, **pad)
+    batch = pack(prompts, responses, multiple)
     source, target = next_token_targets(batch, responses)
     values = model.log_probs(tiny.hidden(model, batch)[source], target)
     return list(values.split([len(r) for group in responses for r in group]))

@@ -1,70 +1,45 @@
-"""A sentencepiece tokenizer whose encode and decode are exact inverses for any text."""
+"""Tokenizers from the files of a model directory; encode and decode are exact inverses for any text.
+
+A control symbol (a mark of the chat template, a media token, the end of a text) never comes out of ``encode``, even
+where the text spells one, and decodes to nothing. Nothing here runs code that comes with a model.
+"""
 
 from __future__ import annotations
 
 import codecs
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+import tokenizers
 
 SPACE_MARK = "\u2581"
 """sentencepiece stores a space as this character; a text that holds the character itself goes through byte pieces."""
 
 
-class SentencePieceTokenizer:
-    """Encoder and decoder over a sentencepiece model file.
-
-    The model must have byte pieces for everything it has no other piece for, and must leave white space alone (no dummy
-    prefix, no squeezing, identity normalisation); otherwise texts would not survive a round trip.
-
-    Raises:
-        ValueError: the file is not a sentencepiece model, or not one with these properties.
-        FileNotFoundError: there is no such file.
-    """
+class Tokenizer:
+    """What all tokenizers share: ids back to text, and ids of control symbols."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        data = self.path.read_bytes()
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
-            raise ValueError(f"{self.path} is not a sentencepiece model: {error}") from error
-        self.vocab_size: int = self._model.vocab_size()
+        self.vocab_size = 0
         """Number of ids; ids are 0 to ``vocab_size`` - 1."""
-        self._ids: dict[str, int] = {}
         self._texts: list[str] = []
         self._bytes: dict[int, bytes] = {}
-        for id in range(self.vocab_size):
-            piece = self._model.id_to_piece(id)
-            self._ids[piece] = id
-            silent = self._model.is_control(id) or self._model.is_unknown(id)
-            self._texts.append("" if silent else piece.replace(SPACE_MARK, " "))
-            if self._model.is_byte(id):
-                self._bytes[id] = bytes([int(piece[3:-1], 16)])
-        self._byte_ids = {value[0]: id for id, value in self._bytes.items()}
-        if len(self._byte_ids) != 256 or self.decode(self.encode("  a \n\n b ")) != "  a \n\n b ":
-            raise ValueError(
-                f"{self.path} cannot encode every text: it needs byte_fallback=true, add_dummy_prefix=false, "
-                "remove_extra_whitespaces=false and normalization_rule_name=identity"
-            )
+        """Ids that stand for bytes, not for text of their own."""
+        self._controls: dict[str, int] = {}
+        self._first_space = False
+        """Texts are encoded with a space in front, which is taken off again."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without begin or end marks; never a control symbol, even where ``text`` spells one.
+        """Ids of ``text``, without begin or end marks; never a control symbol.
 
         Raises:
             ValueError: ``text`` has a lone surrogate, which no UTF-8 text can hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"{error.reason} at character {error.start}"
-            raise ValueError(f"the text cannot be encoded as UTF-8 ({where})") from error
-        ids: list[int] = []
-        for i, part in enumerate(text.split(SPACE_MARK)):
-            if i:
-                ids.extend(self._byte_ids[byte] for byte in SPACE_MARK.encode())
-            ids.extend(self._model.encode(part))
-        return ids
+        raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``. Control symbols decode to nothing, bytes that are not UTF-8 to U+FFFD.
@@ -87,12 +62,17 @@ class SentencePieceTokenizer:
         """Id of a control symbol such as ``<|im_end|>``.
 
         Raises:
-            ValueError: the model has no such control symbol.
+            ValueError: the tokenizer has no such control symbol.
         """
-        id = self._ids.get(piece)
-        if id is None or not self._model.is_control(id):
+        id = self._controls.get(piece)
+        if id is None:
             raise ValueError(f"the tokenizer {self.path} has no control symbol {piece!r}")
         return id
+
+    def silent(self, size: int | None = None) -> list[int]:
+        """Ids below ``size`` (None: the vocabulary's) that decode to nothing: control symbols and unassigned ids."""
+        ids = range(self.vocab_size if size is None else size)
+        return [id for id in ids if id >= self.vocab_size or (not self._texts[id] and id not in self._bytes)]
 
     def _pieces(self, ids: list[int]) -> list[str]:
         """The text that each token completes."""
@@ -109,4 +89,178 @@ class SentencePieceTokenizer:
             pieces.append(decoder.decode(byte, final=run_ends))
             if run_ends:
                 decoder.reset()
+        if self._first_space and pieces and pieces[0].startswith(" "):
+            pieces[0] = pieces[0][1:]
         return pieces
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Encoder and decoder over a sentencepiece model file.
+
+    The model must have byte pieces for everything it has no other piece for, and must leave white space alone (no dummy
+    prefix, no squeezing, identity normalisation); otherwise texts would not survive a round trip.
+
+    ``added``: control symbols with ids that the model file has under another name or not at all.
+
+    Raises:
+        ValueError: the file is not a sentencepiece model, or not one with these properties.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str | Path, added: Mapping[str, int] | None = None) -> None:
+        super().__init__(path)
+        data = self.path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} is not a sentencepiece model: {error}") from error
+        self.vocab_size = self._model.vocab_size()
+        for id in range(self.vocab_size):
+            piece = self._model.id_to_piece(id)
+            if self._model.is_control(id):
+                self._controls[piece] = id
+            silent = self._model.is_control(id) or self._model.is_unknown(id)
+            self._texts.append("" if silent else piece.replace(SPACE_MARK, " "))
+            if self._model.is_byte(id):
+                self._bytes[id] = bytes([int(piece[3:-1], 16)])
+        for piece, id in (added or {}).items():
+            self.vocab_size = max(self.vocab_size, id + 1)
+            self._texts += [""] * (self.vocab_size - len(self._texts))
+            self._texts[id] = ""
+            self._controls[piece] = id
+        self._added = {id: self._spelling(id) for id in (added or {}).values()}
+        self._byte_ids = {value[0]: id for id, value in self._bytes.items()}
+        if len(self._byte_ids) != 256 or self.decode(self.encode("  a \n\n b ")) != "  a \n\n b ":
+            raise ValueError(
+                f"{self.path} cannot encode every text: it needs byte_fallback=true, add_dummy_prefix=false, "
+                "remove_extra_whitespaces=false and normalization_rule_name=identity"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """See :meth:`Tokenizer.encode`."""
+        check_utf8(text)
+        ids: list[int] = []
+        for i, part in enumerate(text.split(SPACE_MARK)):
+            if i:
+                ids.extend(self._byte_ids[byte] for byte in SPACE_MARK.encode())
+            for id in self._model.encode(part):
+                # A text may spell the name that the model file has for a control symbol.
+                ids.extend((self._byte_ids[byte] for byte in self._added[id]) if id in self._added else (id,))
+        return ids
+
+    def _spelling(self, id: int) -> bytes:
+        return self._model.id_to_piece(id).encode() if id < self._model.vocab_size() else b""
+
+
+class FastTokenizer(Tokenizer):
+    """Encoder and decoder over a ``tokenizer.json`` with byte-level BPE (Llama-3) or BPE with byte pieces (Llama).
+
+    The latter kind reads U+2581 in a text as a space.
+
+    Raises:
+        ValueError: the file is not a tokenizer.json, or one of another kind.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        text = self.path.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+            self._model = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{self.path} is not a tokenizer.json: {error}") from error
+        self._model.encode_special_tokens = True
+        byte_level = "ByteLevel" in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+        if not byte_level and not content["model"].get("byte_fallback"):
+            raise ValueError(
+                f"{self.path} is neither a byte-level BPE nor a BPE with byte_fallback, so it cannot encode every text"
+            )
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._texts = [""] * self.vocab_size
+        self._controls = {token.content: id for id, token in self._model.get_added_tokens_decoder().items()}
+        byte_of = _byte_alphabet()
+        for piece, id in vocabulary.items():
+            if piece in self._controls:
+                continue
+            if byte_level:
+                self._bytes[id] = bytes(byte_of[character] for character in piece)
+            elif len(piece) == 6 and piece.startswith("<0x"):
+                self._bytes[id] = bytes([int(piece[3:-1], 16)])
+            else:
+                self._texts[id] = piece.replace(SPACE_MARK, " ")
+        ids = self._model.encode("a", add_special_tokens=False).ids
+        self._first_space = "".join(self._pieces(ids)) == " a"
+        for sample in ("  a \n\n b ", "\u00e9\U0001f600", "a\u4f60"):
+            if self.decode(self.encode(sample)) != sample:
+                raise ValueError(
+                    f"{self.path} does not give {sample!r} back after encoding it; is it a Llama tokenizer?"
+                )
+
+    def encode(self, text: str) -> list[int]:
+        """See :meth:`Tokenizer.encode`."""
+        check_utf8(text)
+        ids: list[int] = list(self._model.encode(text, add_special_tokens=False).ids)
+        if not set(ids) & set(self._controls.values()):
+            return ids
+        for spelt in self._controls:
+            if spelt in text:
+                # Cut inside the spelling: neither half is the symbol.
+                cut = text.index(spelt) + 1
+                return self.encode(text[:cut]) + self.encode(text[cut:])
+        raise ValueError(f"{self.path} makes a control symbol of {text[:40]!r}")
+
+
+def check_utf8(text: str) -> None:
+    """Raise ValueError where a text has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{error.reason} at character {error.start}"
+        raise ValueError(f"the text cannot be encoded as UTF-8 ({where})") from error
+
+
+def required_file(directory: Path, name: str) -> Path:
+    """A file of a model directory. Raises FileNotFoundError naming it where it is missing."""
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: copy it from the original model")
+    return path
+
+
+def added_tokens(directory: Path) -> dict[str, int]:
+    """Control symbols that a model directory names beside its sentencepiece model.
+
+    Raises ValueError where neither ``tokenizer_config.json`` nor ``added_tokens.json`` names any.
+    """
+    found: dict[str, int] = {}
+    config = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        found[token["content"]] = int(id)
+    if (directory / "added_tokens.json").exists():
+        found.update({piece: int(id) for piece, id in read_json(directory / "added_tokens.json").items()})
+    if not found:
+        raise ValueError(
+            f"{directory}: neither tokenizer_config.json (added_tokens_decoder) nor added_tokens.json names the "
+            "template's control symbols; copy both from the original model"
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError naming the file; FileNotFoundError where it is missing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character of a byte-level piece -> byte: printable ones stand for themselves, the others lie from 256 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

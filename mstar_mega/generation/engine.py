@@ -71,8 +71,14 @@ class _Waiting:
     """A sample whose prompt is prefilled (or about to be) and that has no slot yet."""
 
     request: int
-    number: int
+    """What is prefilled for it."""
+    home: tuple[int, int]
+    """The caller's request and the number in it."""
     spec: SampleSpec
+    forced: int
+    """Tokens of the start that were given; the rest of it was drawn before."""
+    log_probs: Tensor | None = None
+    """Of the start, where a part of it was drawn."""
 
 
 @dataclass
@@ -107,13 +113,15 @@ class _Run:
     """State of one ``generate`` call."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], temperature: float) -> None:
-        self.engine, self.requests, self.temperature = engine, requests, temperature
+        self.engine, self.temperature = engine, temperature
         self.model, self.config = engine.model, engine.config
         limit = self.config.max_new_tokens
         self.results: list[list[Sample | None]] = [[None] * len(r.samples) for r in requests]
-        self.work: list[_Waiting] = [
-            _Waiting(i, j, spec) for i, request in enumerate(requests) for j, spec in enumerate(request.samples)
-        ]
+        self.regimes = self.model.rope.regimes
+        self.requests: list[Request] = []
+        self.work: list[_Waiting] = []
+        for i, request in enumerate(requests):
+            self._accept(i, request)
         self.queue = deque(range(len(self.work)))
         self.slots = Slots(min(self.config.slots, max(1, len(self.work))), limit)
         self.prefixes = Prefixes()
@@ -129,7 +137,54 @@ class _Run:
             elif slots.count:
                 self._draw(range(slots.count), self._decode())
             self._retire()
+            if self.regimes is not None:
+                self._renew()
         return [[sample for sample in samples if sample is not None] for samples in self.results]
+
+    # -- sequences whose length changes how positions turn -----------------------------------------------------------
+
+    def _accept(self, i: int, request: Request) -> None:
+        """Note a request's samples as waiting; those whose starts are in different regimes share no prefill."""
+        starts = [len(draft) for draft in request.drafts] + [spec.length for spec in request.samples]
+        P = len(request.prompt.tokens)
+        divided = bool(request.drafts) and self.regimes is not None and len({self.regimes(P + n) for n in starts}) > 1
+        first = len(self.requests)
+        if not divided:
+            self.requests.append(request)
+        for j, spec in enumerate(request.samples):
+            if divided:
+                start = request.drafts[spec.draft][: spec.length] if spec.length else []
+                spec = self._add_request(request.prompt, spec.key, start)
+            index = len(self.requests) - 1 if divided else first
+            self.work.append(_Waiting(index, (i, j), spec, spec.length))
+
+    def _add_request(self, prompt: Prompt, key: int, start: list[int]) -> SampleSpec:
+        """A request of one sample that continues ``start``."""
+        spec = SampleSpec(key, 0, len(start)) if start else SampleSpec(key)
+        self.requests.append(Request(prompt, [spec], [start] if start else []))
+        return spec
+
+    def _renew(self) -> None:
+        """Put samples that have grown into another regime back to be prefilled anew.
+
+        Their earlier positions turn differently from now on, so that nothing in the caches holds: the original throws
+        its cache away at this point, or computes without one.
+        """
+        slots = self.slots
+        B = slots.count
+        grown = self.model.rope.enters_regime(slots.prompt_length[:B] + slots.length[:B])
+        leaving = torch.nonzero(grown).flatten().tolist()
+        for slot in leaving:
+            work = self.work[slots.sample[slot]]
+            length = int(slots.length[slot])
+            prompt = self.requests[work.request].prompt
+            spec = self._add_request(prompt, work.spec.key, slots.tokens[slot, :length].tolist())
+            log_probs = slots.log_probs[slot, :length].clone()
+            self.work.append(_Waiting(len(self.requests) - 1, work.home, spec, work.forced, log_probs))
+            self.queue.appendleft(len(self.work) - 1)
+            self.prefixes.entries[int(slots.entry[slot])].unfinished -= 1
+        if leaving:
+            slots.remove(leaving)
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -161,7 +216,7 @@ class _Run:
 
     def _prefill(self, requests: list[int]) -> None:
         chosen = [self.requests[i] for i in requests]
-        batch = pack([r.prompt for r in chosen], [r.drafts for r in chosen], self.model.stream_multiple)
+        batch = pack([r.prompt for r in chosen], [r.drafts for r in chosen], self.model.stream_multiple, self.regimes)
         batch.plan.keep = True
         hidden = run_packed(self.model, batch)
         self._compact_prefixes()
@@ -178,7 +233,13 @@ class _Run:
         spec, plan = work.spec, ready.batch.plan
         slots.sample[slot] = index
         slots.entry[slot] = ready.entry
-        slots.length[slot] = slots.forced[slot] = spec.length
+        slots.length[slot], slots.forced[slot] = spec.length, work.forced
+        if self.regimes is not None and spec.length:
+            # It may have to be prefilled again, with its start.
+            start = self.requests[work.request].drafts[spec.draft][: spec.length]
+            slots.tokens[slot, : spec.length] = torch.tensor(start)
+        if work.log_probs is not None:
+            slots.log_probs[slot, : spec.length] = work.log_probs
         slots.prompt_length[slot] = len(self.requests[work.request].prompt.tokens)
         slots.key[slot] = spec.key
         position = int(ready.batch.last_prompt[ready.row])
@@ -245,7 +306,7 @@ class _Run:
         for slot in finished:
             work = self.work[slots.sample[slot]]
             begin, end = int(slots.forced[slot]), int(length[slot])
-            self.results[work.request][work.number] = Sample(
+            self.results[work.home[0]][work.home[1]] = Sample(
                 slots.tokens[slot, begin:end].tolist(),
                 slots.log_probs[slot, begin:end].tolist(),
                 not bool(stopped[slot]),

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mstar_mega.config import Config
+from mstar_mega.models.description import MODEL_FILES, family_from_hf
+from mstar_mega.models.families import FAMILIES
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.models.initialization import initialize_weights
-from mstar_mega.models.lmm import LMM, Head, LanguageSize, VisionSize, transformer_config
+from mstar_mega.models.lmm import LMM, transformer_config
+from mstar_mega.models.mapping import Head
+from mstar_mega.models.sizes import LanguageSize, VisionSize
 from mstar_mega.platform.distributed import device
 
-FAMILIES = {"internvl2": InternVL2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_family(config: Config) -> InternVL2:
-    """The policy family of the settings. Raises ValueError for an unknown name or size."""
-    if config.model.family not in FAMILIES:
-        raise ValueError(f"model.family {config.model.family!r} is unknown; known: {', '.join(FAMILIES)}")
-    return FAMILIES[config.model.family](config.model.size)
+def build_family(config: Config) -> Family:
+    """The policy family of the settings: that of ``model.checkpoint``, or a named size.
+
+    Raises ValueError for an unknown name or size, or where the checkpoint is of another family.
+    """
+    model = config.model
+    if model.family not in FAMILIES:
+        raise ValueError(f"model.family {model.family!r} is unknown; known: {', '.join(FAMILIES)}")
+    if model.checkpoint is not None:
+        family = family_from_hf(Path(model.checkpoint) / MODEL_FILES)
+        if family.name != model.family:
+            raise ValueError(f"model.checkpoint {model.checkpoint} is of family {family.name}, not {model.family}")
+        return family
+    if model.family != InternVL2.name:
+        raise ValueError(
+            f"model.family {model.family} has no named sizes: convert its weights with `mstar convert hf-to-megatron` "
+            "and set model.checkpoint to the result"
+        )
+    return InternVL2(model.size)
 
 
 def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) -> None:
@@ -31,6 +51,8 @@ def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) 
         "vision heads": vision.heads,
         "vision feed-forward channels": vision.ffn,
     }
+    if vision.connector_heads:
+        cut["resampler heads"] = vision.connector_heads
     for what, number in cut.items():
         if number % tensor:
             raise ValueError(
@@ -44,7 +66,7 @@ def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) 
         )
 
 
-def build_model(config: Config, family: InternVL2, head: Head = "vocabulary") -> LMM:
+def build_model(config: Config, family: Family, head: Head = "vocabulary") -> LMM:
     """This rank's stage of the model with seeded random weights, on this rank's device."""
     check_divisible(config, family.vision, family.language)
     dtype = DTYPES[config.model.precision]

@@ -28,12 +28,15 @@ def inference(model: LMM) -> Iterator[None]:
         model.train(training)
 
 
-def run_stages(model: LMM, embed: Callable[[], Tensor], positions: Tensor, plan: AttentionPlan) -> Tensor | None:
+def run_stages(
+    model: LMM, embed: Callable[[], Tensor], positions: Tensor, plan: AttentionPlan, lengths: Tensor | None = None
+) -> Tensor | None:
     """Push one stream through the pipeline; every rank of the model calls it with the same plan.
 
     Args:
         embed: makes the embedded stream [T, hidden]; called on the first stage only.
         positions: int64 [T].
+        lengths: int64 [T], the length of each token's sequence; None: it ends with the token.
 
     Returns:
         [T, hidden] on the last stage, None elsewhere.
@@ -46,7 +49,7 @@ def run_stages(model: LMM, embed: Callable[[], Tensor], positions: Tensor, plan:
         received = torch.empty(rows, 1, model.size.hidden, dtype=model.config.params_dtype, device=positions.device)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(received)
-    hidden = model.trunk(embedded, positions, plan)
+    hidden = model.trunk(embedded, positions, plan, lengths)
     if model.post_process:
         return hidden
     dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
@@ -55,7 +58,7 @@ def run_stages(model: LMM, embed: Callable[[], Tensor], positions: Tensor, plan:
 
 def run_packed(model: LMM, batch: PackedBatch) -> Tensor | None:
     """:func:`run_stages` of a packed batch."""
-    return run_stages(model, lambda: model.embed(batch), batch.positions, batch.plan)
+    return run_stages(model, lambda: model.embed(batch), batch.positions, batch.plan, batch.lengths)
 
 
 def from_last_stage(values: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ head; the process reward model (PRM) is the same trunk with a score head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -33,48 +33,13 @@ from torch import Tensor, nn
 from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
 from mstar_mega.models.attention import AttentionPlan, PlannedAttention
+from mstar_mega.models.connectors import build_connector
+from mstar_mega.models.mapping import Head
 from mstar_mega.models.norms import RMSNorm
 from mstar_mega.models.packing import PackedBatch, StepIndex
 from mstar_mega.models.rope import Rope
-from mstar_mega.models.vision import PixelShuffleConnector, VisionTower
-
-Head = Literal["vocabulary", "linear", "likelihood"]
-"""What the trunk ends in: the policy's vocabulary head, or one of the PRM's two score heads (see ``LMM.step_logits``).
-"""
-
-
-@dataclass(frozen=True)
-class VisionSize:
-    """Sizes of the vision tower."""
-
-    image_size: int
-    patch_size: int
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    eps: float = 1e-6
-
-
-@dataclass(frozen=True)
-class LanguageSize:
-    """Sizes of the language model."""
-
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    rope_theta: float
-    eps: float = 1e-5
-    init_std: float = 0.02
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding: a multiple of 128, so that the layout does not change a checkpoint's shapes."""
-        return -(-self.vocab // 128) * 128
+from mstar_mega.models.sizes import LanguageSize, VisionSize
+from mstar_mega.models.vision import build_tower
 
 
 class LMM(MegatronModule):
@@ -91,11 +56,10 @@ class LMM(MegatronModule):
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
-        self.rope = Rope(language.head_dim, language.rope_theta)
+        self.rope = Rope(language.head_dim, language.rope_theta, language.rope_scaling)
         if self.pre_process:
-            tower = _vision_config(config, vision)
-            self.vision = VisionTower(tower, vision.image_size, vision.patch_size)
-            self.connector = PixelShuffleConnector(replace(config, sequence_parallel=False), vision.hidden)
+            self.vision = build_tower(_vision_config(config, vision), vision)
+            self.connector = build_connector(config, vision)
         self.language = GPTModel(
             config,
             _block_spec(config),
@@ -130,17 +94,25 @@ class LMM(MegatronModule):
         embedded = self.language.embedding.word_embeddings(batch.tokens[None]).squeeze(0)
         if batch.pixels is None:
             return embedded
-        pixels = batch.pixels.to(embedded.device, embedded.dtype)
-        features = self.connector(self.vision(pixels)).flatten(0, 1)
+        features = self.image_features(batch.pixels.to(embedded.device, embedded.dtype), batch.grids)
+        if batch.feature_index is not None:
+            features = features[batch.feature_index]
         assert features.size(0) == batch.image_index.numel(), (features.shape, batch.image_index.shape)
         return embedded.index_copy(0, batch.image_index, features.to(embedded.dtype))
 
-    def trunk(self, embedded: Tensor | None, positions: Tensor, plan: AttentionPlan) -> Tensor:
+    def image_features(self, pixels: Tensor, grids: Tensor | None) -> Tensor:
+        """What replaces token embeddings, [features, hidden], of pictures as ``Prompt`` holds them (first stage)."""
+        return self.connector(self.vision(pixels, grids), grids).flatten(0, -2)
+
+    def trunk(
+        self, embedded: Tensor | None, positions: Tensor, plan: AttentionPlan, lengths: Tensor | None = None
+    ) -> Tensor:
         """Run this stage's layers.
 
         Args:
             embedded: [T, hidden] on the first stage, None on the others (their input was set).
             positions: int64 [T].
+            lengths: int64 [T], the length of each token's sequence; None: it ends with the token.
 
         Returns:
             Last stage: [T, hidden] after the final norm, whole on every tensor rank.
@@ -153,7 +125,7 @@ class LMM(MegatronModule):
         hidden = self.language.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            attention_bias=self.rope.rotating(plan, positions, self.config.params_dtype),
+            attention_bias=self.rope.rotating(plan, positions, self.config.params_dtype, lengths),
         )
         if not self.post_process:
             return hidden
@@ -169,7 +141,7 @@ class LMM(MegatronModule):
     def forward(self, batch: PackedBatch) -> Tensor:
         """One packed batch through this stage; see :meth:`trunk` for the result."""
         embedded = self.embed(batch) if self.pre_process else None
-        return self.trunk(embedded, batch.positions, batch.plan)
+        return self.trunk(embedded, batch.positions, batch.plan, batch.lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] from :meth:`trunk` -> this rank's slice of the logits [K, padded_vocab / tensor] (last stage)."""

@@ -2,12 +2,13 @@
 
 Layout of a stream: prompt 1, its responses one after another, prompt 2, its responses, ... then padding up to a
 multiple (sequence parallelism). Positions of every response continue its prompt's, so that n responses of a query share
-the prompt's keys and values exactly as if each had been run alone.
+the prompt's keys and values exactly as if each had been run alone. Where rotary positions depend on the length of the
+whole sequence (``Rope``), only responses of one regime share a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,10 @@ class Prompt:
     image_positions: list[int]
     """Where image features replace token embeddings, in feature order. Said by the template, not by token ids."""
     pixels: Tensor | None
-    """float32 [tiles, 3, S, S], or None without an image."""
+    """float32 [pieces, 3, S, S], or None without an image: tiles of the tower's size, or patches of strips."""
+    grids: Tensor | None = None
+    """int64 [units, numbers]: how the pieces belong together, for families that need to say it. Per image the rows and
+    columns of its crops (HD transform); per slice its rows, columns and filled-up length in patches (strips)."""
 
 
 def prompt_bytes(prompt: Prompt) -> int:
@@ -44,24 +48,54 @@ class PackedBatch:
     image_index: Tensor
     """int64 [features]: stream positions that image features overwrite."""
     pixels: Tensor | None
-    """float32 [tiles, 3, S, S] of all prompts, in order."""
+    """float32 [pieces, 3, S, S] of all prompts, in order."""
     plan: GroupPlan
     last_prompt: Tensor
     """int64 [G]: stream position of each prompt's last token."""
     response_start: list[list[int]] = field(default_factory=list)
     """Stream position of each response's first token, per group."""
+    predictor: list[list[int]] = field(default_factory=list)
+    """Stream position of the prompt token that predicts each response's first token, per group."""
+    grids: Tensor | None = None
+    """int64 [units, numbers] of all prompts, in order."""
+    feature_index: Tensor | None = None
+    """int64 [features]: which feature goes to each of ``image_index``; None: they are in order."""
+    lengths: Tensor | None = None
+    """int64 [T]: the length of each token's sequence, where positions turn differently in longer ones."""
 
 
-def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], multiple: int = 1) -> PackedBatch:
+Regimes = Callable[[int], int]
+"""Sequence length -> regime, see ``Rope``: sequences of different regimes share nothing."""
+
+
+@dataclass
+class _Copy:
+    """A prompt in the stream and the responses (group, number) that share it."""
+
+    group: int
+    responses: list[tuple[int, int]]
+    length: int
+    """Of its longest sequence."""
+
+
+def pack(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[Sequence[int]]],
+    multiple: int = 1,
+    regimes: Regimes | None = None,
+) -> PackedBatch:
     """Pack groups into one stream.
 
     Args:
         prompts: G prompts.
         responses: for each prompt, the token ids of its responses (possibly none, possibly empty ones).
         multiple: the stream's length is padded up to a multiple of it.
+        regimes: the model's ``rope.regimes``. A prompt whose responses fall into several regimes stands in the stream
+            once for each; its images are still encoded once.
     """
-    G = len(prompts)
-    n = max(len(group) for group in responses)
+    copies = _copies(prompts, responses, regimes)
+    G = len(copies)
+    n = max(len(copy.responses) for copy in copies)
     R = max((len(r) for group in responses for r in group), default=0)
     P = max(len(p.tokens) for p in prompts)
     prompt_index = torch.zeros(G, P, dtype=torch.int64)
@@ -70,34 +104,46 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]
     response_allowed = torch.zeros(G, n, R, dtype=torch.bool)
     tokens: list[int] = []
     positions: list[int] = []
+    lengths: list[int] = []
     stream_from: list[int] = []
     image_index: list[int] = []
-    starts: list[list[int]] = []
-    last_prompt: list[int] = []
-    for g, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+    feature_index: list[int] = []
+    first_feature = [0]
+    for prompt in prompts:
+        first_feature.append(first_feature[-1] + len(prompt.image_positions))
+    starts: list[list[int]] = [[0] * len(group) for group in responses]
+    predictor: list[list[int]] = [[0] * len(group) for group in responses]
+    last_prompt: dict[int, int] = {}
+    for g, copy in enumerate(copies):
+        prompt = prompts[copy.group]
         length, start = len(prompt.tokens), len(tokens)
         prompt_index[g, :length] = torch.arange(start, start + length)
         prompt_allowed[g, :length] = True
         stream_from += range(g * P, g * P + length)
         image_index += [start + p for p in prompt.image_positions]
+        feature_index += range(first_feature[copy.group], first_feature[copy.group + 1])
         tokens += prompt.tokens
         positions += range(length)
-        last_prompt.append(len(tokens) - 1)
-        starts.append([])
-        for j, response in enumerate(group):
-            start = len(tokens)
-            starts[g].append(start)
-            response_index[g, j, : len(response)] = torch.arange(start, start + len(response))
+        last = len(tokens) - 1
+        last_prompt.setdefault(copy.group, last)
+        for j, (of_group, number) in enumerate(copy.responses):
+            response = responses[of_group][number]
+            begin = len(tokens)
+            starts[of_group][number], predictor[of_group][number] = begin, last
+            response_index[g, j, : len(response)] = torch.arange(begin, begin + len(response))
             response_allowed[g, j, : len(response)] = True
             row = G * P + (g * n + j) * R
             stream_from += range(row, row + len(response))
             tokens += response
             positions += range(length, length + len(response))
+        lengths += [copy.length] * (len(tokens) - start)
     padding = -len(tokens) % multiple
     tokens += [0] * padding
     positions += [0] * padding
+    lengths += [1] * padding
     stream_from += [0] * padding
     pixels = [p.pixels for p in prompts if p.pixels is not None]
+    grids = [p.grids for p in prompts if p.grids is not None]
     plan = GroupPlan(
         prompt_index,
         prompt_allowed,
@@ -111,9 +157,29 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]
         torch.tensor(image_index, dtype=torch.int64),
         torch.cat(pixels) if pixels else None,
         plan,
-        torch.tensor(last_prompt),
+        torch.tensor([last_prompt[g] for g in range(len(prompts))]),
         starts,
+        predictor,
+        torch.cat(grids) if grids else None,
+        torch.tensor(feature_index) if len(copies) > len(prompts) else None,
+        torch.tensor(lengths) if regimes is not None else None,
     )
+
+
+def _copies(
+    prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], regimes: Regimes | None
+) -> list[_Copy]:
+    """Which prompts the stream holds, in order: one of each, or one for each regime of its responses."""
+    copies: list[_Copy] = []
+    for g, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        by_regime: dict[int, _Copy] = {}
+        for j, response in enumerate(group):
+            length = len(prompt.tokens) + len(response)
+            copy = by_regime.setdefault(regimes(length) if regimes else 0, _Copy(g, [], length))
+            copy.responses.append((g, j))
+            copy.length = max(copy.length, length)
+        copies += by_regime.values() or [_Copy(g, [], len(prompt.tokens))]
+    return copies
 
 
 @dataclass
@@ -159,8 +225,8 @@ def next_token_targets(batch: PackedBatch, responses: Sequence[Sequence[Sequence
     """
     source: list[int] = []
     target: list[int] = []
-    for last, starts, group in zip(batch.last_prompt.tolist(), batch.response_start, responses, strict=True):
-        for start, response in zip(starts, group, strict=True):
+    for predictor, starts, group in zip(batch.predictor, batch.response_start, responses, strict=True):
+        for last, start, response in zip(predictor, starts, group, strict=True):
             if response:
                 source += [last, *range(start, start + len(response) - 1)]
                 target += response

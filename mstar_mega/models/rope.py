@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mstar_mega.models.attention import AttentionPlan
+from mstar_mega.models.sizes import DynamicNTK, LongRope
 
 
 @dataclass
@@ -31,21 +33,77 @@ class RotatedPlan:
 
 
 class Rope:
-    """Plain RoPE: angle of channel pair j at position p is p * theta^(-2j / head_dim), rotate-half layout."""
+    """RoPE in rotate-half layout: the angle of channel pair j at position p is p * frequency[j].
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    Plainly, frequency[j] is theta^(-2j / head_dim). With a scaling, all positions of a sequence share frequencies that
+    depend on the whole sequence's length: where the length enters another **regime**, earlier positions turn
+    differently too, so nothing computed for a shorter sequence may be shared or cached.
+
+    longrope (Phi-3): frequency[j] / short[j] up to the original context, / long[j] beyond; cos and sin are scaled.
+    dynamic NTK (InternLM2): beyond the limit theta grows with the length. The original keeps the largest base that it
+    ever saw and, with a cache, older keys as they are; here every sequence is what it would be if computed alone.
+    """
+
+    def __init__(self, head_dim: int, theta: float, scaling: LongRope | DynamicNTK | None = None) -> None:
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self.inverse_frequency = theta**-exponent
+        self.scaling = scaling
+        self._theta, self._exponent, self._head_dim = theta, exponent, head_dim
 
-    def angles(self, positions: Tensor) -> Tensor:
-        """int64 [T] -> float32 [T, 1, 1, head_dim], as megatron's ``apply_rotary_pos_emb`` wants them."""
-        frequency = self.inverse_frequency.to(positions.device)
+    @property
+    def regimes(self) -> Callable[[int], int] | None:
+        """Sequence length -> regime (equal ones may share keys and values); None: there is only one."""
+        return None if self.scaling is None else self.regime
+
+    def regime(self, length: int) -> int:
+        """The regime of a sequence of ``length`` tokens."""
+        if isinstance(self.scaling, LongRope):
+            return int(length > self.scaling.original)
+        if isinstance(self.scaling, DynamicNTK):
+            return length if length > self.scaling.limit else 0
+        return 0
+
+    def enters_regime(self, lengths: Tensor) -> Tensor:
+        """bool, like ``lengths``: sequences of this length are in another regime than one token earlier."""
+        if isinstance(self.scaling, LongRope):
+            return lengths == self.scaling.original + 1
+        if isinstance(self.scaling, DynamicNTK):
+            return lengths > self.scaling.limit
+        return torch.zeros_like(lengths, dtype=torch.bool)
+
+    def angles(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """int64 [T] -> float32 [T, 1, 1, head_dim], as megatron's ``apply_rotary_pos_emb`` wants them.
+
+        ``lengths``, int64 [T], is the length of each token's sequence; None: it ends with the token.
+        """
+        if self.scaling is None:
+            frequency = self.inverse_frequency.to(positions.device)
+        else:
+            frequency = self._frequencies(positions + 1 if lengths is None else lengths)
         half = positions.to(torch.float32)[:, None] * frequency
         return torch.cat([half, half], dim=-1)[:, None, None, :]
 
-    def rotating(self, plan: AttentionPlan, positions: Tensor, dtype: torch.dtype) -> RotatedPlan:
+    def rotating(
+        self, plan: AttentionPlan, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+    ) -> RotatedPlan:
         """The plan for queries and keys of ``dtype`` at ``positions``, int64 [T], that are not rotated yet."""
-        angles = self.angles(positions).squeeze(1)
+        angles = self.angles(positions, lengths).squeeze(1)
         sign = torch.ones(angles.size(-1), device=angles.device)
         sign[: sign.numel() // 2] = -1.0
-        return RotatedPlan(plan, angles.cos().to(dtype), (angles.sin() * sign).to(dtype))
+        cos, sin = angles.cos(), angles.sin() * sign
+        if isinstance(self.scaling, LongRope):
+            cos, sin = cos * self.scaling.attention_scale, sin * self.scaling.attention_scale
+        return RotatedPlan(plan, cos.to(dtype), sin.to(dtype))
+
+    def _frequencies(self, lengths: Tensor) -> Tensor:
+        """float32 [T, head_dim / 2] for tokens of sequences of these lengths."""
+        plain = self.inverse_frequency.to(lengths.device)
+        if isinstance(self.scaling, LongRope):
+            short, long = (torch.tensor(x, device=lengths.device) for x in (self.scaling.short, self.scaling.long))
+            return torch.where((lengths > self.scaling.original)[:, None], plain / long, plain / short)
+        assert isinstance(self.scaling, DynamicNTK)
+        factor, limit = self.scaling.factor, self.scaling.limit
+        growth = (factor * lengths.double() / limit - (factor - 1)).clamp_min(1.0)
+        base = self._theta * growth ** (self._head_dim / (self._head_dim - 2))
+        grown = (base[:, None] ** -self._exponent.to(lengths.device).double()).float()
+        return torch.where((lengths > limit)[:, None], grown, plain)

@@ -75,6 +75,12 @@ def is_full(directory: Path, size: int) -> bool:
     return False
 
 
+def sync_tree(directory: Path) -> None:
+    """Bring a directory's files to the disk, so that a rename of it cannot overtake them."""
+    for path in [*directory.rglob("*"), directory]:
+        _sync_directory(path)
+
+
 def _sync_directory(directory: Path) -> None:
     """Make a rename survive a power cut: the directory's own entry has to reach the disk too."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import Task
-from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import Layout
 from mstar_mega.platform.memory import peak_memory_bytes
@@ -31,7 +31,7 @@ class Job:
     config: Config
     dir: Path
     layout: Layout
-    family: InternVL2
+    family: Family
     prompt: Ahead[Prompt]
     """A query as the policy reads it, its images decoded ahead where that was asked for."""
     task: Task

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -118,10 +118,12 @@ def _remove_leftovers(directory: Path) -> None:
             path.unlink()
 
 
-def build_task(config: Config, directory: Path) -> Task:
+def build_task(config: Config, directory: Path, warms_up: bool = True) -> Task:
     """The queries of all sets. Raises ValueError where a set that is needed has none that can be used."""
     task = build(config.data, Path(config.data.dir) if config.data.dir else directory / "data", config.seed)
-    needed = {"warm-up": task.warmup, "labelled": task.labelled, "validation": task.validation, "test": task.test}
+    needed: dict[str, Sequence[object]] = {"labelled": task.labelled, "validation": task.validation, "test": task.test}
+    if warms_up and config.warmup.set is None:
+        needed = {"warm-up": task.warmup, **needed}
     if config.prompts.unlabelled != "none":
         needed["unlabelled"] = task.unlabelled
     for name, queries in needed.items():

@@ -13,6 +13,7 @@ from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.checkpoint import (
     DamagedCheckpointError,
     find_checkpoints,
+    load_checkpoint,
     load_latest,
     prune,
     save_checkpoint,
@@ -101,6 +102,20 @@ def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
     state, common, _ = found
     model.load_state_dict(state["model"])
     return Position(**common["position"])
+
+
+def load_start(job: Job, policy: Trainer | LMM) -> None:
+    """The weights of ``model.checkpoint``, where the settings name one, instead of random ones. Collective."""
+    if job.config.model.checkpoint is None:
+        return
+    path = Path(job.config.model.checkpoint)
+    model = policy.model if isinstance(policy, Trainer) else policy
+    state, _ = load_checkpoint(path, {"model": model.sharded_state_dict()})
+    if isinstance(policy, Trainer):
+        policy.load_weights(state["model"])
+    else:
+        policy.load_state_dict(state["model"])
+    job.say(f"   the first weights are those of {path}")
 
 
 @dataclass(frozen=True)

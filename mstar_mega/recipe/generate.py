@@ -122,9 +122,13 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group
 
 
 def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tensor:
-    """|generated - recomputed| log-prob of every token of a group, float32 [tokens]."""
+    """|generated - recomputed| log-prob of a group's tokens, float32 [tokens].
+
+    Tokens that were drawn before their sequence grew into another rotary regime (``Rope``) are left out: training sees
+    the whole sequence, so that the two rightly differ.
+    """
     tokens = [[response.tokens for response in group.responses]]
-    batch = pack([job.prompt(group.query)], tokens, policy.stream_multiple)
+    batch = pack([job.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes)
     source, target = next_token_targets(batch, tokens)
     with inference(policy):
         hidden = run_packed(policy, batch)
@@ -133,4 +137,10 @@ def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tens
             again = policy.log_probs(hidden[source], target, temperature)
         again = from_last_stage(again)
     generated = torch.tensor([value for response in group.responses for value in response.log_probs])
-    return (again.float() - generated).abs()
+    gaps = (again.float() - generated).abs()
+    regimes = policy.rope.regimes
+    if regimes is None:
+        return gaps
+    start = len(job.family.prompt(group.query).tokens)
+    alike = [regimes(start + t) == regimes(start + len(r)) for r in tokens[0] for t in range(len(r))]
+    return gaps[torch.tensor(alike, dtype=torch.bool)]

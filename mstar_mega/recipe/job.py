@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mstar_mega import kernels
@@ -23,13 +24,14 @@ from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main, run_directory
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
-from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, restore_weights
+from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import resolve_method
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_steps
+from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
 from mstar_mega.report.progress import Progress
@@ -145,6 +147,14 @@ def evaluate(config: Config) -> None:
         job.progress.say(f"validation: Pass@{result.k} {100 * (result.pass_at_k or 0.0):.1f}%")
         if result.reward_pass_at_k is not None:
             job.progress.say(f"validation: Reward-Pass@{result.reward_k} {100 * result.reward_pass_at_k:.1f}%")
+
+
+def warmup_data(config: Config) -> None:
+    """Make a warm-up set from the labelled queries with the weights that a run would start from."""
+    with open_job(config, partial(build_task, warms_up=False)) as job, job.quiet(True):
+        model = build_model(job.config, job.family)
+        load_start(job, model)
+        make_warmup_set(job, model)
 
 
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:

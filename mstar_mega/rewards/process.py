@@ -58,7 +58,7 @@ def _score(prm: LMM, groups: list[Group], prompts: list[Prompt]) -> None:
     tokens = [[response.tokens for response in group.responses] for group in groups]
     ends = [[[step.end for step in response.steps] for response in group.responses] for group in groups]
     steps = [step for group in groups for response in group.responses for step in response.steps]
-    batch = pack(prompts, tokens, prm.stream_multiple)
+    batch = pack(prompts, tokens, prm.stream_multiple, prm.rope.regimes)
     hidden = run_packed(prm, batch)
     scores = torch.empty(len(steps))
     if hidden is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mstar_mega.data.types import Query
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import PackedBatch, Prompt, StepIndex, next_token_targets, pack, step_index
+from mstar_mega.models.packing import PackedBatch, Prompt, Regimes, StepIndex, next_token_targets, pack, step_index
 
 
 @dataclass
@@ -89,7 +89,11 @@ def split_into_steps(
 
 
 def microbatches(
-    groups: Sequence[TrainGroup], prompt_of: Callable[[Query], Prompt], max_tokens: int, multiple: int
+    groups: Sequence[TrainGroup],
+    prompt_of: Callable[[Query], Prompt],
+    max_tokens: int,
+    multiple: int,
+    regimes: Regimes | None = None,
 ) -> list[Microbatch]:
     """Cut one rank's share of a step into packed microbatches of at most ``max_tokens`` tokens (one group at least)."""
     prompts = [prompt_of(group.query) for group in groups]
@@ -104,12 +108,12 @@ def microbatches(
             room = max_tokens
         cuts[-1].append(i)
         room -= sizes[i]
-    return [_microbatch([groups[i] for i in cut], [prompts[i] for i in cut], multiple) for cut in cuts]
+    return [_microbatch([groups[i] for i in cut], [prompts[i] for i in cut], multiple, regimes) for cut in cuts]
 
 
-def _microbatch(groups: list[TrainGroup], prompts: list[Prompt], multiple: int) -> Microbatch:
+def _microbatch(groups: list[TrainGroup], prompts: list[Prompt], multiple: int, regimes: Regimes | None) -> Microbatch:
     responses = [group.responses for group in groups]
-    packed = pack(prompts, responses, multiple)
+    packed = pack(prompts, responses, multiple, regimes)
     if groups[0].step_ends is None:
         return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses)))
     steps = step_index(packed, responses, [group.step_ends or [] for group in groups])

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, Metadata
 from torch.distributed.checkpoint import save as torch_dist_save
 
 from mstar_mega.platform.distributed import broadcast_object
@@ -98,26 +98,42 @@ def save_checkpoint(directory: Path, name: str, sharded_state: dict[str, Any], c
     checkpoint of that name is replaced once the new one is complete.
     Raises :class:`CheckpointWriteError` on every rank when any rank fails, and then removes what was written.
     """
-    final, temporary = directory / name, directory / f".{name}.tmp"
 
-    def on_main(action: Callable[[], None]) -> Callable[[], None]:
-        return action if dist.get_rank() == 0 else lambda: None
+    size = _bytes_of(sharded_state)
+
+    def write(temporary: Path) -> None:
+        plain = _write_shards(temporary, sharded_state)
+        together("write", on_main(lambda: write_plain_state(temporary, plain)))
+
+    try:
+        together("prepare", on_main(lambda: _remove_leftovers(directory)))
+    except FailedTogether as error:
+        raise CheckpointWriteError(f"checkpoint directory {directory} cannot be used ({error})") from error
+    return write_checkpoint(directory / name, write, common, size)
+
+
+def write_checkpoint(final: Path, write: Callable[[Path], None], common: dict[str, Any], size: int = 1) -> Path:
+    """Let ``write`` fill a hidden directory, on every rank; checksum it and make it appear as ``final``. Collective.
+
+    ``size``: about the bytes of this rank's largest file, to tell a full disk from other failures. ``write`` fails
+    through :func:`together`. For the rest see :func:`save_checkpoint`.
+    """
+    directory, name = final.parent, final.name
+    temporary = directory / f".{name}.tmp"
 
     def make_room() -> None:
-        _remove_leftovers(directory)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     digests: dict[str, list[Any]] = {}
-    needed = _bytes_of(sharded_state)
     try:
-        _together("prepare", on_main(make_room))
-        plain = _write_shards(temporary, sharded_state)
-        _together("write", on_main(lambda: _write_common(temporary, plain)))
+        together("prepare", on_main(make_room))
+        write(temporary)
         digests.update(_digest_files(temporary, broadcast_object(_files_in(temporary))))
-        _together("finish", on_main(lambda: _finish(temporary, final, digests, common)))
-    except _FailedTogether as error:
-        # torch's writer hides that the disk is full: a file as large as this rank's shard tells.
-        probes = _together("probe", lambda: is_full(directory, needed))
+        together("finish", on_main(lambda: _finish(temporary, final, digests, common)))
+    except FailedTogether as error:
+        # torch's writer hides that the disk is full: a file as large as this rank's part tells.
+        probes = together("probe", lambda: is_full(directory, size))
         full = ", ".join(f"rank {rank}" for rank, is_so in enumerate(probes) if is_so)
         cause = f"the disk is full for {full} ({free_bytes(directory):,} bytes are free)" if full else str(error)
         if dist.get_rank() == 0:
@@ -210,12 +226,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises :class:`DamagedCheckpointError` on every rank.
     """
-    manifest, problem = broadcast_object(_read_manifest(path) if dist.get_rank() == 0 else ({}, ""))
+    manifest, problem = broadcast_object(read_manifest(path) if dist.get_rank() == 0 else ({}, ""))
     if not problem:
         try:
             found = _digest_files(path, sorted(manifest["files"]))
             problem = _first_difference(path, manifest["files"], found)
-        except _FailedTogether as error:
+        except FailedTogether as error:
             problem = str(error)
     if not problem:
         problem = broadcast_object(_index_problem(path) if dist.get_rank() == 0 else "")
@@ -225,11 +241,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return common
 
 
-class _FailedTogether(Exception):
+class FailedTogether(Exception):
     """Some rank failed; all ranks raise this with the same text."""
 
 
-def _together(what: str, action: Callable[[], Any]) -> list[Any]:
+def together(what: str, action: Callable[[], Any]) -> list[Any]:
     """Run ``action`` on every rank and gather the results; when any rank raised, all raise. Collective."""
     result, failure, cause = None, "", None
     try:
@@ -242,8 +258,13 @@ def _together(what: str, action: Callable[[], Any]) -> list[Any]:
         dist.all_gather_object(outcomes, (result, failure))
     failures = [f"rank {rank}, {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
-        raise _FailedTogether("; ".join(failures)) from cause
+        raise FailedTogether("; ".join(failures)) from cause
     return [result for result, _ in outcomes]
+
+
+def on_main(action: Callable[[], None]) -> Callable[[], None]:
+    """``action`` on global rank 0, nothing elsewhere."""
+    return action if dist.get_rank() == 0 else lambda: None
 
 
 def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +286,7 @@ def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, A
         shards.update(megatron_format.mcore_to_pyt_state_dict(by_key))
         plain.update(rest)
 
-    _together("prepare", translate)
+    together("prepare", translate)
     planner = megatron_format.MCoreSavePlanner(flatten_state_dict=False)
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
@@ -273,11 +294,12 @@ def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, A
         torch_dist_save(shards, storage_writer=writer, planner=planner)
     except CheckpointException as error:
         reasons = [f"rank {rank}, write: {failure[0]}" for rank, failure in sorted(error.failures.items())]
-        raise _FailedTogether("; ".join(reasons)) from error
+        raise FailedTogether("; ".join(reasons)) from error
     return plain
 
 
-def _write_common(directory: Path, plain: dict[str, Any]) -> None:
+def write_plain_state(directory: Path, plain: dict[str, Any]) -> None:
+    """The files that megatron keeps beside the shards: the unsharded rest of the state, and the format's name."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
@@ -326,7 +348,7 @@ def _digest_files(directory: Path, names: list[str]) -> dict[str, list[Any]]:
         return found
 
     merged: dict[str, list[Any]] = {}
-    for part in _together("read", mine):
+    for part in together("read", mine):
         merged.update(part)
     return dict(sorted(merged.items()))
 
@@ -335,7 +357,7 @@ def _canonical_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The manifest and, where it cannot be believed, why not."""
     file = path / MANIFEST
     try:
@@ -372,14 +394,23 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint index has no use for")
 
 
-def _index_problem(path: Path) -> str:
-    """Why torch must not unpickle this checkpoint's index; empty when it holds plain index data only."""
+def read_index(path: Path) -> Metadata:
+    """torch's index of a checkpoint, read without running what it names. Raises :class:`DamagedCheckpointError`."""
     file = path / ".metadata"
     try:
         with open(file, "rb") as stream:
-            _IndexUnpickler(stream).load()
+            index: Metadata = _IndexUnpickler(stream).load()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        return f"{file} is refused: {error}"
+        raise DamagedCheckpointError(f"{file} is refused: {error}") from error
+    return index
+
+
+def _index_problem(path: Path) -> str:
+    """Why torch must not unpickle this checkpoint's index; empty when it holds plain index data only."""
+    try:
+        read_index(path)
+    except DamagedCheckpointError as error:
+        return str(error)
     return ""
 
 

@@ -120,7 +120,10 @@ class Trainer:
         Raises NonFiniteLossError, before any weight changes, when loss or gradient norm is not finite.
         """
         mine = self.share(groups) or [_without_loss(groups[0])]
-        batches = microbatches(mine, self.prompt_of, self.config.microbatch_tokens, self.model.stream_multiple)
+        model = self.model
+        batches = microbatches(
+            mine, self.prompt_of, self.config.microbatch_tokens, model.stream_multiple, model.rope.regimes
+        )
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(

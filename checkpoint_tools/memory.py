@@ -1,0 +1,193 @@
+"""How many bytes each rank of a layout needs, part by part.
+
+Weights, gradients and optimizer state are counted tensor by tensor from the weight map; tests compare them with what
+training allocates. Activations and cache are estimates: upper bounds from the sizes of the tensors that each layer
+keeps, for the largest micro-batch and for slots that are all full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from math import ceil, prod
+
+from mstar_mega.checkpoint_tools.maps import ModelMap
+from mstar_mega.checkpoint_tools.megatron_files import stage_of
+from mstar_mega.config import Config
+from mstar_mega.models.mapping import score_heads
+from mstar_mega.models.sizes import LanguageSize, VisionSize
+from mstar_mega.recipe.job import needs_prm
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+GRADIENT_BYTES = 4
+"""Gradients are accumulated in float32 whatever the weights are."""
+TEXT_TOKENS = 256
+"""Question and template of a prompt, besides its image."""
+MOST_CROPS = 16
+"""HD crops of a picture at the original's recommended setting for single images."""
+SOURCE_AND_SLICES = 10
+MOST_TILES = 13
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank of one pipeline stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    prm: int
+    """Weights of the process reward model, which scores while the policy trains."""
+    prm_training: int
+    """Gradients and optimizer state of the PRM while it is trained, beside the policy and its optimizer."""
+    activations: int
+    """Of one training step."""
+    cache: int
+    """Keys and values of the responses in flight and their prompts."""
+    prefill: int
+    """Activations of the prompts that enter at once."""
+
+    @property
+    def total(self) -> int:
+        """Stages take turns: PRM training, the policy's training and generation; the largest counts."""
+        kept = self.weights + self.gradients + self.optimizer + self.prm
+        return kept + max(self.prm_training + self.activations, self.cache + self.prefill)
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of each part, and the total."""
+        for each in fields(self):
+            yield each.name, getattr(self, each.name)
+        yield "total", self.total
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to cut one model copy, and the size of a micro-batch."""
+
+    tensor: int
+    pipeline: int
+    microbatch_tokens: int
+
+
+def is_possible(model: ModelMap, tensor: int, pipeline: int) -> bool:
+    """Whether heads, channels and layers can be cut so."""
+    v, t = model.vision, model.language
+    cut = [t.heads, t.kv_heads, t.ffn, v.heads, v.ffn, *([v.connector_heads] if v.connector_heads else [])]
+    return t.layers % pipeline == 0 and not any(number % tensor for number in cut)
+
+
+def rank_memory(model: ModelMap, config: Config, layout: Layout) -> list[RankMemory]:
+    """What a rank of each pipeline stage needs under these settings. All tensor ranks of a stage need the same."""
+    width = DTYPE_BYTES[config.model.precision]
+    cut = (layout.tensor, layout.pipeline)
+    counts = parameter_counts(model, *cut)
+    scoring = parameter_counts(_prm(model, config), *cut, freeze_vision=config.prm.freeze_vision)
+    if not needs_prm(config):
+        scoring = [(0, 0)] * layout.pipeline
+    moments = 8 if width == 4 else 12  # two moments; below float32 also the weights' own float32 copy
+    result = []
+    for stage, ((trained, frozen), (prm_trained, prm_frozen)) in enumerate(zip(counts, scoring, strict=True)):
+        result.append(
+            RankMemory(
+                weights=(trained + frozen) * width,
+                gradients=trained * GRADIENT_BYTES,
+                optimizer=trained * moments,
+                prm=(prm_trained + prm_frozen) * width,
+                prm_training=prm_trained * (GRADIENT_BYTES + moments),
+                activations=_activations(model, config, layout, stage, width),
+                cache=_cache(model, config, layout, width),
+                prefill=_prefill(model, config, layout, stage, width),
+            )
+        )
+    return result
+
+
+def _prm(model: ModelMap, config: Config) -> ModelMap:
+    """The process reward model of this policy."""
+    head = config.prm.head
+    trunk = [m for m in model.mappings if head == "likelihood" or not m.name.startswith("language.output_layer.")]
+    return replace(model, head=head, mappings=trunk + score_heads(model.language.hidden, head))
+
+
+def parameter_counts(model: ModelMap, tensor: int, pipeline: int, freeze_vision: bool = False) -> list[tuple[int, int]]:
+    """(trained, frozen) values on one rank of each stage."""
+    counts = [[0, 0] for _ in range(pipeline)]
+    for mapping in model.mappings:
+        share = prod(mapping.shape) // (1 if mapping.layout == "replicated" else tensor)
+        stage = stage_of(mapping.name, model.layers, pipeline)
+        is_frozen = freeze_vision and mapping.name.startswith(("vision.", "connector."))
+        counts[stage][is_frozen or _is_frozen(mapping.name, model.vision)] += share
+    return [(trained, frozen) for trained, frozen in counts]
+
+
+def _is_frozen(name: str, vision: VisionSize) -> bool:
+    """Kept for the way back, used by nothing."""
+    unused = range(vision.layers - vision.unused_layers, vision.layers)
+    kept_norm = vision.post_norm == "kept" and name.startswith("vision.post_norm.")
+    return kept_norm or any(name.startswith(f"vision.blocks.{layer}.") for layer in unused)
+
+
+def most_image_tokens(vision: VisionSize) -> int:
+    """Tokens of the largest picture at the originals' settings."""
+    per_tile = (vision.grid // 2) ** 2
+    if vision.connector == "resampler":
+        return SOURCE_AND_SLICES * vision.queries
+    if vision.connector == "hd_transform":
+        side = vision.grid // 2
+        return (MOST_CROPS + 1) * per_tile + 1 + (int(MOST_CROPS**0.5) + 1) * side
+    return MOST_TILES * per_tile
+
+
+def _language_layer(t: LanguageSize, tensor: int, sequence: bool) -> float:
+    """Values that one layer keeps for its backward pass, per token."""
+    whole = 4 * t.hidden / (tensor if sequence else 1)  # two norms' inputs and outputs
+    attention = (2 * t.heads + 2 * t.kv_heads) * t.head_dim / tensor  # q, k, v and what attention gives
+    return whole + attention + 4 * t.ffn / tensor  # gate, up, silu, product
+
+
+def _vision_values(v: VisionSize, tensor: int) -> float:
+    """Values that the tower keeps for its backward pass, per patch."""
+    layer = 4 * v.hidden + (4 * v.hidden + 2 * v.ffn) / tensor
+    return (v.layers - v.unused_layers) * layer + 3 * v.hidden
+
+
+def _patches(v: VisionSize, tokens: int) -> int:
+    """Patches behind so many image tokens."""
+    if v.connector == "resampler":
+        # A slice has about as many patches as a square of 448 pixels.
+        return ceil(tokens / v.queries) * (448 // v.patch_size) ** 2
+    return tokens * 4
+
+
+def _activations(model: ModelMap, config: Config, layout: Layout, stage: int, width: int) -> int:
+    v, t, tokens = model.vision, model.language, layout.microbatch_tokens
+    layers = t.layers // layout.pipeline
+    one = _language_layer(t, layout.tensor, config.parallel.sequence)
+    in_flight = layout.pipeline - stage
+    if config.model.recompute:
+        values = tokens * (in_flight * layers * t.hidden + one)
+    else:
+        values = in_flight * tokens * layers * one
+    if stage == 0:
+        values += in_flight * _patches(v, tokens) * _vision_values(v, layout.tensor)
+    total = values * width
+    if stage == layout.pipeline - 1:
+        total += tokens * t.padded_vocab / layout.tensor * (width + 4 + 4)  # logits, float32 copy and gradient
+    return int(total)
+
+
+def _cache(model: ModelMap, config: Config, layout: Layout, width: int) -> int:
+    t, g = model.language, config.generation
+    per_token = 2 * t.kv_heads * t.head_dim // layout.tensor * (t.layers // layout.pipeline) * width
+    prompts = ceil(g.slots / config.evolve.responses)
+    tokens = g.slots * g.max_new_tokens + prompts * (most_image_tokens(model.vision) + TEXT_TOKENS)
+    return tokens * per_token
+
+
+def _prefill(model: ModelMap, config: Config, layout: Layout, stage: int, width: int) -> int:
+    """Without gradients one layer's values live at a time."""
+    v, t, tokens = model.vision, model.language, config.generation.prefill_tokens
+    values = tokens * _language_layer(t, layout.tensor, config.parallel.sequence)
+    if stage == 0:
+        values = max(values, _patches(v, tokens) * (4 * v.hidden + (4 * v.hidden + 2 * v.ffn) / layout.tensor))
+    return int(values * width)

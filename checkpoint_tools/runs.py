@@ -1,0 +1,32 @@
+"""Checkpoints inside run directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mstar_mega import settings
+from mstar_mega.config import Config
+from mstar_mega.training.checkpoint import find_checkpoints
+
+
+def newest_policy(path: Path) -> Path:
+    """A checkpoint directory as it is; of a run directory the newest checkpoint of the policy.
+
+    Raises ValueError where there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such directory; expected a checkpoint or a run directory")
+    if not (path / "checkpoints").is_dir():
+        return path
+    for stage in ("evolve", "warmup"):
+        if found := find_checkpoints(path / "checkpoints" / stage):
+            return found[0]
+    raise ValueError(f"{path} is a run directory without a finished checkpoint of the policy")
+
+
+def run_config(checkpoint: Path) -> Config | None:
+    """Settings of the run directory that a checkpoint lies in; None where it lies in none."""
+    run = checkpoint.absolute().parents[2] if len(checkpoint.absolute().parents) > 2 else checkpoint
+    if checkpoint.absolute().parents[1].name != "checkpoints" or not (run / "config.yaml").is_file():
+        return None
+    return settings.load(run / "config.yaml")

@@ -1,0 +1,66 @@
+"""Which family a model directory holds: from its own files, without running any code that lies in it.
+
+A model directory is one from Hugging Face, or the folder :data:`MODEL_FILES` inside a converted checkpoint, which holds
+the same files without the weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.data.tokenizer import read_json
+from mstar_mega.models.families import FAMILIES
+from mstar_mega.models.families.base import Family
+
+MODEL_FILES = "model"
+"""Folder inside a converted checkpoint."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".gguf", ".onnx")
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The content of config.json. Raises FileNotFoundError or ValueError naming the file."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {directory} is not a model directory")
+    return read_json(path)
+
+
+def family_class(config: dict[str, Any]) -> type[Family]:
+    """The family of a config.json. Raises ValueError for another model type."""
+    for family in FAMILIES.values():
+        if family.model_type == config.get("model_type"):
+            return family
+    known = ", ".join(f"{family.model_type} ({name})" for name, family in FAMILIES.items())
+    raise ValueError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}")
+
+
+def family_from_hf(directory: str | Path, with_tokenizer: bool = True) -> Family:
+    """The family that a model directory holds, at its sizes and with its own tokenizer.
+
+    Raises:
+        FileNotFoundError: config.json or a tokenizer file is missing; it is named.
+        ValueError: another model type or version, or a file that is not what it should be; it is named.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    if "num_crops" not in config and (directory / "preprocessor_config.json").is_file():
+        processor = read_json(directory / "preprocessor_config.json")
+        config |= {key: processor[key] for key in ("num_crops",) if key in processor}
+    family = family_class(config)
+    family.sizes(config)
+    return family.from_config(config, family.load_tokenizer(directory) if with_tokenizer else None)
+
+
+def copy_model_files(directory: str | Path, target: Path) -> list[str]:
+    """Copy everything but weights and their index from one model directory to another; returns the names."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = sorted(
+        path.name
+        for path in Path(directory).iterdir()
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith(".")
+    )
+    for name in names:
+        shutil.copyfile(Path(directory) / name, target / name)
+    return names

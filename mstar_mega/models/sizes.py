@@ -1,0 +1,86 @@
+"""Sizes of a model's parts: all that its modules need to know of a policy family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+"""Exact (erf) GELU, its tanh approximation, or x * sigmoid(1.702 x)."""
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    """Sizes and variants of the vision tower and of the connector behind it."""
+
+    image_size: int
+    """Side of a tile in pixels; for strips, of the picture that the position table was made for."""
+    patch_size: int
+    hidden: int
+    ffn: int
+    layers: int
+    """Layers in the checkpoint, the unused ones included."""
+    heads: int
+    eps: float = 1e-6
+    tower: Literal["tiles", "strips"] = "tiles"
+    """tiles: square pictures with a class token; strips: any number of patches, in one row (NaViT)."""
+    activation: Activation = "gelu"
+    patch_bias: bool = True
+    layer_scale: bool = True
+    pre_norm: bool = False
+    """LayerNorm behind the embeddings."""
+    post_norm: Literal["none", "applied", "kept"] = "none"
+    """LayerNorm behind the last layer; kept: it is in the checkpoint and survives, but nothing uses it."""
+    unused_layers: int = 0
+    """Last layers that are in the checkpoint and survive, but that nothing uses."""
+    connector: Literal["pixel_shuffle", "hd_transform", "resampler"] = "pixel_shuffle"
+    queries: int = 0
+    """Features per slice (resampler)."""
+    connector_heads: int = 0
+    """Attention heads of the resampler."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of ``image_size``."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Two lists of frequency divisors, short up to ``original`` tokens and long beyond (Phi-3)."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    attention_scale: float
+    """Factor on cos and sin, for both lists."""
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """A base that grows with the sequence beyond ``limit`` tokens (InternLM2)."""
+
+    factor: float
+    limit: int
+
+
+@dataclass(frozen=True)
+class LanguageSize:
+    """Sizes of the language model."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+    eps: float = 1e-5
+    init_std: float = 0.02
+    rope_scaling: LongRope | DynamicNTK | None = None
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple of 128, so that the layout does not change a checkpoint's shapes."""
+        return -(-self.vocab // 128) * 128

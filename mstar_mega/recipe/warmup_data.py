@@ -1,0 +1,99 @@
+"""A warm-up set for a policy that answers without reasoning (paper section 3, 'CoT unlocking').
+
+The policy is given question, image and gold answer and asked for the reasoning that leads there; responses whose final
+answer is the gold one are kept, as responses to the plain question. Warm-up trains on them through ``warmup.set``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mstar_mega.data.records import read_groups, write_groups
+from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import barrier
+from mstar_mega.recipe.context import Job
+from mstar_mega.recipe.directory import on_main
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+
+SET_FILE = "warmup_set.jsonl"
+NAME = "warmup_data"
+"""Directory under ``rollouts``."""
+# The paper's own wording is not public.
+INSTRUCTION = (
+    "The correct answer is: {answer}\n"
+    "Work out in detail how one gets there from what can be seen and from the question, without mentioning that the "
+    "answer was given. Write one step after another, with a blank line between two steps. Close with a line "
+    "'# Answer', a blank line, and the answer alone."
+)
+
+
+def with_gold_answer(query: Query) -> Query:
+    """The query that asks for the reasoning behind its own gold answer."""
+    assert query.answer is not None, "only labelled queries can be asked"
+    return replace(query, question=f"{query.question}\n\n{INSTRUCTION.format(answer=query.answer)}")
+
+
+def kept_responses(responses: Sequence[Response], most: int) -> list[Response]:
+    """The first ``most`` distinct responses that arrive at the gold answer in at least one step before it."""
+    chosen: dict[str, Response] = {}
+    for response in responses:
+        if response.correct and not response.truncated and len(response.steps) > 1:
+            chosen.setdefault(response.text, response)
+    return list(chosen.values())[:most]
+
+
+def make_warmup_set(job: Job, policy: LMM) -> Path:
+    """Sample, judge and filter; writes ``warmup_set.jsonl`` in the run directory. Collective.
+
+    Killed, the same command goes on from the blocks that are on disk. Raises ValueError where nothing was kept.
+    """
+    settings = job.config.warmup
+    plain = {query.id: query for query in job.task.labelled[: settings.queries or None]}
+    actors = Actors(job, policy, None)
+    sampling = Sampling(NAME, settings.temperature, settings.responses)
+    asked = [with_gold_answer(query) for query in plain.values()]
+    groups = gather_groups(rollout(job, actors, asked, sampling))
+    kept = [Group(plain[group.query.id], kept_responses(group.responses, settings.keep)) for group in groups]
+    useful = [group for group in kept if group.responses]
+    path = job.dir / SET_FILE
+    drawn = [response for group in groups for response in group.responses]
+    counts = (
+        f"{len(drawn)} responses to {len(groups)} queries: {sum(bool(r.correct) for r in drawn)} with the gold answer, "
+        f"{sum(r.truncated for r in drawn)} cut at the length limit"
+    )
+    if not useful:
+        raise ValueError(
+            f"no warm-up set: {counts}, none of them with reasoning before the answer. Raise warmup.responses or "
+            "generation.max_new_tokens, or start from a policy that follows instructions"
+        )
+
+    def write() -> None:
+        write_groups(path, useful)
+
+    on_main(job.layout.is_main, write)
+    barrier()
+    total = sum(len(group.responses) for group in useful)
+    job.progress.say(f"{counts}\nkept {total} of {len(useful)} queries; {len(groups) - len(useful)} queries have none")
+    job.progress.say(f"warm-up set: {path} (train on it with --warmup.set {path})")
+    return path
+
+
+def read_warmup_set(job: Job, path: str) -> list[Group]:
+    """The groups of a warm-up set. Raises ValueError where it is missing, damaged, or of another tokenizer."""
+    if not Path(path).is_file():
+        raise ValueError(f"warmup.set {path}: there is no such file; make it with `mstar warmup-data`")
+    groups = read_groups(path)
+    for group in groups:
+        for response in group.responses:
+            if (
+                max(response.tokens) >= job.family.language.vocab
+                or job.family.tokenizer.decode(response.tokens) != response.text
+            ):
+                raise ValueError(
+                    f"warmup.set {path}: response {response.index} of query {group.query.id!r} was written with "
+                    "another tokenizer; make the set anew with this model"
+                )
+    return groups

@@ -1,0 +1,146 @@
+"""Predicted bytes against what training allocates, and the layouts that are recommended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from parallel import run_parallel
+from test_conversion import CONFIGS
+
+from mstar_mega import cli
+from mstar_mega.checkpoint_tools.maps import map_of
+from mstar_mega.checkpoint_tools.memory import Layout, is_possible, most_image_tokens, rank_memory
+from mstar_mega.checkpoint_tools.plan import USABLE, bytes_of, choices, recommend
+from mstar_mega.checkpoint_tools.published import PUBLISHED
+from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from mstar_mega.data.types import Query
+from mstar_mega.models.build import build_model
+from mstar_mega.models.families import FAMILIES
+from mstar_mega.models.packing import Prompt
+from mstar_mega.platform import distributed
+from mstar_mega.training.batches import TrainGroup
+from mstar_mega.training.trainer import Trainer
+
+TOTALS = {"internvl2": 2_205_754_368, "phi3_5_vision": 4_146_621_440, "minicpm_v2_5": 8_537_092_336}
+
+
+def allocated(
+    family: str, tensor: int, pipeline: int, precision: Literal["float32", "bfloat16"], is_prm: bool
+) -> tuple[int, dict[str, int]]:
+    """This rank's stage, and the bytes of weights, gradients and optimizer state after a real step."""
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    distributed.initialize(parallel, 0)
+    policy = FAMILIES[family].from_config(CONFIGS[family], None)
+    settings = Config(parallel=parallel, model=ModelConfig(family=family, precision=precision))
+    model = build_model(settings, policy, "linear" if is_prm else "vocabulary")
+    if is_prm and model.pre_process:
+        model.vision.requires_grad_(False)
+        model.connector.requires_grad_(False)
+    prompt = Prompt(list(range(5, 25)), [], None)
+    trainer = Trainer(model, OptimizerConfig(), lambda query: prompt, 10)
+    scores: list[Any] = [[[3]], [[1.0]]] if is_prm else []
+    trainer.step([TrainGroup(Query("q", "?", (), "1"), [[7, 8, 9, 10]], *scores)])
+    (part,) = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    moments = [
+        value
+        for state in part.optimizer.state.values()
+        for name, value in state.items()
+        if torch.is_tensor(value) and name != "step"
+    ]
+    copies = [weight for group in getattr(part, "fp32_from_float16_groups", []) for weight in group]
+    buffers = trainer.wrapped.buffers + trainer.wrapped.expert_parallel_buffers
+    return distributed.layout().pipeline_rank, {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": sum(tensor.nbytes for tensor in moments + copies),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "pipeline", "precision"),
+    [
+        ("internvl2", 1, 1, "float32"),
+        ("internvl2", 2, 1, "bfloat16"),
+        ("phi3_5_vision", 1, 2, "bfloat16"),
+        ("minicpm_v2_5", 2, 1, "float32"),
+    ],
+)
+def test_weights_gradients_and_optimizer_are_what_training_allocates(
+    family: str, tensor: int, pipeline: int, precision: Literal["float32", "bfloat16"]
+) -> None:
+    model = map_of(CONFIGS[family], "vocabulary", Path("config.json"))
+    config = Config(model=ModelConfig(family=family, precision=precision))
+    predicted = rank_memory(model, config, Layout(tensor, pipeline, 128))
+    for is_prm in (False, True):
+        args = (family, tensor, pipeline, precision, is_prm)
+        for stage, found in run_parallel(tensor * pipeline, "test_plan:allocated", *args):
+            expected = predicted[stage]
+            if is_prm:
+                assert found["weights"] == expected.prm
+                assert found["gradients"] + found["optimizer"] == expected.prm_training
+            else:
+                assert found == {name: getattr(expected, name) for name in found}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_sizes(family: str) -> None:
+    model = map_of(PUBLISHED[family], "vocabulary", Path("config.json"))
+    values = sum(torch.Size(source.shape).numel() for mapping in model.mappings for source in mapping.sources)
+    assert values == TOTALS[family]
+    assert most_image_tokens(model.vision) == {"internvl2": 3328, "phi3_5_vision": 2509, "minicpm_v2_5": 960}[family]
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> None:
+    model = map_of(PUBLISHED[family], "vocabulary", Path("config.json"))
+    config = Config(model=ModelConfig(family=family, precision="bfloat16", recompute=True))
+    wanted = config.evolve.optimizer.microbatch_tokens
+    for memory in (80 * 10**9, 40 * 10**9):
+        best = recommend(model, config, 8, memory)
+        fitting = [choice for choice in choices(model, config, 8, wanted) if choice.largest.total <= memory * USABLE]
+        assert (best is None) == (not fitting) or best.layout.microbatch_tokens < wanted  # type: ignore[union-attr]
+        if best is not None:
+            layout = best.layout
+            assert layout.tensor * layout.pipeline * best.data == 8 and is_possible(
+                model, layout.tensor, layout.pipeline
+            )
+            assert best.largest.total <= memory * USABLE
+            assert all(choice.data <= best.data for choice in fitting)
+    assert recommend(model, config, 8, 10**9) is None
+
+
+def test_cutting_more_needs_less() -> None:
+    model = map_of(PUBLISHED["minicpm_v2_5"], "vocabulary", Path("config.json"))
+    config = Config(model=ModelConfig(family="minicpm_v2_5", precision="bfloat16"))
+
+    def largest(tensor: int, pipeline: int, tokens: int = 4096) -> int:
+        return max(stage.total for stage in rank_memory(model, config, Layout(tensor, pipeline, tokens)))
+
+    assert largest(1, 1) > largest(2, 1) > largest(4, 1) > largest(8, 1)
+    assert largest(2, 1) > largest(2, 2) and largest(2, 2) < largest(2, 2, 8192)
+    assert not is_possible(model, 3, 1) and not is_possible(model, 1, 5) and is_possible(model, 8, 4)
+
+
+def test_amounts_of_memory() -> None:
+    assert [bytes_of(text) for text in ("80GB", "80 gib", "1.5MB", "7")] == [80 * 10**9, 80 * 2**30, 1_500_000, 7]
+    for text in ("80 apples", "", "0GB", "-3GB"):
+        with pytest.raises(ValueError, match="is not an amount of memory"):
+            bytes_of(text)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"model": {"family": "internvl2", "checkpoint": str(tmp_path / "later"), "precision": "bfloat16"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    args = ["plan", "--config", str(tmp_path / "run.yaml"), "--gpus", "8", "--memory", "80GB"]
+    assert cli.main(args) == 0
+    shown = capsys.readouterr().out
+    assert f"{TOTALS['internvl2']:,} parameters in bfloat16" in shown and "Recommended: tensor" in shown
+    for part in ("weights", "gradients", "optimizer", "activations", "cache", "total"):
+        assert part in shown
+    (tmp_path / "run.yaml").write_text("model: {family: internvl2}")
+    assert cli.main(args) == cli.USER_ERROR
+    assert "set model.checkpoint" in capsys.readouterr().err
