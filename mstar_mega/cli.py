@@ -194,7 +194,10 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
-    "evaluate": ("Measure a policy: RUN_DIR on its test queries, or --checkpoint DIR on a benchmark.", _evaluate),
+    "evaluate": (
+        "Measure a policy on its test queries, or (--checkpoint DIR --help tells how) on a benchmark.",
+        _evaluate,
+    ),
     "score": ("Score a file of predictions on a benchmark by its rules.", _score),
     "generate": ("Sample responses to a question of your own from the policy of a run directory.", _generate),
     "data": (
