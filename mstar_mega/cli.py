@@ -228,7 +228,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "annotate": ("The job until the Monte-Carlo step labels are there.", _job("annotate")),
     "train-prm": ("The job until the process reward model is trained.", _job("prm")),
     "evaluate": (
-        "Measure a policy: RUN_DIR on its validation and test queries, or --checkpoint DIR on a benchmark.",
+        "Measure a policy on its validation and test queries, or (--checkpoint DIR --help tells how) on a benchmark.",
         _evaluate,
     ),
     "score": ("Score a file of predictions on a benchmark by its rules.", _score),

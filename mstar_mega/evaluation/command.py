@@ -52,7 +52,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             choices = typing.get_args(hints[field.name])
             parser.add_argument(option, dest=f"set_{field.name}", choices=choices, default=default, help=text)
         else:
-            parser.add_argument(option, dest=f"set_{field.name}", type=type(default), default=default, help=text)
+            kind = type(default)
+            parser.add_argument(option, dest=f"set_{field.name}", type=kind, metavar="N", default=default, help=text)
 
 
 def settings_of(options: argparse.Namespace) -> BenchmarkConfig:
