@@ -435,14 +435,16 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
     def die(*_: Any) -> None:
         raise Killed
 
-    for place, name in ((convert.MegatronWriter, "close"), (convert, "write_index"), (convert, "write_plain_state")):
+    there: list[tuple[Any, str]] = [(convert.MegatronWriter, "close"), (convert, "write_index")]
+    for place, name in [*there, (convert, "write_plain_state")]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, name, die)
             hf_to_megatron(tmp_path / "hf", tmp_path / "again")
         assert not (tmp_path / "again").exists()
-    for where, name in ((hf_files.HFWriter, "flush"), (convert, "finish_shards"), (convert, "copy_model_files")):
+    back: list[tuple[Any, str]] = [(hf_files.HFWriter, "flush"), (convert, "finish_shards")]
+    for place, name in [*back, (convert, "copy_model_files")]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(where, name, die)
+            patch.setattr(place, name, die)
             megatron_to_hf(tmp_path / "there", tmp_path / "back")
         assert not (tmp_path / "back").exists()
     megatron_to_hf(tmp_path / "there", tmp_path / "back")

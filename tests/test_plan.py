@@ -11,10 +11,10 @@ import torch
 from parallel import run_parallel
 from test_conversion import CONFIGS
 
-from mstar_mega import cli
+from mstar_mega import cli, settings
 from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.memory import Layout, is_possible, most_image_tokens, rank_memory
-from mstar_mega.checkpoint_tools.plan import USABLE, bytes_of, choices, recommend
+from mstar_mega.checkpoint_tools.plan import USABLE, bytes_of, choices, model_of, recommend
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
@@ -25,6 +25,7 @@ from mstar_mega.platform import distributed
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.trainer import Trainer
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "configs"
 TOTALS = {"internvl2": 2_205_754_368, "phi3_5_vision": 4_146_621_440, "minicpm_v2_5": 8_537_092_336}
 
 
@@ -35,8 +36,8 @@ def allocated(
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     distributed.initialize(parallel, 0)
     policy = FAMILIES[family].from_config(CONFIGS[family], None)
-    settings = Config(parallel=parallel, model=ModelConfig(family=family, precision=precision))
-    model = build_model(settings, policy, "linear" if is_prm else "vocabulary")
+    config = Config(parallel=parallel, model=ModelConfig(family=family, precision=precision))
+    model = build_model(config, policy, "linear" if is_prm else "vocabulary")
     if is_prm and model.pre_process:
         model.vision.requires_grad_(False)
         model.connector.requires_grad_(False)
@@ -113,6 +114,16 @@ def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> No
     assert recommend(model, config, 8, 10**9) is None
 
 
+@pytest.mark.parametrize("name", ["internvl2_2b", "phi3_5_vision", "minicpm_v2_5"])
+def test_example_configs_fit_on_eight_gpus_of_80_gb(name: str) -> None:
+    config = settings.parse(["--config", str(EXAMPLES / f"{name}.yaml")])
+    model, _ = model_of(config)
+    cut = (config.parallel.tensor, config.parallel.pipeline)
+    tokens = config.evolve.optimizer.microbatch_tokens
+    (own,) = [c for c in choices(model, config, 8, tokens) if (c.layout.tensor, c.layout.pipeline) == cut]
+    assert own.largest.total <= 80 * 10**9 * USABLE
+
+
 def test_cutting_more_needs_less() -> None:
     model = map_of(PUBLISHED["minicpm_v2_5"], "vocabulary", Path("config.json"))
     config = Config(model=ModelConfig(family="minicpm_v2_5", precision="bfloat16"))
@@ -133,8 +144,8 @@ def test_amounts_of_memory() -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"model": {"family": "internvl2", "checkpoint": str(tmp_path / "later"), "precision": "bfloat16"}}
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    model = {"family": "internvl2", "checkpoint": str(tmp_path / "later"), "precision": "bfloat16"}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": model}))
     args = ["plan", "--config", str(tmp_path / "run.yaml"), "--gpus", "8", "--memory", "80GB"]
     assert cli.main(args) == 0
     shown = capsys.readouterr().out
