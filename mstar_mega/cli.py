@@ -104,7 +104,9 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
         epilog="The settings are those of the run; --NAME VALUE changes one ('mstar evolve --help' lists them).",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="a run directory")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="a run directory, or a converted checkpoint"
+    )
     command.add_benchmark(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where results are written, and resumed")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
@@ -113,10 +115,11 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit is {options.limit}: it must be at least 1")
     chosen = command.settings_of(options)
-    config = settings.parse(overrides, prog=parser.prog, base=settings.load(options.checkpoint))
-    settings.validate(config)
     from mstar_mega.recipe import benchmark
 
+    base = benchmark.settings_of(options.checkpoint)
+    config = settings.parse(overrides, prog=parser.prog, base=base)
+    settings.validate(config)
     request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
     benchmark.evaluate(config, request)
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from jobs import Job
 from PIL import Image
+from tiny_families import make_model_directory
 
+from mstar_mega import cli
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.evaluation.benchmarks import find, load_problems
@@ -98,6 +100,21 @@ def test_a_killed_evaluation_goes_on_and_every_layout_draws_the_same(policy: Pat
     shown = json.loads(found[1])
     assert len(shown["questions"]) == 8 and len(shown["images"]) == 4
     assert shown["questions"][0]["responses"][0]["text"] == rows[0]["response"]
+
+
+def test_a_converted_checkpoint_is_evaluated(tmp_path: Path) -> None:
+    hf = make_model_directory("minicpm_v2_5", tmp_path / "hf")
+    cli.main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "checkpoint")])
+    data = tmp_path / "mmbench.tsv"
+    write_mmbench(data, 2)
+    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--benchmark", "mmbench", "--data", str(data)]
+    for place, ranks, extra in (("one", 1, []), ("two", 2, ["--parallel.tensor", "2"])):
+        out = ["--out", str(tmp_path / place), "--generation.max_new_tokens", "6", *extra]
+        job = Job(tmp_path / place, ranks, *arguments, *out, command="evaluate")
+        assert job.wait() == 0, job.output
+    assert len(predictions(tmp_path / "one")) == 4 and predictions(tmp_path / "one") == predictions(tmp_path / "two")
+    job = Job(tmp_path, 1, *arguments[:1], str(hf), *arguments[2:], "--out", str(tmp_path / "no"), command="evaluate")
+    assert job.wait() == 2 and "neither a run directory" in job.output
 
 
 def test_missing_images_are_refused_and_counted_when_allowed(policy: Path, tmp_path: Path) -> None:

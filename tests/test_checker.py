@@ -127,7 +127,7 @@ def test_worker_sees_no_torch_and_nothing_of_the_process_group(monkeypatch: pyte
             assert "libtorch" not in file.read()
         assert not names & {b"MASTER_ADDR", b"RANK", b"WORLD_SIZE", b"LOCAL_RANK"}
     assert worker.poll() is not None
-    code = "import sys, mstar_mega.rewards.checker, mstar_mega.evaluation.passk; sys.exit('torch' in sys.modules)"
+    code = "import sys, mstar_mega.rewards.checker, mstar_mega.evaluation.command; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) 
         if number % tensor:
             raise ValueError(
                 f"parallel.tensor {tensor} does not divide the model's {number} {what} "
-                f"({config.model.family}, {config.model.size}); use a divisor of {number}"
+                f"({config.model.family}, {config.model.size}); use a divisor of {math.gcd(*cut.values())}"
             )
     if language.layers % pipeline:
         raise ValueError(

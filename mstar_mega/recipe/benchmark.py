@@ -13,24 +13,28 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.config import BenchmarkConfig, Config
+from mstar_mega.config import BenchmarkConfig, Config, ModelConfig
 from mstar_mega.data.types import Group, Query, Response, Task
 from mstar_mega.evaluation.asking import Asked, ask
 from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
 from mstar_mega.evaluation.passk import pass_at_k, sample_accuracy
 from mstar_mega.evaluation.problem import Problem, Rules
 from mstar_mega.evaluation.scoring import Prediction, Predictions, Scores, read, score, tally
+from mstar_mega.models.build import build_model
+from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.recipe.context import Job
-from mstar_mega.recipe.directory import on_main
+from mstar_mega.recipe.directory import CONFIG_FILE, on_main
+from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.job import newest_policy, open_job
 from mstar_mega.recipe.prm import load_prm
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, in_blocks, sample_groups, sampling_limits
 from mstar_mega.report.benchmark_page import write_page
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner
+from mstar_mega.settings import load
 
 PREDICTIONS, SCORES, PAGE = "predictions.jsonl", "scores.json", "index.html"
 
@@ -40,7 +44,7 @@ class Request:
     """What is evaluated on what."""
 
     checkpoint: Path
-    """A run directory."""
+    """A run directory, or a converted checkpoint."""
     benchmark: str
     data: Path
     out: Path
@@ -50,7 +54,9 @@ class Request:
 
 
 def evaluate(config: Config, request: Request) -> None:
-    """Draw the responses that are missing, and write predictions, scores and the page. ``config`` is the run's.
+    """Draw the responses that are missing, and write predictions, scores and the page.
+
+    ``config`` comes from :func:`settings_of` the checkpoint.
 
     Raises ValueError for what the user can mend.
     """
@@ -73,8 +79,25 @@ def evaluate(config: Config, request: Request) -> None:
         barrier()
 
 
+def settings_of(checkpoint: Path) -> Config:
+    """A run's settings, or the defaults with a converted checkpoint's family. Raises ValueError where it is neither."""
+    if (checkpoint / MODEL_FILES).is_dir():
+        family = family_from_hf(checkpoint / MODEL_FILES, with_tokenizer=False)
+        return Config(model=ModelConfig(family=family.name, checkpoint=str(checkpoint)))
+    if not (checkpoint / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{checkpoint} is neither a run directory (it has no {CONFIG_FILE}) nor a checkpoint that `mstar convert "
+            f"hf-to-megatron` made (it has no folder {MODEL_FILES})"
+        )
+    return load(checkpoint)
+
+
 def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, LMM | None]:
-    """The newest policy of a run directory, and its PRM where it has a finished one."""
+    """The newest policy of a run directory, and its PRM where it has a finished one; or a converted checkpoint."""
+    if (checkpoint / MODEL_FILES).is_dir():
+        model = build_model(job.config, job.family)
+        load_start(job, model)
+        return model, None
     run = replace(job, dir=checkpoint)
     policy, _ = newest_policy(run)
     return policy, load_prm(run, policy)
