@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce, get_world_size
+from torch.distributed import ProcessGroup, get_world_size
 
 from mstar_mega.kernels import linear_stats
 from mstar_mega.kernels.dispatch import chunk_bytes, is_on, uses_triton
@@ -35,6 +35,7 @@ from mstar_mega.kernels.row_stats import (
     stats_reference,
     stats_triton,
 )
+from mstar_mega.kernels.sum_gradient import SumGradient
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def linear_logprob(
     _check(hidden, weight, bias, target, temperature)
     valid = local_valid(weight.size(0), valid_vocab, vocab_start)
     if reduce_hidden_grad and group is not None and get_world_size(group) > 1:
-        hidden = _SumGradient.apply(hidden, group)
+        hidden = SumGradient.apply(hidden, group)
     if not is_on("linear_logprob"):
         logits = torch.nn.functional.linear(hidden, weight, bias)
         return vocab_parallel_logprob(
@@ -313,7 +314,7 @@ def linear_cross_entropy(
         return -torch.where(coefficient != 0, log_prob * coefficient, 0.0).sum()
     valid = local_valid(weight.size(0), valid_vocab, vocab_start)
     if reduce_hidden_grad and group is not None and get_world_size(group) > 1:
-        hidden = _SumGradient.apply(hidden, group)
+        hidden = SumGradient.apply(hidden, group)
     triton = uses_triton("linear_cross_entropy", hidden)
     head = _Head.of(weight, bias, temperature, valid, group, triton)
     column = torch.where(counted, target - vocab_start, -1)
@@ -328,21 +329,6 @@ def linear_logprob_reference(
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
-
-
-class _SumGradient(torch.autograd.Function):
-    """Identity; the gradient is summed over the group, whose ranks hold parts of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce, get_world_size
+from torch.distributed import ProcessGroup, get_world_size
 
 from mstar_mega.kernels.dispatch import uses_triton
 from mstar_mega.kernels.language import INTERPRETED, jit, narrow, next_power_of_2, tl
+from mstar_mega.kernels.sum_gradient import SumGradient
 
 _PROGRAMS = 264
 """Two for each multiprocessor of an H100."""
@@ -120,21 +121,6 @@ class _Norm(torch.autograd.Function):
         return dx.view(grad_outputs[0].shape), sums[0].to(weight.dtype), dbias, None
 
 
-class _SumOverSequence(torch.autograd.Function):
-    """Identity; the gradient of a parameter that ranks share is summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, sequence_group: ProcessGroup | None = None) -> Tensor:
     """float [..., H] -> the same shape and dtype; computed in float32.
 
@@ -161,4 +147,4 @@ def layer_norm(
 def _shared(parameter: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None or get_world_size(group) == 1:
         return parameter
-    return _SumOverSequence.apply(parameter, group)
+    return SumGradient.apply(parameter, group)

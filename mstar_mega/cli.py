@@ -63,10 +63,7 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
     """A command that runs the job up to and including the stage ``until`` (None: all of it)."""
 
     def command(name: str, rest: list[str]) -> None:
-        from mstar_mega import settings
-
-        config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
-        settings.validate(config)
+        config = _config_of_job(name, rest)
         from mstar_mega.recipe import job
 
         job.run(config, until)
@@ -75,10 +72,7 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
 
 
 def _warmup_data(name: str, rest: list[str]) -> None:
-    from mstar_mega import settings
-
-    config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
-    settings.validate(config)
+    config = _config_of_job(name, rest)
     from mstar_mega.recipe import job
 
     job.warmup_data(config)
@@ -267,6 +261,15 @@ def _run_directory_parser(name: str, options: str = "") -> _Parser:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run (its run.dir)")
     return parser
+
+
+def _config_of_job(name: str, rest: list[str]) -> Config:
+    """The checked settings of a command whose arguments are nothing else."""
+    from mstar_mega import settings
+
+    config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
+    settings.validate(config)
+    return config
 
 
 def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace, Config]:

@@ -78,9 +78,11 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 
 def run_stages(job: Job, reached: int, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
-    policy = _policy(job)
+    planned = len(warmup_steps(job))
     if until is None:
-        _check_budget(job)
+        _check_budget(job.config.evolve.max_steps, planned)
+    model = build_model(job.config, job.family)
+    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, planned)
     with job.quiet(reached > 0):
         steps = warmup(job, policy).total_steps
     if until == "warmup":
@@ -101,9 +103,8 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
         evolve(job, policy, prm, steps)
 
 
-def _check_budget(job: Job) -> None:
-    """Raise ValueError where the warm-up alone would use up the step budget."""
-    budget, steps = job.config.evolve.max_steps, len(warmup_steps(job))
+def _check_budget(budget: int, steps: int) -> None:
+    """Raise ValueError where the warm-up's steps alone would use up the step budget."""
     if 0 < budget <= steps:
         raise ValueError(
             f"evolve.max_steps {budget} includes the warm-up's {steps} steps, so nothing is left to evolve with; use "
@@ -210,7 +211,8 @@ def _log_start(job: Job) -> None:
     """The first event of a run and of each start in another layout, and an event for every query that is left out."""
     place = job.layout
     parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
-    logged = comparable(read_metrics(job.dir / METRICS_FILE)) if place.is_main else []
+    before = read_metrics(job.dir / METRICS_FILE) if place.is_main else []
+    logged = comparable(event for event in before if event["event"] in ("run", "skipped"))
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
@@ -221,11 +223,6 @@ def _log_start(job: Job) -> None:
     if events:
         shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.task.skipped[:3])
         job.warn(f"{len(events)} queries are left out: {shown}{' ...' if len(events) > 3 else ''}")
-
-
-def _policy(job: Job) -> Trainer:
-    model = build_model(job.config, job.family)
-    return Trainer(model, job.config.warmup.optimizer, job.prompt, len(warmup_steps(job)))
 
 
 def newest_policy(job: Job) -> tuple[LMM, Position]:
