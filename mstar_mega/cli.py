@@ -22,7 +22,11 @@ USER_ERROR = 2
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
-_USER_OS_ERRORS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+_USER_OS_ERRORS = (
+    *DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""A path that the user gave leads nowhere, or may not be used."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -149,6 +149,10 @@ def _gold(text: str, choices: tuple[str, ...]) -> str:
     named = _CHOICE.match(answer)
     letter = answer if answer in valid else (named[1] or named[2]) if named else ""
     if letter in valid:
+        text = answer[named.end() :].strip().casefold() if named else ""
+        others = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == text]
+        if others and letter not in others:
+            raise RowProblem("answer", f"{answer[:40]!r} names {letter}, but its text is that of {others[0]}")
         return letter
     same = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == answer.casefold()]
     if len(same) == 1:

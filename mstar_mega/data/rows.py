@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +16,10 @@ MAX_ROW_BYTES = 1 << 24
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class DuplicateKeyError(ValueError):
+    """An object of JSON has a key twice, so nobody knows which value is meant."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,15 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from _line_rows(file)
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook``. Raises DuplicateKeyError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, many in Counter(key for key, _ in pairs).items() if many > 1)
+        raise DuplicateKeyError(f"the key {twice[:40]!r} stands twice in one object of it: which one is meant?")
+    return found
+
+
 def read_row(file: BinaryIO, offset: int, length: int) -> Any:
     """The value of a row that :func:`read_rows` found without a problem. Raises ValueError if it is no longer JSON."""
     file.seek(offset)
@@ -74,7 +89,9 @@ def _line_rows(file: BinaryIO) -> Iterator[Row]:
 
 def _parsed(number: int, offset: int, line: bytes) -> Row:
     try:
-        return Row(number, offset, len(line), json.loads(line))
+        return Row(number, offset, len(line), json.loads(line, object_pairs_hook=unique))
+    except DuplicateKeyError as error:
+        problem = str(error)
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8 (byte {offset + error.start})"
     except json.JSONDecodeError as error:
@@ -88,7 +105,8 @@ def _list_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """Rows of a JSON list whose opening bracket has been read."""
     # Bytes that are not UTF-8 become lone surrogates and encode back to themselves: lengths in bytes stay exact.
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    parse = json.JSONDecoder().raw_decode
+    twice: list[str] = []
+    parse = json.JSONDecoder(object_pairs_hook=partial(_noted, twice)).raw_decode
     text, place, number, offset, ended = "", 0, 0, file.tell(), False
 
     def refill() -> bool:
@@ -116,6 +134,7 @@ def _list_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
             place, offset = place + 1, offset + 1
             skip_space()
         while True:
+            twice.clear()
             try:
                 value, end = parse(text, place)
             except RecursionError:
@@ -133,8 +152,17 @@ def _list_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         number += 1
         raw = text[place:end]
         length = end - place if raw.isascii() else len(raw.encode("utf-8", "surrogateescape"))
-        yield _checked(number, offset, length, value, raw)
+        yield Row(number, offset, length, None, twice[0]) if twice else _checked(number, offset, length, value, raw)
         place, offset = end, offset + length
+
+
+def _noted(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """:func:`unique` that goes on, so that the row's end is found."""
+    try:
+        return unique(pairs)
+    except DuplicateKeyError as error:
+        twice.append(str(error))
+        return {}
 
 
 def _checked(number: int, offset: int, length: int, value: Any, raw: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,8 +17,13 @@ _DRAFT = (64, 64)
 _THREADS = 8
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """First column and row of each pass of an interlaced PNG, and the steps to the next."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is tried, by Pillow's names: pictures, and nothing that needs another program."""
 MAX_PIXELS = 1 << 26
 """The largest picture that is decoded: 200 MB as RGB."""
+
+
+_COUNTS = re.compile(r" \(\d+ bytes not processed\)")
 
 
 def screen(
@@ -74,10 +80,10 @@ def readable_image(content: bytes) -> tuple[int, int]:
     anything is decoded when its header announces more than ``MAX_PIXELS``."""
     from io import BytesIO
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(BytesIO(content)) as picture:
+        with Image.open(BytesIO(content), formats=FORMATS) as picture:
             size = picture.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"it is {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}: a decompression bomb?")
@@ -85,7 +91,11 @@ def readable_image(content: bytes) -> tuple[int, int]:
             picture.load()
             if picture.format == "PNG":
                 _check_png_rows(content)
+            elif picture.format in ("JPEG", "MPO"):
+                _check_jpeg_blocks(content, size)
             return size
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no image of the kinds {', '.join(FORMATS)}") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error
 
@@ -111,6 +121,13 @@ def _check_png_rows(content: bytes) -> None:
         raise ValueError(f"its header announces more pixels than it holds ({inflated} of {wanted} bytes)")
 
 
+def _check_jpeg_blocks(content: bytes, size: tuple[int, int]) -> None:
+    """Raises ValueError for a JPEG with less than a bit for each of its 8 x 8 blocks, whose rest the decoder fills."""
+    blocks = -(-size[0] // 8) * -(-size[1] // 8)
+    if 8 * len(content) < blocks:
+        raise ValueError(f"its header announces {size[0]} x {size[1]} pixels, more than {len(content)} bytes can hold")
+
+
 def problem_of(look: Callable[[], object]) -> str:
     """What is wrong with an image that ``look`` reads; empty if nothing is."""
     try:
@@ -118,7 +135,8 @@ def problem_of(look: Callable[[], object]) -> str:
     except FileNotFoundError:
         return "there is no such file"
     except (OSError, ValueError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        # Without the counts of bytes, which would make a reason of its own of each file.
+        return _COUNTS.sub("", " ".join(str(error).split())) or type(error).__name__
     return ""
 
 

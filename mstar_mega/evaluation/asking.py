@@ -30,6 +30,8 @@ class Asked:
     """Asked without an image, and why."""
     skipped: Sequence[Skipped] = ()
     """Rows of the file that are not asked, and why."""
+    notes: Sequence[str] = ()
+    """What a reader of the scores must know of the file."""
 
 
 def prompt_text(name: str, problem: Problem, instruct: bool) -> str:

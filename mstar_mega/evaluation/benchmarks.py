@@ -59,4 +59,4 @@ def load_problems(benchmark: Benchmark, path: Path, settings: BenchmarkConfig) -
     left_out = [problem.id for problem in loaded.problems if not benchmark.is_reduced(problem)]
     if not kept:
         raise ValueError(f"{path}: no problem belongs to the reduced set of {benchmark.name}")
-    return replace(loaded, problems=kept, left_out=left_out)
+    return replace(loaded, problems=kept, left_out=[*loaded.left_out, *left_out])

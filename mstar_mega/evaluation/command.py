@@ -79,13 +79,15 @@ def run_score(options: argparse.Namespace) -> str:
     Raises ValueError for what the user can mend.
     """
     benchmark, settings = find(options.benchmark), settings_of(options)
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name the file that the scores go to")
     loaded = load_problems(benchmark, options.data, settings)
     predictions = read_predictions(options.predictions)
-    scores = score(benchmark, loaded.problems, predictions, Rules(settings), loaded.left_out)
+    scores = score(benchmark, loaded.problems, predictions, Rules(settings), loaded.left_out, loaded.notes)
     result = scores.to_json()
     result["skipped_rows"] = [vars(each) for each in loaded.skipped]
     write_text_atomic(options.out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    notes = describe(scores.missing, scores.repeated, scores.unknown)
+    notes = [*scores.notes, *describe(scores.missing, scores.repeated, scores.unknown)]
     if loaded.skipped:
         notes.append(f"{len(loaded.skipped)} rows of {options.data} are left out, listed in {options.out}")
     return "\n".join([*(f"NOTE: {note}" for note in notes), table(scores), f"scores: {options.out}"])

@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import letters
-from mstar_mega.data.rows import read_rows
+from mstar_mega.data.rows import DuplicateKeyError, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
 
 MAX_CELL_CHARS = 1 << 27
@@ -42,6 +43,12 @@ class Cells:
     @property
     def where(self) -> str:
         return f"{self.file}, row {self.number}"
+
+    @property
+    def id(self) -> str:
+        """What the row seems to be called, usable or not; empty where nothing says so."""
+        found = next((self.values[name] for name in ("pid", "id", "index") if self.values.get(name)), "")
+        return str(found) if isinstance(found, (str, int)) else ""
 
     def refuse(self, column: str, reason: str) -> NoReturn:
         """Raise what makes the row unusable."""
@@ -131,20 +138,30 @@ class Cells:
             self.refuse(column, "it is not a list")
 
 
+def files_of(path: Path) -> list[Path]:
+    """The benchmark's file, or all files of a folder that can be read, in order of their names.
+
+    Raises ValueError where there is none.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file")
+    files = sorted(file for file in path.iterdir() if file.suffix in READABLE) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no file of the kinds {', '.join(READABLE)}")
+    return files
+
+
 def read_cells(path: Path) -> Iterator[Cells]:
-    """All rows of a file, or of all files of a folder in order of their names.
+    """All rows of a file, or of all files of a folder.
 
     Raises ValueError for what cannot be read at all, naming file and place.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READABLE)
-        if not files:
-            raise ValueError(f"{path} holds no file of the kinds {', '.join(READABLE)}")
-        for file in files:
-            yield from read_cells(file)
-    elif not path.exists():
-        raise ValueError(f"{path}: there is no such file")
-    elif path.suffix in (".tsv", ".csv"):
+    for file in files_of(path):
+        yield from _read_file(file)
+
+
+def _read_file(path: Path) -> Iterator[Cells]:
+    if path.suffix in (".tsv", ".csv"):
         yield from _table(path, "\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".parquet":
         yield from _parquet(path)
@@ -161,6 +178,9 @@ def _table(path: Path, delimiter: str) -> Iterator[Cells]:
             raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
+        twice = [name for name, many in Counter(reader.fieldnames or ()).items() if many > 1]
+        if twice:
+            raise ValueError(f"{path}: the column '{twice[0]}' stands twice in its first line: which one is meant?")
         number = 0
         try:
             for cells in reader:
@@ -216,21 +236,20 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or path.stat().st_size > MAX_WHOLE_FILE:
         return None
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
-    except ValueError as error:
+    except DuplicateKeyError as error:
         raise ValueError(f"{path}: {error}") from None
-    return value if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()) else None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object of it: which one is meant?")
-    return found
+    if not isinstance(value, dict):
+        return None
+    if all(isinstance(each, dict) for each in value.values()):
+        return value
+    if path.read_bytes().strip().count(b"\n"):  # not the one row of a file of JSON lines
+        raise ValueError(
+            f"{path} is an object, but its values are not problems: is it another of the benchmark's files?"
+        )
+    return None
 
 
 def _first_line(error: Exception) -> str:

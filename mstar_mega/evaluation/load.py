@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ class Loaded:
     problems: Sequence[Problem]
     skipped: Sequence[Skipped]
     left_out: Sequence[str] = ()
-    """Ids of the file's problems that a reduced set leaves out."""
+    """Ids of the file's problems that are not used: skipped rows, and what a reduced set leaves out."""
+    notes: Sequence[str] = ()
+    """What must be known of the file to read the figures."""
 
 
 def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig) -> Loaded:
@@ -33,6 +36,7 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
     """
     problems: dict[str, Problem] = {}
     skipped: list[Skipped] = []
+    left_out: list[str] = []
     for cells in read_cells(path):
         try:
             if cells.problem:
@@ -43,14 +47,58 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
             problems[problem.id] = problem
         except RowProblem as error:
             skipped.append(Skipped(f"row {cells.number}", str(cells.file), str(error)))
+            left_out.append(cells.id)
+    images = dict(problems)  # rows may refer to the image of one that is not asked
+    for circle, why in _incomplete_circles(problems.values()).items():
+        passes = [problem for problem in problems.values() if problem.circle == circle]
+        places = [problem.where.rpartition(", ") for problem in passes]
+        skipped += [Skipped(row, file, f"index: {why}") for file, _, row in places]
+        left_out += [problems.pop(problem.id).id for problem in passes]
     if skipped and settings.bad_rows == "refuse":
-        shown = "; ".join(f"{each.where}, {each.what}: {each.reason}" for each in skipped[:SHOWN])
-        more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
-        raise ValueError(f"{len(skipped)} rows cannot be used: {shown}{more}. Mend them, or --bad_rows skip")
+        raise ValueError(f"{len(skipped)} rows cannot be used: {_shown(skipped)}. Mend them, or --bad_rows skip")
     if not problems:
-        reasons = "; ".join(f"{each.what}: {each.reason}" for each in skipped[:SHOWN])
-        raise ValueError(f"{path} has no problem that can be used ({reasons or 'it is empty'})")
-    return Loaded([_with_picture(problem, problems) for problem in problems.values()], skipped)
+        raise ValueError(f"{path} has no problem that can be used ({_shown(skipped) or 'it is empty'})")
+    usable = [_with_picture(problem, images) for problem in problems.values()]
+    return Loaded(usable, skipped, [id for id in left_out if id and id not in problems], _notes(usable))
+
+
+def _incomplete_circles(problems: Iterable[Problem]) -> dict[str, str]:
+    """Questions that are not asked once for each of their options, with the reason; none in a file of single passes."""
+    circles: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.circle:
+            circles.setdefault(problem.circle, []).append(problem)
+    if _is_one_pass(circles):
+        return {}
+    return {
+        circle: f"question {circle} has {len(passes)} of its {len(passes[0].options)} rotations"
+        for circle, passes in circles.items()
+        if len(passes) != len(passes[0].options)
+    }
+
+
+def _is_one_pass(circles: Mapping[str, Sequence[Problem]]) -> bool:
+    return all([problem.id for problem in passes] == [circle] for circle, passes in circles.items())
+
+
+def _notes(problems: Sequence[Problem]) -> list[str]:
+    circles = {problem.circle: [problem] for problem in problems if problem.circle}
+    if len(circles) == len(problems) and _is_one_pass(circles):
+        return ["the file asks each question once: this is one pass, not the circular accuracy, and higher than that"]
+    return []
+
+
+def _shown(skipped: Sequence[Skipped]) -> str:
+    """The first reasons, each with where it was met first and how often."""
+    first: dict[str, Skipped] = {}
+    for each in skipped:
+        first.setdefault(each.reason, each)
+    counts = Counter(each.reason for each in skipped)
+    lines = [
+        f"{each.where}, {each.what}{f' and {counts[reason] - 1} more' if counts[reason] > 1 else ''}: {reason}"
+        for reason, each in list(first.items())[:SHOWN]
+    ]
+    return "; ".join(lines) + (f"; and {len(first) - SHOWN} other reasons" if len(first) > SHOWN else "")
 
 
 def _with_picture(problem: Problem, problems: dict[str, Problem]) -> Problem:

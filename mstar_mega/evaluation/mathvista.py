@@ -29,6 +29,8 @@ GROUPS = (
     "question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills",
 )  # fmt: skip
 
+QUESTION_TYPES = ("multi_choice", "free_form")
+MAX_DECIMALS = 20
 _TYPES: dict[str, AnswerType] = {"text": "text", "integer": "integer", "float": "float", "list": "list"}
 
 
@@ -41,10 +43,15 @@ def read(cells: Cells) -> Problem:
         flat.refuse("answer_type", f"it is {flat.text('answer_type')!r}, not one of {', '.join(_TYPES)}")
     options = flat.lettered("choices")
     choices = list(options.values())
-    is_choice = flat.text("question_type") == "multi_choice"
-    answer = flat.text("answer")
+    question_type = flat.text("question_type")
+    if question_type not in QUESTION_TYPES:
+        flat.refuse("question_type", f"it is {question_type[:40]!r}, not one of {', '.join(QUESTION_TYPES)}")
+    is_choice = question_type == "multi_choice"
+    answer, precision = flat.text("answer"), _precision(flat)
     if is_choice and answer not in choices:
         flat.refuse("answer", f"{answer!r} is not one of the choices {choices}")
+    if not is_choice:
+        _check_number(flat, answer, answer_type, precision)
     groups: dict[str, tuple[str, ...]] = {name: (flat.text(name),) for name in GROUPS[:-1]}
     groups["skills"] = tuple(flat.list("skills"))
     groups["table"] = (COLUMNS.get(groups["task"][0], groups["task"][0]),)
@@ -58,12 +65,25 @@ def read(cells: Cells) -> Problem:
         options=options if is_choice else {},
         answer=answer,
         answer_type="text" if is_choice else answer_type,
-        precision=_precision(flat),
+        precision=precision,
         ready=ready,
         groups=groups,
         picture=flat.picture(),
         where=flat.where,
     )
+
+
+def _check_number(cells: Cells, answer: str, answer_type: AnswerType, precision: int | None) -> None:
+    """Refuse a gold answer that no prediction could ever equal."""
+    try:
+        if answer_type == "integer":
+            int(answer)
+        elif answer_type == "float":
+            float(answer)
+    except ValueError:
+        cells.refuse("answer", f"it is {answer[:40]!r}, no {answer_type}")
+    if answer_type == "float" and (precision is None or not 0 <= precision <= MAX_DECIMALS):
+        cells.refuse("precision", f"it is {precision}, but a float needs its number of decimals, 0 to {MAX_DECIMALS}")
 
 
 def adjust(problem: Problem, settings: BenchmarkConfig) -> Problem:

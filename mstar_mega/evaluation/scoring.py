@@ -64,12 +64,15 @@ class Scores:
     repeated: Sequence[str]
     unknown: Sequence[str]
     """Ids of predictions that are of no problem: ignored."""
+    notes: Sequence[str] = ()
+    """What must be known of the benchmark's file to read the figures."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for ``json.dumps``."""
         return {
             "benchmark": self.benchmark,
             "rules": dict(self.rules),
+            "notes": list(self.notes),
             "overall": self.overall.to_json(),
             "groups": {
                 name: {value: tally.to_json() for value, tally in values.items()}
@@ -102,8 +105,11 @@ def read_predictions(path: Path) -> Predictions:
         if "response" not in value and "extraction" not in value:
             raise ValueError(f"{where}: it has neither 'response' nor 'extraction'")
         for name in ("response", "extraction"):
-            if not isinstance(value.get(name), (str, type(None))):
+            text = value.get(name)
+            if not isinstance(text, (str, type(None))):
                 raise ValueError(f"{where}: its '{name}' is not text")
+            if text and not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{where}: its '{name}' has half a character (a lone surrogate): replace it")
         if str(id) in found:
             repeated.append(str(id))
             continue
@@ -117,15 +123,17 @@ def score(
     predictions: Predictions,
     rules: Rules,
     left_out: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Scores:
     """Verdicts on all problems and the tables.
 
-    ``left_out`` are ids of the file that are not scored (a reduced set): their predictions are not unknown. Raises
-    ValueError for missing, repeated or unknown predictions where the settings refuse them.
+    ``left_out`` are ids of the file that are not scored (a reduced set, skipped rows): their predictions are not
+    unknown. ``notes`` are passed on. Raises ValueError for missing, repeated or unknown predictions where the settings
+    refuse them.
     """
-    known = {problem.id for problem in problems}
+    known = {problem.id for problem in problems} | set(left_out)
     missing = [problem.id for problem in problems if problem.id not in predictions.by_id]
-    unknown = [id for id in predictions.by_id if id not in known and id not in set(left_out)]
+    unknown = [id for id in predictions.by_id if id not in known]
     repeated = list(predictions.repeated)
     odd = describe(missing, repeated, unknown)
     if odd and rules.settings.predictions == "refuse":
@@ -149,7 +157,7 @@ def score(
                 )
             )
     overall, groups = tally(problems, [record.correct for record in records])
-    return Scores(benchmark.name, asdict(rules.settings), overall, groups, records, missing, repeated, unknown)
+    return Scores(benchmark.name, asdict(rules.settings), overall, groups, records, missing, repeated, unknown, notes)
 
 
 def read(

@@ -17,14 +17,15 @@ from mstar_mega.config import BenchmarkConfig, Config, ModelConfig
 from mstar_mega.data.types import Group, Query, Response, Task
 from mstar_mega.evaluation.asking import Asked, ask
 from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
+from mstar_mega.evaluation.files import files_of
 from mstar_mega.evaluation.passk import pass_at_k, sample_accuracy
-from mstar_mega.evaluation.problem import Problem, Rules
+from mstar_mega.evaluation.problem import Problem, Reading, Rules
 from mstar_mega.evaluation.scoring import Prediction, Predictions, Scores, read, score, tally
 from mstar_mega.models.build import build_model
 from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
-from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.files import sha256_file, write_text_atomic
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import CONFIG_FILE, on_main
 from mstar_mega.recipe.fit import load_start
@@ -73,9 +74,10 @@ def evaluate(config: Config, request: Request) -> None:
             if left:
                 job.warn(f"{len(left)} {what}: {left[0].where}: {left[0].reason}{' ...' if len(left) > 1 else ''}")
         policy, prm = load_policy(job, request.checkpoint)
-        groups = draw(job, Actors(job, policy, prm), asked, request)
+        actors = Actors(job, policy, prm)
+        groups, weights = draw(job, actors, asked, request), actors.fingerprint()
         if job.layout.is_main:
-            job.progress.say(write_results(job, benchmark, request, asked, groups))
+            job.progress.say(write_results(job, benchmark, request, asked, groups, weights))
         barrier()
 
 
@@ -108,7 +110,7 @@ def prepare(benchmark: Benchmark, request: Request, instruct: bool) -> Asked:
     loaded = load_problems(benchmark, request.data, request.settings)
     problems = first(loaded.problems, request.limit)
     asked = ask(benchmark.name, problems, request.data, request.out, request.settings, instruct)
-    return replace(asked, skipped=loaded.skipped)
+    return replace(asked, skipped=loaded.skipped, notes=loaded.notes)
 
 
 def first(problems: Sequence[Problem], limit: int | None) -> Sequence[Problem]:
@@ -146,8 +148,10 @@ def draw(job: Job, actors: Actors, asked: Asked, request: Request) -> list[Group
     return gather_groups(in_blocks(job, asked.queries, job.rollouts / name, f"ask {name}", origin, make))
 
 
-def write_results(job: Job, benchmark: Benchmark, request: Request, asked: Asked, groups: Sequence[Group]) -> str:
-    """Write predictions, scores and page (rank 0); returns what to print."""
+def write_results(
+    job: Job, benchmark: Benchmark, request: Request, asked: Asked, groups: Sequence[Group], weights: str
+) -> str:
+    """Write predictions, scores and page (rank 0); returns what to print. ``weights`` names those that answered."""
     rules = Rules(replace(request.settings, marker=True))
     known = {problem.id: problem for problem in asked.problems}
     lines: list[dict[str, Any]] = []
@@ -156,20 +160,27 @@ def write_results(job: Job, benchmark: Benchmark, request: Request, asked: Asked
             prediction = Prediction(group.query.id, response.text)
             reading = read(benchmark, known[group.query.id], prediction, rules, job.checker)
             response.correct = reading.correct
-            response.answer = reading.prediction or reading.extraction
+            response.answer = candidate(known[group.query.id], reading, rules)
             lines.append(
                 {
                     "id": group.query.id,
                     "sample": response.index,
                     "response": response.text,
-                    **asdict(reading),
+                    "reading": asdict(reading),  # not beside the response: `mstar score` reads that by its own rules
                     "truncated": response.truncated,
                     "process_score": response.score,
                 }
             )
     firsts = Predictions({group.query.id: Prediction(group.query.id, group.responses[0].text) for group in groups})
-    scores = score(benchmark, asked.problems, firsts, rules)
+    scores = score(benchmark, asked.problems, firsts, rules, notes=asked.notes)
     result = scores.to_json() | {
+        "evaluated": {
+            "checkpoint": str(request.checkpoint),
+            "weights": weights,
+            "data": str(request.data),
+            "data_sha256": _digests(request.data),
+            "limit": request.limit,
+        },
         "scored": "greedy response" if request.settings.responses == 1 else "first response",
         "truncated": sum(response.truncated for group in groups for response in group.responses),
         "left_out": [asdict(each) for each in asked.skipped],
@@ -182,8 +193,25 @@ def write_results(job: Job, benchmark: Benchmark, request: Request, asked: Asked
     values = {
         problem.id: [value for values in problem.groups.values() for value in values] for problem in asked.problems
     }
-    write_page(out / PAGE, result, groups, {(line["id"], line["sample"]): line for line in lines}, values)
+    readings = {(line["id"], line["sample"]): line["reading"] for line in lines}
+    write_page(out / PAGE, result, groups, readings, values)
     return summary(scores, result, out)
+
+
+def _digests(data: Path) -> dict[str, str]:
+    """SHA-256 by name of the benchmark's file, or of those of its folder."""
+    return {file.name: sha256_file(file) for file in files_of(data)}
+
+
+def candidate(problem: Problem, reading: Reading, rules: Rules) -> str | None:
+    """The answer that a response votes for; None where the rules found none (M3CoT's FAILED, MMBench's Z).
+
+    The answer reward takes what stands in the answer block as it is, and so does the vote under its rules.
+    """
+    found = reading.prediction or None
+    if rules.settings.rules == "reward" or not problem.options:
+        return found
+    return found if found in problem.options or found in problem.options.values() else None
 
 
 def sample_measures(problems: Sequence[Problem], groups: Sequence[Group]) -> dict[str, Any]:
@@ -226,7 +254,8 @@ def summary(scores: Scores, result: dict[str, Any], out: Path) -> str:
     """A few lines for the person who waited."""
     overall = scores.overall
     share = 100 * overall.correct / overall.total if overall.total else 0.0
-    text = f"{scores.benchmark}, {result['scored']}: {share:.2f}% ({overall.correct} of {overall.total})"
+    text = "".join(f"NOTE: {note}\n" for note in scores.notes)
+    text += f"{scores.benchmark}, {result['scored']}: {share:.2f}% ({overall.correct} of {overall.total})"
     measures = result["samples"] or {}
     for name in ("majority_vote", "best_of_n", "weighted_vote"):
         if name in measures:

@@ -53,6 +53,7 @@ def write_page(
         f"{count(overall['correct'])} of {count(overall['total'])} right, {result['scored']}",
         f"rules: {rules['rules']}",
         f"{count(result['truncated'])} responses cut at the length limit",
+        *_caveats(result),
     ]
     fields = {
         "name": escape(result["benchmark"]),
@@ -64,6 +65,19 @@ def write_page(
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     write_text_atomic(path, page)
+
+
+def _caveats(result: Mapping[str, Any]) -> list[str]:
+    """What makes the figure another one than that of the whole set."""
+    evaluated = result["evaluated"]
+    counts = (
+        (result["left_out"], "rows of the file left out"),
+        (result["without_image"], "questions asked without their image"),
+        (result["missing"], "questions without a response"),
+    )
+    limit = [] if evaluated["limit"] is None else [f"only the first {count(evaluated['limit'])} questions"]
+    named = [f"{count(len(those))} {what}" for those, what in counts if those]
+    return [*limit, *named, *result["notes"], f"checkpoint {evaluated['checkpoint']}", f"data {evaluated['data']}"]
 
 
 def _question(
