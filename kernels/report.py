@@ -97,7 +97,7 @@ def _log_prob_cases() -> Iterator[Case]:
     ):
         constants = {"BLOCK": sampling.BLOCK, "GREEDY": greedy, "BAN": ban, "FLOORED": floored, "TIES": ties}
         yield Case(f"sampling, {name}", sampling.sample_kernel, types, constants, {"num_warps": sampling.WARPS})
-    constants, warps = {"BLOCK": 4 * top_p.BLOCK, "BAN": True}, {"num_warps": top_p.WARPS}
+    constants, warps = {"BLOCK": 8 * top_p.BLOCK, "BAN": True}, {"num_warps": top_p.WARPS}
     types = "*fp32 *u8 *fp32 i32! i32 i32!"
     yield Case("top-p, highest logit", top_p.top_p_highest_kernel, types, constants, warps)
     constants = {"BLOCK": top_p.BLOCK, "BAN": True, "TOP_K": True}

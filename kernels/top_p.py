@@ -4,10 +4,10 @@ Formula: of the allowed ids in order of falling logit, the lower id first where 
 
     w_1 + ... + w_(n-1) < needed <= w_1 + ... + w_n,   needed = ceil(p sum_v w_v),   w_v = 2^40 exp((z_v - max z) / T)
 
-The weights are integers, made of float32 operations that round alike everywhere and of integer ones. Sums of integers do
-not depend on their order, so the set is the same for every sharding, in PyTorch, in Triton and in its interpreter, also
-where p falls on the edge between two ids. A weight is right to 1e-8 and what (z - max z) / T loses in float32; below
-2^-40 of the largest it is 0.
+The weights are integers, made by float32 operations that round alike everywhere and by integer ones. Sums of integers
+do not depend on their order, so the set is the same for every sharding, in PyTorch, in Triton and in its interpreter,
+also where p falls on the edge between two ids. A weight is right to 1e-8 and what (z - max z) / T loses in float32;
+below 2^-40 of the largest it is 0.
 
 The search finds the last kept id's logit four bits at a time, from the top: of the ids whose bits so far are right, it
 adds up the weights by their next four bits (16 sums), and goes on with those where the mass reaches ``needed``. That
@@ -27,11 +27,12 @@ from torch.distributed import ProcessGroup, ReduceOp, all_gather_into_tensor, al
 
 from mstar_mega.kernels.language import jit, tl
 
-BLOCK = 512
+BLOCK = 256
 WARPS = 8
 PARTS = 64
 """Parts of a row that are added up at a time."""
 BINS = 16
+"""Values of four bits; the kernels have the number written out."""
 _LOW = {torch.float32: 0, torch.float16: 12, torch.bfloat16: 16}
 """Bits at the end of a float32 that are zero in logits of this dtype, in fours."""
 _FRACTION = 24
@@ -256,8 +257,8 @@ def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     if TOP_K:
         floor = tl.load(FLOOR + row)
     bins = tl.arange(0, 16)
-    mass = tl.zeros((BLOCK, 16), tl.int64)
-    for first in range(begin, end, BLOCK):
+    mass = tl.zeros((16, BLOCK), tl.int64)
+    for first in tl.range(begin, end, BLOCK, loop_unroll_factor=4):  # four loads at a time
         at = first + tl.arange(0, BLOCK)
         raw = tl.load(Z + row * stride + at, mask=at < end, other=-float("inf")).to(tl.float32)
         steps = tl.minimum((highest - raw) * scale, 1056964608.0).to(tl.int32)
@@ -276,9 +277,9 @@ def top_p_sums_kernel(  # type: ignore[no-untyped-def]
         bits = tl.where(raw == 0, 0.0, raw).to(tl.int32, bitcast=True)
         number = tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
         digit = ((number >> place) ^ found).to(tl.int32, bitcast=True)  # 16 or more, or negative: other bits differ
-        mass += tl.where(digit[:, None] == bins[None, :], weight[:, None], 0)
+        mass += tl.where(digit[None, :] == bins[:, None], weight[None, :], 0)
     split = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(MASS + split * 16 + bins, tl.sum(mass, 0))
+    tl.store(MASS + split * 16 + bins, tl.sum(mass, 1))
 
 
 @jit
@@ -304,7 +305,7 @@ def _highest(logits: Tensor, allowed: Tensor | None, valid: int, split: Split) -
     if B:
         top_p_highest_kernel[(B, splits)](
             logits, highest if allowed is None else allowed, highest, logits.stride(0), valid, span,
-            BLOCK=4 * BLOCK, BAN=allowed is not None, num_warps=WARPS,
+            BLOCK=8 * BLOCK, BAN=allowed is not None, num_warps=WARPS,
         )  # fmt: skip
     return highest.amax(dim=1)
 
