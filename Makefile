@@ -48,7 +48,7 @@ kernel-report: $(STAMP)
 
 # On one GPU, minutes: kernels against their definitions, their speed, and every stage of the job in bfloat16.
 KERNEL_TESTS := $(addprefix tests/test_,attention_kernels.py kernel_dispatch.py linear_logprob.py logprob.py noise.py \
-    norm_kernels.py process_scores.py sampling.py selection_kernel.py)
+    norm_kernels.py process_scores.py sampling.py selection_kernel.py top_p.py)
 gpu-check: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	    "make gpu-check: torch " + torch.__version__ + " sees no CUDA device; run it on a machine with an NVIDIA GPU")'

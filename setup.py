@@ -35,6 +35,7 @@ REQUIRES = [
     "tensorboard>=2.16",
 ]
 
+# Compiled kernels run with each of these. Triton 3.6 interprets (the tests without a GPU) with numpy below 2.4 only.
 TRITON = 'triton>=3.6,<3.10; platform_system == "Linux"'
 TRANSFORMERS = "transformers>=5.0,<6"
 EASY_VQA = "easy-vqa>=1.0,<2"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mstar_mega.kernels import attend, linear_stats, norms, process_scores, row_stats, sampling, selection
+from mstar_mega.kernels import attend, linear_stats, norms, process_scores, row_stats, sampling, selection, top_p
 from mstar_mega.kernels.language import INTERPRETED, triton
 
 SHARED_LIMIT = 232_448
@@ -88,11 +88,23 @@ def _log_prob_cases() -> Iterator[Case]:
         constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "INTERP": False}
         types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
         yield Case(f"log-prob gradient, {dtype} to {out}", row_stats.row_grad_kernel, types, constants, warps)
-    types = "*fp32 *u8 *fp32 *i64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32! fp32"
-    for greedy, ban, top_k in ((False, True, False), (False, True, True), (True, False, False)):
-        constants = {"BLOCK": sampling.BLOCK, "GREEDY": greedy, "BAN": ban, "TOP_K": top_k}
-        name = f"sampling{', greedy' * greedy}{', ban' * ban}{', top-k' * top_k}"
-        yield Case(name, sampling.sample_kernel, types, constants, {"num_warps": sampling.WARPS})
+    types = "*fp32 *u8 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32! fp32"
+    for name, greedy, ban, floored, ties in (
+        ("ban", False, True, False, False),
+        ("ban, top-k", False, True, True, False),
+        ("ban, top-p", False, True, True, True),
+        ("greedy", True, False, False, False),
+    ):
+        constants = {"BLOCK": sampling.BLOCK, "GREEDY": greedy, "BAN": ban, "FLOORED": floored, "TIES": ties}
+        yield Case(f"sampling, {name}", sampling.sample_kernel, types, constants, {"num_warps": sampling.WARPS})
+    constants, warps = {"BLOCK": 8 * top_p.BLOCK, "BAN": True}, {"num_warps": top_p.WARPS}
+    types = "*fp32 *u8 *fp32 i32! i32 i32!"
+    yield Case("top-p, highest logit", top_p.top_p_highest_kernel, types, constants, warps)
+    constants = {"BLOCK": top_p.BLOCK, "BAN": True, "TOP_K": True}
+    types = "*fp32 *u8 *fp32 *fp32 *i64 *i64 i32! i32 i32! fp32 i32"
+    yield Case("top-p, sums by four bits", top_p.top_p_sums_kernel, types, constants, warps)
+    types, constants = "*i64 *i64 *i64 *i64 i32", {"PARTS": top_p.PARTS}
+    yield Case("top-p, choose four bits", top_p.top_p_descend_kernel, types, constants, {"num_warps": 4})
 
 
 def _row_cases() -> Iterator[Case]:

@@ -1,11 +1,11 @@
 """Draw a token and say with which probability: Gumbel-max over vocabulary shards.
 
 Formula: token = argmax_v (z_v / T + g_v) with g_v standard Gumbel noise keyed by (seed, counter, v), restricted to the
-ids that survive the ban list, top-k and top-p. Five numbers per row and rank are exchanged; plain PyTorch gathers the
-whole row where top-k or top-p is on, and top-p is always plain PyTorch.
+ids that survive the ban list, top-k and top-p (in this order). Five numbers per row and rank are exchanged; top-k
+gathers k numbers a row from each rank, top-p searches as ``top_p.py`` says. No row is gathered.
 
-In Triton one kernel reads each logit once (top-k: twice) and makes noise, both log-sum-exps and the draw on the way:
-4 B V bytes for float32 logits, where the plain definition takes about ten passes.
+In Triton one kernel reads each logit once (top-k: twice; top-p: ten times) and makes noise, both log-sum-exps and the
+draw on the way: 4 B V bytes for float32 logits, where the plain definition takes about ten passes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_gather_into_tensor, get_world_size
+from torch.distributed import ProcessGroup, all_gather_into_tensor, get_rank, get_world_size
 
 from mstar_mega.kernels.dispatch import uses_triton
 from mstar_mega.kernels.language import cdiv, jit, tl
 from mstar_mega.kernels.noise import gumbel, mix
 from mstar_mega.kernels.row_stats import merge_parts
+from mstar_mega.kernels.top_p import Split, allowed_logits, top_p_kept
 
 BLOCK = 2048
 WARPS = 8
@@ -57,25 +58,40 @@ def sample_with_logprob(
     Args:
         logits: [B, V_local] of any float dtype: this rank's slice of the vocabulary, slices in rank order.
         temperature: above 0; 0 means greedy (lowest id wins a tie), with log-probs at temperature 1.
-        top_k: keep the k most likely ids; 0 keeps all.
-        top_p: keep the smallest set of most likely ids whose mass reaches top_p.
+        top_k: keep the k most likely ids, and all that are as likely as the last of them; 0 keeps all.
+        top_p: of these, keep the smallest set of most likely ids whose mass reaches top_p, the lower id first where
+            logits are equal.
         banned: int64 [n] global ids that are never drawn.
         seed, counters: the noise's key; counters int64 [B]. The draw depends on nothing else of the machine.
         valid_vocab: ids at or above it (padding rows) do not exist.
         group: tensor-parallel group; None where the vocabulary is whole.
     """
     size = 1 if group is None else get_world_size(group)
-    rank = 0 if size == 1 else torch.distributed.get_rank(group)
-    if banned is not None and not banned.numel():
-        banned = None
-    if top_p >= 1.0 and uses_triton("sampling", logits):
-        local = _draw_triton(logits, temperature, top_k, banned, mix(counters + seed), valid_vocab, rank, size, group)
+    group = None if size == 1 else group
+    (B, local), device = logits.shape, logits.device
+    start = 0 if group is None else get_rank(group) * local
+    valid = local if valid_vocab is None else max(0, min(local, valid_vocab - start))
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    split = _split(B, local) if uses_triton("sampling", logits) else None
+    allowed = floor = ties = None
+    if banned is not None and banned.numel():
+        allowed = torch.ones(local, dtype=torch.uint8, device=device)
+        allowed[banned[(banned >= start) & (banned < start + local)] - start] = 0
+    if 0 < top_k < local * size:
+        floor = _kth_largest(allowed_logits(logits, allowed, valid), top_k, group)
+    if top_p < 1.0:
+        kept = top_p_kept(
+            logits, top_p=top_p, temperature=temperature or 1.0, allowed=allowed, floor=floor, valid=valid,
+            split=split, group=group,
+        )  # fmt: skip
+        floor, ties = kept.floor, kept.ties
+    counter = mix(counters + seed)
+    if split is None:
+        drawn = _draw(logits, temperature, allowed, floor, ties, counter, valid, start)
     else:
-        if group is not None and size > 1 and (top_k > 0 or top_p < 1.0):
-            logits, rank, size = _gather_columns(logits.float(), group), 0, 1
-        local = _draw(logits, temperature, top_k, top_p, banned, counters, seed, valid_vocab, rank)
-    _, token, chosen, whole, kept = local if size == 1 else _merge(*local, size, group)
-    return Sampled(token, chosen - kept, chosen - whole, torch.exp(kept - whole))
+        drawn = _draw_triton(logits, temperature, allowed, floor, ties, counter, valid, start, split)
+    _, token, chosen, whole, survived = drawn if group is None else _merge(*drawn, size, group)
+    return Sampled(token, chosen - survived, chosen - whole, torch.exp(survived - whole))
 
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -86,55 +102,45 @@ Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _draw(
     logits: Tensor,
     temperature: float,
-    top_k: int,
-    top_p: float,
-    banned: Tensor | None,
-    counters: Tensor,
-    seed: int,
-    valid_vocab: int | None,
-    rank: int,
+    allowed: Tensor | None,
+    floor: Tensor | None,
+    ties: Tensor | None,
+    counter: Tensor,
+    valid: int,
+    start: int,
 ) -> Drawn:
-    """The definition."""
+    """The definition. ``allowed`` uint8 [V_local]; lower logits than ``floor`` [B] are left out; of those equal to it
+    the first ``ties`` [B, 1] stay, or all."""
     greedy = temperature == 0
-    z = logits.float() / (1.0 if greedy else temperature)
-    local = z.size(1)
-    start = rank * local
-    ids = torch.arange(start, start + local, device=z.device)
-    if valid_vocab is not None and start + local > valid_vocab:
-        z[:, max(0, valid_vocab - start) :] = float("-inf")
-    allowed = z
-    if banned is not None:
-        columns = banned[(banned >= start) & (banned < start + local)] - start
-        allowed = z.index_fill(1, columns, float("-inf"))
-    allowed = _truncate(allowed, top_k, top_p)
-    noisy = allowed if greedy else gumbel(mix(counters + seed), ids).add_(allowed)
+    raw = logits.float()
+    z = raw / (1.0 if greedy else temperature)
+    z[:, valid:] = float("-inf")
+    kept = z
+    if allowed is not None:
+        kept = z.masked_fill(allowed == 0, float("-inf"))
+    if floor is not None:
+        kept = kept.masked_fill(raw < floor[:, None], float("-inf"))
+    if floor is not None and ties is not None:
+        tied = (raw == floor[:, None]) & (kept > float("-inf"))
+        kept = kept.masked_fill(tied & (tied.cumsum(dim=1) > ties), float("-inf"))
+    ids = torch.arange(start, start + z.size(1), device=z.device)
+    noisy = kept if greedy else gumbel(counter, ids).add_(kept)
     best, column = noisy.max(dim=1)
     token = ids[column]
-    chosen = allowed.gather(1, column[:, None]).squeeze(1)
+    chosen = kept.gather(1, column[:, None]).squeeze(1)
     whole = torch.logsumexp(z, dim=1)
-    kept = whole if allowed is z else torch.logsumexp(allowed, dim=1)
-    return best, token, chosen, whole, kept
-
-
-def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Minus infinity outside the top-k ids and the top-p nucleus (applied in this order, as transformers does)."""
-    if 0 < top_k < z.size(1):
-        z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], float("-inf"))
-    if top_p < 1.0:
-        ordered, order = z.sort(dim=1, descending=True, stable=True)
-        probs = ordered.softmax(dim=1)
-        outside = probs.cumsum(dim=1) - probs >= top_p
-        z = z.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-    return z
+    survived = whole if kept is z else torch.logsumexp(kept, dim=1)
+    return best, token, chosen, whole, survived
 
 
 @jit
 def sample_kernel(  # type: ignore[no-untyped-def]
-    Z, ALLOWED, FLOOR, COUNTER, BEST, TOKEN, CHOSEN, STATS, stride, valid, start, span, inverse_temperature,
-    BLOCK: tl.constexpr, GREEDY: tl.constexpr, BAN: tl.constexpr, TOP_K: tl.constexpr,
+    Z, ALLOWED, FLOOR, LEFT, COUNTER, BEST, TOKEN, CHOSEN, STATS, stride, valid, start, span, inverse_temperature,
+    BLOCK: tl.constexpr, GREEDY: tl.constexpr, BAN: tl.constexpr, FLOORED: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
     """One program: columns [split * span, ...) of one row. STATS: [2 or 4, B, splits] maxima and sums, all then kept.
 
+    LEFT: int64 [B, splits], how many of the logits equal to the floor stay, the first ones.
     The noise is that of ``noise.py``: SplitMix64 of (counter, id), its top 23 bits.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -147,8 +153,11 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, BLOCK)
     counter = tl.load(COUNTER + row).to(tl.uint64, bitcast=True)
     floor = -float("inf")
-    if TOP_K:
+    if FLOORED:
         floor = tl.load(FLOOR + row)
+    left = 0
+    if TIES:
+        left = tl.load(LEFT + place).to(tl.int32)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     chosen = tl.full((BLOCK,), -float("inf"), tl.float32)
     column = begin + lane
@@ -166,9 +175,13 @@ def sample_kernel(  # type: ignore[no-untyped-def]
         high = new
         if BAN:
             x = tl.where(tl.load(ALLOWED + at, mask=at < end, other=0) != 0, x, -float("inf"))
-        if TOP_K:
+        if FLOORED:
             x = tl.where(raw < floor, -float("inf"), x)
-        if BAN or TOP_K:
+        if TIES:
+            tied = ((raw == floor) & (x > -float("inf"))).to(tl.int32)
+            x = tl.where((tied != 0) & (tl.cumsum(tied, 0) > left), -float("inf"), x)
+            left -= tl.sum(tied, 0)
+        if BAN or FLOORED:
             new = tl.maximum(kept_high, x)
             base = tl.where(new == -float("inf"), 0.0, new)
             kept_total = kept_total * tl.exp(kept_high - base) + tl.exp(x - base)
@@ -192,65 +205,59 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     m = tl.max(high, 0)
     tl.store(STATS + place, m)
     tl.store(STATS + plane + place, tl.sum(total * tl.exp(high - tl.where(m == -float("inf"), 0.0, m)), 0))
-    if BAN or TOP_K:
+    if BAN or FLOORED:
         m = tl.max(kept_high, 0)
         sums = kept_total * tl.exp(kept_high - tl.where(m == -float("inf"), 0.0, m))
         tl.store(STATS + 2 * plane + place, m)
         tl.store(STATS + 3 * plane + place, tl.sum(sums, 0))
 
 
+def _split(B: int, local: int) -> Split:
+    """Parts of a row, each for one program, and their columns."""
+    splits = max(1, min(cdiv(local, BLOCK), _PROGRAMS // max(B, 1)))
+    span = cdiv(cdiv(local, splits), BLOCK) * BLOCK
+    return max(1, cdiv(local, span)), span
+
+
 def _draw_triton(
     logits: Tensor,
     temperature: float,
-    top_k: int,
-    banned: Tensor | None,
+    allowed: Tensor | None,
+    floor: Tensor | None,
+    ties: Tensor | None,
     counter: Tensor,
-    valid_vocab: int | None,
-    rank: int,
-    size: int,
-    group: ProcessGroup | None,
+    valid: int,
+    start: int,
+    split: Split,
 ) -> Drawn:
-    B, local = logits.shape
-    start, device = rank * local, logits.device
-    valid = local if valid_vocab is None else max(0, min(local, valid_vocab - start))
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    allowed = floor = counter  # not read
-    if banned is not None:
-        allowed = torch.ones(local, dtype=torch.uint8, device=device)
-        allowed[banned[(banned >= start) & (banned < start + local)] - start] = 0
-    if limited := 0 < top_k < local * size:
-        floor = _kth_largest(logits, None if banned is None else allowed, top_k, valid, size, group)
-    splits = max(1, min(cdiv(local, BLOCK), _PROGRAMS // max(B, 1)))
-    span = cdiv(cdiv(local, splits), BLOCK) * BLOCK
-    splits = max(1, cdiv(local, span))
+    """:func:`_draw`, with ``ties`` [B, splits]."""
+    (B, _), (splits, span), device = logits.shape, split, logits.device
     best, chosen = torch.empty(2, B, splits, device=device)
     token = torch.empty(B, splits, dtype=torch.int64, device=device)
-    narrowed = banned is not None or limited
+    narrowed = allowed is not None or floor is not None
     stats = torch.empty(4 if narrowed else 2, B, splits, device=device)
     if B:
+        unread = counter
         sample_kernel[(B, splits)](
-            logits, allowed, floor, counter, best, token, chosen, stats, logits.stride(0), valid, start, span,
-            1.0 / (temperature or 1.0), BLOCK=BLOCK, GREEDY=temperature == 0, BAN=banned is not None, TOP_K=limited,
-            num_warps=WARPS,
+            logits, unread if allowed is None else allowed, unread if floor is None else floor,
+            unread if ties is None else ties, counter, best, token, chosen, stats,
+            logits.stride(0), valid, start, span, 1.0 / (temperature or 1.0),
+            BLOCK=BLOCK, GREEDY=temperature == 0, BAN=allowed is not None, FLOORED=floor is not None,
+            TIES=ties is not None, num_warps=WARPS,
         )  # fmt: skip
     highest = best.amax(dim=1)
     lowest_id = torch.where(best == highest[:, None], token, torch.iinfo(torch.int64).max).amin(dim=1)
     chosen = torch.where(token == lowest_id[:, None], chosen, float("-inf")).amax(dim=1)
     whole = merge_parts(stats[0], stats[1], None, dim=1)[0]
-    kept = merge_parts(stats[2], stats[3], None, dim=1)[0] if narrowed else whole
-    return highest, lowest_id, chosen, whole, kept
+    survived = merge_parts(stats[2], stats[3], None, dim=1)[0] if narrowed else whole
+    return highest, lowest_id, chosen, whole, survived
 
 
-def _kth_largest(
-    logits: Tensor, allowed: Tensor | None, k: int, valid: int, size: int, group: ProcessGroup | None
-) -> Tensor:
-    """The k-th largest allowed logit of the whole row, float32 [B], from every rank's k largest."""
-    z = logits[:, :valid].float()
-    if allowed is not None:
-        z = z.masked_fill(allowed[:valid] == 0, float("-inf"))
-    largest = z.topk(min(k, valid), dim=1).values
+def _kth_largest(z: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
+    """The k-th largest logit of the whole row, float32 [B], from every rank's k largest."""
+    largest = z.topk(min(k, z.size(1)), dim=1).values
     largest = torch.nn.functional.pad(largest, (0, k - largest.size(1)), value=float("-inf"))
-    if size > 1 and group is not None:
+    if group is not None:
         largest = _gather_columns(largest, group).topk(k, dim=1).values
     return largest[:, -1].contiguous()
 
