@@ -33,6 +33,8 @@ PRELOAD = [
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
     "mstar_mega.recipe.job",
+    "sklearn.datasets",  # what a job imports late: a second and more of every start
+    "matplotlib.figure",
 ]
 
 _pools: dict[int, Pool] = {}
