@@ -32,6 +32,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(scope="module")
+def job_of_one() -> Iterator[None]:
+    """The test process is itself a job of one rank."""
+    from mstar_mega.config import ParallelConfig
+    from mstar_mega.platform import distributed
+
+    distributed.initialize(ParallelConfig(), 0)
+    yield
+    distributed.shutdown()
+
+
 SLOWEST_FIRST = (
     "test_resume.py", "test_families_recipe.py", "test_parallel_truth.py", "test_kernel_dispatch.py",
     "test_checkpoint.py", "test_bad_input.py", "test_linear_logprob.py",

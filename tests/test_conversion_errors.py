@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mstar_mega.checkpoint_tools import convert, hf_files
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron, megatron_to_hf
-from mstar_mega.config import ParallelConfig
-from mstar_mega.platform import distributed
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 def break_index(hf: Path) -> str:

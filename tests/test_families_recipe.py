@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ import tiny_families
 from jobs import Job, checkpoints, copy_run, go_back, outcome
 
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
-from mstar_mega.config import ParallelConfig
-from mstar_mega.platform import distributed
 from mstar_mega.recipe import rollouts
 from mstar_mega.report.metrics import read_metrics
 from mstar_mega.rewards.answers import Verdict
@@ -38,12 +35,7 @@ def judge_by_index() -> None:
     rollouts._verdict = lambda job, query, response: Verdict(bool(response.steps) and response.index % 2 == 0, "exact")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 def settings(name: str, directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,11 @@ from hf_directories import make_checkpoint
 
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
 from mstar_mega.checkpoint_tools.inspection import inspect
-from mstar_mega.config import OptimizerConfig, ParallelConfig
-from mstar_mega.platform import distributed
+from mstar_mega.config import OptimizerConfig
 from mstar_mega.training.checkpoint import save_checkpoint
 from mstar_mega.training.trainer import Trainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 def test_inspect_tells_the_same_of_both_formats(tmp_path: Path) -> None:
