@@ -1,5 +1,5 @@
 # make run    set up everything and run the main job on the built-in task  (ARGS="--seed 1" adds arguments)
-# make test   set up everything and run the tests                          (ARGS="-k resume" adds arguments)
+# make test   set up everything and run the tests, two files at a time     (ARGS="-n 0 -k resume": one process, some)
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
 # make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
 # make clean  remove the environment and caches; runs/ stays
@@ -36,7 +36,7 @@ smoke: $(STAMP)
 	$(TORCHRUN) 1 examples/pretrain_mstar.sh --config examples/configs/smoke.yaml $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

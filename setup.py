@@ -49,7 +49,7 @@ EXTRAS = {
     # 5,000 real pictures with 48,248 questions: the second demonstration, examples/configs/easy_vqa.yaml.
     "easy-vqa": [EASY_VQA],
     # Tests (triton kernels run in its interpreter; transformers' models are references), lint and types.
-    "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, EASY_VQA],
+    "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, EASY_VQA],
 }
 
 setup(

@@ -31,16 +31,10 @@ from mstar_mega.config import ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
-from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import sync_tree
-from mstar_mega.training.checkpoint import (
-    FailedTogether,
-    on_main,
-    together,
-    verify_checkpoint,
-    write_checkpoint,
-    write_plain_state,
-)
+from mstar_mega.training.checkpoint import write_checkpoint, write_plain_state
+from mstar_mega.training.manifest import verify_checkpoint
 
 SHARD_BYTES = 10**9
 """Largest shard written for Hugging Face: the only one held in memory."""
@@ -48,7 +42,7 @@ HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
 _LISTED = 30
 
-
+Shape = tuple[int, ...]
 Export = Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]]
 """Config and map of the original's layout, and where the tokenizer is -> those of another layout."""
 
@@ -204,29 +198,28 @@ def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
 
 
 def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
-    sources = {source.name: source for mapping in model.mappings for source in mapping.sources}
-    problems = [
-        *_listed("missing", [f"{name} {list(sources[name].shape)}" for name in sources if name not in weights.tensors]),
-        *_listed(f"not known to {model.family}", [name for name in weights.tensors if name not in sources]),
-    ]
-    for name, found in weights.tensors.items():
-        if name in sources and found.shape != sources[name].shape:
-            problems.append(f"{found.file.name}: {name} is {list(found.shape)}, expected {list(sources[name].shape)}")
-    if problems:
-        raise ValueError(f"{hf} does not hold the model of its config.json: {'; '.join(problems[:_LISTED])}")
+    wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
+    found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
+    _check_shapes(hf, model.family, wanted, found)
 
 
 def _check_parameters(checkpoint: Path, model: ModelMap, weights: MegatronWeights) -> None:
-    wanted = {mapping.name: mapping for mapping in model.mappings}
+    wanted = {mapping.name: mapping.shape for mapping in model.mappings}
+    found = {name: (parameter.shape, name) for name, parameter in weights.parameters.items()}
+    _check_shapes(checkpoint, model.family, wanted, found)
+
+
+def _check_shapes(place: Path, family: str, wanted: dict[str, Shape], found: dict[str, tuple[Shape, str]]) -> None:
+    """Raises ValueError when names or shapes differ; beside each found shape stands what a message calls its tensor."""
     problems = [
-        *_listed("missing", [name for name in wanted if name not in weights.parameters]),
-        *_listed(f"not known to {model.family}", [name for name in weights.parameters if name not in wanted]),
+        *_listed("missing", [f"{name} {list(wanted[name])}" for name in wanted if name not in found]),
+        *_listed(f"not known to {family}", [name for name in found if name not in wanted]),
     ]
-    for name, found in weights.parameters.items():
-        if name in wanted and found.shape != wanted[name].shape:
-            problems.append(f"{name} is {list(found.shape)}, expected {list(wanted[name].shape)}")
+    for name, (shape, shown) in found.items():
+        if name in wanted and shape != wanted[name]:
+            problems.append(f"{shown} is {list(shape)}, expected {list(wanted[name])}")
     if problems:
-        raise ValueError(f"{checkpoint} does not hold the model of its config.json: {'; '.join(problems[:_LISTED])}")
+        raise ValueError(f"{place} does not hold the model of its config.json: {'; '.join(problems[:_LISTED])}")
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:

@@ -16,7 +16,8 @@ from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
 from mstar_mega.models.description import MODEL_FILES, read_config
-from mstar_mega.training.checkpoint import MANIFEST, DamagedCheckpointError, find_checkpoints, read_manifest
+from mstar_mega.training.checkpoint import find_checkpoints
+from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 
 _PARTS = (
     ("vision tower", r"vision[._].*|vpm\..*|model\.vision_embed_tokens\.img_processor\..*"),

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mstar_mega.models.mapping import Mapping
-from mstar_mega.training.checkpoint import read_index
+from mstar_mega.training.manifest import read_index
 
 _LAYER = re.compile(r"(language\.decoder\.layers\.)(\d+)\.(.+)")
 _RENAMED = {

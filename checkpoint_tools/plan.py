@@ -18,6 +18,7 @@ from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, 
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config
 from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.settings_rules import validate
 
 USABLE = 0.9
 """Share of a GPU's memory to plan for; the rest is the driver's, the libraries' and what fragments."""
@@ -177,5 +178,5 @@ def run(options: argparse.Namespace) -> None:
     if options.gpus < 1:
         raise ValueError(f"--gpus is {options.gpus}: it must be at least 1")
     config = settings.parse(["--config", options.config], prog="mstar plan")
-    settings.validate(config)
+    validate(config)
     print(report(config, options.gpus, bytes_of(options.memory)))

@@ -95,6 +95,7 @@ def _evaluate(name: str, rest: list[str]) -> None:
 def _evaluate_benchmark(name: str, rest: list[str]) -> None:
     from mstar_mega import settings
     from mstar_mega.evaluation import command
+    from mstar_mega.settings_rules import validate
 
     parser = _Parser(
         prog=f"mstar {name}",
@@ -117,7 +118,7 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
 
     base = benchmark.settings_of(options.checkpoint)
     config = settings.parse(overrides, prog=parser.prog, base=base)
-    settings.validate(config)
+    validate(config)
     request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
     benchmark.evaluate(config, request)
 
@@ -169,6 +170,7 @@ def _score(name: str, rest: list[str]) -> None:
 def _data(name: str, rest: list[str]) -> None:
     """``mstar data check PATH`` and ``mstar data show [PATH] ID``: their settings are those of the group data."""
     from mstar_mega import settings
+    from mstar_mega.settings_rules import validate
 
     action, rest = (rest[0], rest[1:]) if rest else ("", rest)
     if action not in _DATA_ACTIONS:
@@ -191,7 +193,7 @@ def _data(name: str, rest: list[str]) -> None:
             names.append(argument)
     path = [] if len(names) < (1 if action == "check" else 2) else ["--data.name", "mathv360k", "--data.path", names[0]]
     config = settings.parse([*path, *others], prog=f"mstar data {action}")
-    settings.validate(config)
+    validate(config)
     if not 1 <= len(names) <= (1 if action == "check" else 2):
         raise ValueError(f"usage: mstar data {action} {_DATA_ACTIONS[action]}")
     from mstar_mega.recipe import data_command
@@ -270,15 +272,17 @@ def _run_directory_parser(name: str, options: str = "") -> _Parser:
 def _config_of_job(name: str, rest: list[str]) -> Config:
     """The checked settings of a command whose arguments are nothing else."""
     from mstar_mega import settings
+    from mstar_mega.settings_rules import validate
 
     config = settings.parse(rest, prog=f"mstar {name}", description=COMMANDS[name][0])
-    settings.validate(config)
+    validate(config)
     return config
 
 
 def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own options, and the run's checked settings with the overrides on top."""
     from mstar_mega import settings
+    from mstar_mega.settings_rules import validate
 
     if rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help"):
         # Behind an unknown --name the parser would take that setting's value for RUN_DIR.
@@ -287,7 +291,7 @@ def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace
     base = settings.load(options.run_dir)
     base.run.dir = options.run_dir
     config = settings.parse(overrides, prog=parser.prog, base=base)
-    settings.validate(config)
+    validate(config)
     return options, config
 
 

@@ -1,4 +1,4 @@
-"""Settings from YAML files and the command line to a checked :class:`~mstar_mega.config.Config`, and back.
+"""Settings from YAML files and the command line to a :class:`~mstar_mega.config.Config`, and back.
 
 Files given with ``--config`` are read first, in their order; ``--dotted.name value`` on the command line comes on top,
 wherever it stands. A mistake is a ValueError of one line that names the setting, where it stands, and what is possible.
@@ -6,24 +6,19 @@ wherever it stands. A mistake is a ValueError of one line that names the setting
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import functools
-import inspect
-import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
-from mstar_mega import config as config_module
 from mstar_mega.config import Config
+from mstar_mega.settings_tree import field_docs, flatten, leaves, shown
 
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
@@ -40,174 +35,6 @@ _FREE_TO_CHANGE = (
     "kernels.",
 )
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One setting: its dotted name, resolved type, default, and the docstring under its field."""
-
-    name: str
-    type: Any
-    default: Any
-    doc: str
-
-
-@functools.cache
-def leaves() -> tuple[Leaf, ...]:
-    """Every setting of the tree, in the order of ``config.py``."""
-    return tuple(_walk(Config(), "", _field_docs()))
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted name -> value, for every setting."""
-    return {leaf.name: leaf.default for leaf in _walk(config, "", {})}
-
-
-def _walk(node: Any, prefix: str, docs: Mapping[tuple[str, str], str]) -> Iterator[Leaf]:
-    hints = typing.get_type_hints(type(node))
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field.name}.", docs)
-        else:
-            doc = docs.get((type(node).__name__, field.name), "")
-            yield Leaf(prefix + field.name, hints[field.name], value, doc)
-
-
-@functools.cache
-def _field_docs() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string literal that follows the field; (class, "") -> the class docstring."""
-    docs: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        docs[node.name, ""] = ast.get_docstring(node) or ""
-        for field, after in zip(node.body, node.body[1:], strict=False):
-            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-                continue
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                docs[node.name, field.target.id] = " ".join(str(after.value.value).split())
-    return docs
-
-
-# --------------------------------------------------------------------------------------------------------- checking
-
-
-@dataclass(frozen=True)
-class _Rule:
-    allowed: str
-    holds: Callable[[Any], bool]
-
-
-_COUNT = _Rule("at least 1", lambda x: x >= 1)
-_COUNT_OR_NONE = _Rule("at least 0", lambda x: x >= 0)
-_POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: 0 <= x < math.inf)
-_SHARE = _Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
-_UNIT = _Rule("between 0 and 1", lambda x: 0 <= x <= 1)
-_INSIDE_UNIT = _Rule("above 0 and below 1", lambda x: 0 < x < 1)
-_DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
-_TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
-_GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
-
-_NAMES_OF_RULE = (
-    (
-        _COUNT,
-        """
-        run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
-        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
-        generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
-        optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
-        warmup.responses warmup.keep evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
-        temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
-        """,
-    ),
-    (
-        _COUNT_OR_NONE,
-        """
-        seed warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
-        optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
-        """,
-    ),
-    (
-        _POSITIVE,
-        """
-        generation.log_prob_gap_limit optimizer.eps warmup.epochs warmup.temperature annotate.temperature prm.epochs
-        temperature.value
-        """,
-    ),
-    (
-        _NOT_NEGATIVE,
-        "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance",
-    ),
-    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share"),
-    (_UNIT, "selection.threshold prompts.mixin"),
-    (_INSIDE_UNIT, "annotate.held_out"),
-    (_DECAY, "optimizer.beta1 optimizer.beta2"),
-    (
-        _TEXT,
-        """
-        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file warmup.set
-        """,
-    ),
-    (_GRID, "temperature.grid"),
-)
-_RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}
-
-
-def _rule(name: str) -> _Rule | None:
-    # The three optimizers share their rules: warmup.optimizer.lr -> optimizer.lr.
-    return _RULES.get(name) or _RULES.get(name.partition(".")[2])
-
-
-def validate(config: Config) -> None:
-    """Raises ValueError for the first senseless value: its name, the value, and what is allowed."""
-    flat = flatten(config)
-    for name, value in flat.items():
-        rule = _rule(name)
-        if rule is not None and value is not None and not rule.holds(value):
-            raise ValueError(f"{name} is {_shown(value)}: it must be {rule.allowed}")
-    for stage in ("warmup", "prm", "evolve"):
-        lr, min_lr = flat[f"{stage}.optimizer.lr"], flat[f"{stage}.optimizer.min_lr"]
-        if min_lr > lr:
-            raise ValueError(f"{stage}.optimizer.min_lr is {min_lr}: it must be at most {stage}.optimizer.lr, {lr}")
-    _validate_pairs(config)
-
-
-def _validate_pairs(config: Config) -> None:
-    temperature, evaluation = config.temperature, config.evaluation
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
-    if config.evolve.max_steps == 0 and config.evolve.passes == 0:
-        raise ValueError("evolve.max_steps and evolve.passes are both 0: one must be above 0, or the run never ends")
-    if config.evolve.max_steps == 0 and config.evolve.optimizer.schedule != "constant":
-        raise ValueError(
-            f"evolve.optimizer.schedule is '{config.evolve.optimizer.schedule}' and evolve.max_steps is 0: a learning "
-            "rate that falls needs the number of steps; set evolve.max_steps, or the schedule to constant"
-        )
-    interval = config.evolve.interval
-    if interval is not None and abs(1 / interval - round(1 / interval)) > 1e-6:
-        near = 1 / max(1, round(1 / interval))
-        raise ValueError(
-            f"evolve.interval is {interval}: a pass must be a whole number of iterations; use 1, 0.5, 0.25 ... "
-            f"(the nearest is {near:.6g})"
-        )
-    if temperature.k > temperature.responses:
-        raise ValueError(
-            f"temperature.k is {temperature.k}: it must be at most temperature.responses, {temperature.responses}"
-        )
-    if evaluation.reward_k > evaluation.k:
-        raise ValueError(
-            f"evaluation.reward_k is {evaluation.reward_k}: it must be at most evaluation.k, {evaluation.k}, "
-            "the responses that are sampled"
-        )
-    if config.prompts.unlabelled != "none" and config.data.unlabelled_queries == 0:
-        raise ValueError(
-            f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.unlabelled_queries above 0, which is 0"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def parse(
@@ -273,7 +100,7 @@ def _parser(prog: str, description: str | None) -> jsonargparse.ArgumentParser:
         default=jsonargparse.SUPPRESS,
         help="YAML file of settings; the command line goes over it",
     )
-    docs = _field_docs()
+    docs = field_docs()
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
     groups: dict[str, Any] = {}
     for leaf in leaves():
@@ -352,7 +179,7 @@ def _read(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"the settings file {file} is not valid YAML: {_yaml_problem(error)}") from None
     if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"the settings file {file} holds {_shown(tree)}: expected lines like 'seed: 0'")
+        raise ValueError(f"the settings file {file} holds {shown(tree)}: expected lines like 'seed: 0'")
     return dict(_flat(tree or {}, "", {leaf.name for leaf in leaves()}, file))
 
 
@@ -366,7 +193,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str, known: set[str], file: Path) -> 
             raise ValueError(f"unknown setting '{name}' in {file}; {_nearest(name, known)}")
         # `evolve:` with every line below commented out is an empty group, not a mistake.
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name} is {_shown(value)} in {file}: expected a group of settings below '{name}:'")
+            raise ValueError(f"{name} is {shown(value)} in {file}: expected a group of settings below '{name}:'")
         yield from _flat(value or {}, f"{name}.", known, file)
 
 
@@ -428,8 +255,3 @@ def _type_text(hint: Any) -> str:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -32,6 +32,31 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(scope="module")
+def job_of_one() -> Iterator[None]:
+    """The test process is itself a job of one rank."""
+    from mstar_mega.config import ParallelConfig
+    from mstar_mega.platform import distributed
+
+    distributed.initialize(ParallelConfig(), 0)
+    yield
+    distributed.shutdown()
+
+
+SLOWEST_FIRST = (
+    "test_resume.py", "test_families_recipe.py", "test_parallel_truth.py", "test_kernel_dispatch.py",
+    "test_checkpoint.py", "test_bad_input.py", "test_linear_logprob.py",
+)  # fmt: skip
+"""Files of a minute and more: dealt out first, so that pytest-xdist's workers end at about the same time."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist put the slow files first; the order inside a file stays."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the shared worker processes."""
     close_pools()

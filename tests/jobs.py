@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -36,8 +37,6 @@ SMALLER = [
     *("--evolve.epochs", "3", "--evolve.optimizer.batch_size", "1", "--report.samples_per_iteration", "1"),
 ]
 """The smoke config, smaller; all checkpoints are kept, so that a test can go back to any of them."""
-LOGS = Path(tempfile.mkdtemp(prefix="mstar_jobs_"))
-atexit.register(shutil.rmtree, LOGS, ignore_errors=True)
 _counter = itertools.count()
 TIMEOUT_S = 900.0
 """Far beyond what a quiet machine needs (seconds): a busy one must not fail a test."""
@@ -54,7 +53,7 @@ class Job:
         self, run_dir: Path, world_size: int = 1, *extra: str, command: str = "evolve", before: str = ""
     ) -> None:
         self.run_dir = run_dir
-        self.log = LOGS / f"{next(_counter)}.log"
+        self.log = _logs() / f"{next(_counter)}.log"
         argv = [command, *SMALLER, "--run.dir", str(run_dir), *extra]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(parallel.PRELOAD)
@@ -172,6 +171,14 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
     return []
+
+
+@functools.cache
+def _logs() -> Path:
+    """Where this process keeps its jobs' output; the ranks, which import this module too, make none."""
+    folder = Path(tempfile.mkdtemp(prefix="mstar_jobs_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _rank(rank: int, world_size: int, port: int, log: str, argv: list[str], before: str) -> None:

@@ -3,7 +3,8 @@
 ``run_parallel(2, "test_platform:adds_up", 3)`` calls ``adds_up(3)`` on two ranks of a gloo group and returns both
 results.
 The functions call ``mstar_mega.platform.distributed.initialize`` for the layout they want and never ``shutdown``.
-Workers are forked from one server that has imported torch and megatron-core, so a set of them starts in a blink.
+Workers are forked from one server that has imported torch and megatron-core, so a set of them starts in a blink. Each
+process of pytest-xdist has a server and workers of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PRELOAD = [
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
     "mstar_mega.recipe.job",
+    "sklearn.datasets",  # what a job imports late: a second and more of every start
+    "matplotlib.figure",
 ]
 
 _pools: dict[int, Pool] = {}

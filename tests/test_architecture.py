@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,8 @@ from mstar_mega.models.connectors import pixel_shuffle
 from mstar_mega.models.lmm import LMM, LanguageSize, VisionSize
 from mstar_mega.models.packing import Prompt, pack
 from mstar_mega.models.vision import VisionTower
-from mstar_mega.platform import distributed
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,16 @@ from mstar_mega.config import ParallelConfig
 from mstar_mega.platform import distributed
 from mstar_mega.platform.cpu import apply_cpu_platform
 from mstar_mega.platform.files import sha256_file
-from mstar_mega.training import checkpoint
+from mstar_mega.training import checkpoint, manifest
 from mstar_mega.training.checkpoint import (
-    MANIFEST,
     CheckpointWriteError,
-    DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
     load_latest,
     prune,
     save_checkpoint,
 )
+from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError
 
 
 def train_and_save(
@@ -189,10 +188,10 @@ def test_an_index_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     run_parallel(1, "test_checkpoint:save_small", str(tmp_path), ["step-1"])
     path = tmp_path / "step-1"
     (path / ".metadata").write_bytes(pickle.dumps(_Payload(str(tmp_path / "ran"))))
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"][".metadata"] = [(path / ".metadata").stat().st_size, sha256_file(path / ".metadata")]
-    del manifest["sha256"]
-    (path / MANIFEST).write_text(json.dumps({**manifest, "sha256": checkpoint._canonical_digest(manifest)}))
+    body = json.loads((path / MANIFEST).read_text())
+    body["files"][".metadata"] = [(path / ".metadata").stat().st_size, sha256_file(path / ".metadata")]
+    del body["sha256"]
+    (path / MANIFEST).write_text(json.dumps({**body, "sha256": manifest._canonical_digest(body)}))
     error = run_parallel(1, "test_checkpoint:try_each", str(path))[0]
     assert "is refused" in error and "open" in error
     assert not (tmp_path / "ran").exists()

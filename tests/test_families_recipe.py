@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 import pytest
@@ -10,14 +10,12 @@ import tiny_families
 from jobs import Job, checkpoints, copy_run, go_back, outcome
 
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
-from mstar_mega.config import ParallelConfig
-from mstar_mega.platform import distributed
 from mstar_mega.recipe import rollouts
 from mstar_mega.report.metrics import read_metrics
 from mstar_mega.rewards.answers import Verdict
 
 SETTINGS = [
-    *("--parallel.tensor", "2", "--parallel.pipeline", "2", "--run.checkpoint_every_steps", "1"),
+    *("--run.checkpoint_every_steps", "1"),
     *("--data.warmup_examples", "4", "--data.labelled_queries", "4", "--data.unlabelled_queries", "1"),
     *("--data.validation_queries", "2", "--data.test_queries", "2", "--generation.max_new_tokens", "8"),
     *("--warmup.epochs", "1", "--warmup.optimizer.batch_size", "2", "--warmup.optimizer.lr", "1e-3"),
@@ -28,27 +26,28 @@ SETTINGS = [
 """So little that nothing is learnt: what is judged correct is decided by :func:`judge_by_index`."""
 
 
+LAYOUTS = {"internvl2": (2, 1), "phi3_5_vision": (1, 2), "minicpm_v2_5": (2, 2)}
+"""Tensor x pipeline. That each family is the same in every layout, its goldens and its gradients show."""
+
+
 def judge_by_index() -> None:
     """Call every second response that has a step correct, on this rank."""
     rollouts._verdict = lambda job, query, response: Verdict(bool(response.steps) and response.index % 2 == 0, "exact")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 def settings(name: str, directory: Path) -> list[str]:
     """Convert a tiny model of the family, and how a run starts from it."""
     hf_to_megatron(tiny_families.make_model_directory(name, directory / "hf"), directory / "megatron")
-    return [*SETTINGS, "--model.family", name, "--model.checkpoint", str(directory / "megatron")]
+    tensor, pipeline = map(str, LAYOUTS[name])
+    model = ("--model.family", name, "--model.checkpoint", str(directory / "megatron"))
+    return [*SETTINGS, *model, "--parallel.tensor", tensor, "--parallel.pipeline", pipeline]
 
 
-def run(directory: Path, extra: list[str]) -> str:
-    job = Job(directory, 4, *extra, before="test_families_recipe:judge_by_index")
+def run(directory: Path, name: str, extra: list[str]) -> str:
+    job = Job(directory, math.prod(LAYOUTS[name]), *extra, before="test_families_recipe:judge_by_index")
     assert job.wait() == 0, job.output
     return job.output
 
@@ -56,7 +55,7 @@ def run(directory: Path, extra: list[str]) -> str:
 @pytest.mark.parametrize("name", tiny_families.NAMES)
 def test_the_recipe_runs_and_resumes(name: str, tmp_path: Path) -> None:
     extra = settings(name, tmp_path)
-    assert "the first weights are those of" in run(tmp_path / "run", extra)
+    assert "the first weights are those of" in run(tmp_path / "run", name, extra)
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert {event["stage"] for event in events if event["event"] == "step"} == {"warmup", "prm", "evolve"}
     gaps = [event["largest"] for event in events if event["event"] == "log_prob_gap"]
@@ -65,7 +64,7 @@ def test_the_recipe_runs_and_resumes(name: str, tmp_path: Path) -> None:
     copy_run(tmp_path / "run", tmp_path / "again")
     inside = [at for at in checkpoints(tmp_path / "run", "evolve") if not at.endswith("step_000000")]
     go_back(tmp_path / "again", "evolve", inside[0])
-    assert "Resuming" in run(tmp_path / "again", extra)
+    assert "Resuming" in run(tmp_path / "again", name, extra)
     first, second = outcome(tmp_path / "run"), outcome(tmp_path / "again")
     assert first[0] == second[0]
     assert first[1] == second[1]

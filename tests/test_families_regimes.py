@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +10,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from mstar_mega.config import GenerationConfig, ParallelConfig
+from mstar_mega.config import GenerationConfig
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt, next_token_targets, pack
 from mstar_mega.models.rope import Rope
 from mstar_mega.models.sizes import DynamicNTK, LongRope
-from mstar_mega.platform import distributed
 
 BORDER = 24
 LONG = LongRope((1.0, 1.1, 1.3, 1.5), (1.0, 3.0, 9.0, 20.0), BORDER, 1.2)
@@ -26,12 +24,7 @@ NTK = DynamicNTK(2.0, BORDER)
 VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 90)), banned_tokens=[6, 7, 8])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 @pytest.fixture(params=[LONG, NTK], ids=["longrope", "dynamic"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from mstar_mega.config import GenerationConfig, ParallelConfig
+from mstar_mega.config import GenerationConfig
 from mstar_mega.generation import engine as engine_module
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.generation.slots import group_table
@@ -20,19 +20,13 @@ from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.inference import inference
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, pack
-from mstar_mega.platform import distributed
 
 LIMIT = 14
 # One token in six or so ends a sample, so lengths differ.
 VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 130)), banned_tokens=[6, 7, 8])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar_mega.config import ParallelConfig
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.kernels.logprob import target_logprob_reference
 from mstar_mega.models.attention import GroupPlan
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt, next_token_targets, pack, step_index
-from mstar_mega.platform import distributed
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process is a job of one rank."""
-    distributed.initialize(ParallelConfig(), 0)
-    yield
-    distributed.shutdown()
+pytestmark = pytest.mark.usefixtures("job_of_one")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hf_directories import CONFIGS
 from parallel import run_parallel
-from test_conversion import CONFIGS
 
 from mstar_mega import cli, settings
 from mstar_mega.checkpoint_tools.maps import map_of

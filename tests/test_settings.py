@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mstar_mega import settings
+from mstar_mega import settings, settings_rules, settings_tree
 from mstar_mega.config import Config, EvolveConfig
 from mstar_mega.recipe.method import METHODS, ResolvedMethod, gold_response, resolve_method
 
@@ -22,7 +22,7 @@ def write(path: Path, text: str) -> str:
 def message(argv: list[str]) -> str:
     """The one line that a mistake in ``argv`` gets."""
     with pytest.raises(ValueError) as caught:
-        settings.validate(settings.parse(argv))
+        settings_rules.validate(settings.parse(argv))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -30,7 +30,7 @@ def message(argv: list[str]) -> str:
 
 def test_nothing_given_is_the_tree_of_defaults() -> None:
     assert settings.parse([]) == Config()
-    settings.validate(Config())
+    settings_rules.validate(Config())
 
 
 def test_the_command_line_goes_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_help_shows_types_defaults_and_docs_of_every_setting(capsys: pytest.Capt
         settings.parse(["--seed", "1", "--help"])
     assert leaving.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for leaf in settings.leaves():
+    for leaf in settings_tree.leaves():
         assert f"--{leaf.name} " in text or f"--{leaf.name}," in text
         assert leaf.doc in text
     assert "K of Reward-Pass@K (or Pass@K) in the sweep. (type: int, default: 2)" in text
@@ -128,12 +128,12 @@ def test_a_damaged_run_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_every_number_and_text_has_a_rule_and_every_rule_a_setting() -> None:
-    for leaf in settings.leaves():
+    for leaf in settings_tree.leaves():
         kinds = typing.get_args(leaf.type) or (leaf.type,)
         if leaf.type is not bool and {int, float, str} & set(kinds):
-            assert settings._rule(leaf.name) is not None, f"{leaf.name} needs a rule in settings.py"
-    names = set(settings.flatten(Config()))
-    for name in settings._RULES:
+            assert settings_rules._rule(leaf.name) is not None, f"{leaf.name} needs a rule in settings_rules.py"
+    names = set(settings_tree.flatten(Config()))
+    for name in settings_rules._RULES:
         assert name in names or f"evolve.{name}" in names, name
 
 
@@ -170,7 +170,7 @@ def test_senseless_values_are_refused(setting: str, allowed: str) -> None:
 def test_a_falling_learning_rate_needs_the_number_of_steps() -> None:
     argv = ["--evolve.optimizer.schedule=cosine", "--evolve.passes=2"]
     assert message([*argv, "--evolve.max_steps=0"]).startswith("evolve.optimizer.schedule is 'cosine'")
-    settings.validate(settings.parse(argv))
+    settings_rules.validate(settings.parse(argv))
 
 
 def test_unlabelled_prompts_need_unlabelled_queries() -> None:
@@ -196,7 +196,7 @@ def test_the_shipped_configs_are_valid() -> None:
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        settings.validate(settings.parse(["--config", str(file)]))
+        settings_rules.validate(settings.parse(["--config", str(file)]))
 
 
 def test_each_method_brings_its_own_choices() -> None:

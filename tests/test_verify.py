@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_directories import GOLDENS, make_checkpoint, native_model, rewrite
 from safetensors.torch import load_file, save_file
-from test_conversion import GOLDENS, make_checkpoint, native_model, rewrite
 
 from mstar_mega import cli
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron, megatron_to_hf, to_native

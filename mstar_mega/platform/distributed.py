@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -204,3 +204,29 @@ def barrier() -> None:
     """Wait for every rank of the job."""
     if dist.get_world_size() > 1:
         dist.barrier()
+
+
+class FailedTogether(Exception):
+    """Some rank failed; all ranks raise this with the same text."""
+
+
+def together(what: str, action: Callable[[], Any]) -> list[Any]:
+    """Run ``action`` on every rank and gather the results; when any rank raised, all raise. Collective."""
+    result, failure, cause = None, "", None
+    try:
+        result = action()
+    except Exception as error:
+        failure, cause = f"{what}: {type(error).__name__}: {error}", error
+    outcomes: list[Any] = [(result, failure)]
+    if dist.get_world_size() > 1:
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure))
+    failures = [f"rank {rank}, {text}" for rank, (_, text) in enumerate(outcomes) if text]
+    if failures:
+        raise FailedTogether("; ".join(failures)) from cause
+    return [result for result, _ in outcomes]
+
+
+def on_main(action: Callable[[], None]) -> Callable[[], None]:
+    """``action`` on global rank 0, nothing elsewhere."""
+    return action if dist.get_rank() == 0 else lambda: None

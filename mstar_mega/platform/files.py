@@ -35,7 +35,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -78,12 +78,12 @@ def is_full(directory: Path, size: int) -> bool:
 def sync_tree(directory: Path) -> None:
     """Bring a directory's files to the disk, so that a rename of it cannot overtake them."""
     for path in [*directory.rglob("*"), directory]:
-        _sync_directory(path)
+        sync(path)
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut: the directory's own entry has to reach the disk too."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file to the disk, or a directory's own entries: without those a rename does not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,15 +11,14 @@ from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.checkpoint import (
-    DamagedCheckpointError,
     find_checkpoints,
     load_checkpoint,
     load_latest,
     prune,
     save_checkpoint,
     set_aside,
-    verify_checkpoint,
 )
+from mstar_mega.training.manifest import DamagedCheckpointError, verify_checkpoint
 from mstar_mega.training.trainer import NonFiniteLossError, Trainer
 
 STAGES = ("warmup", "prm", "evolve")

@@ -1,17 +1,13 @@
 """Sharded checkpoints that are complete or absent, checked before they are believed, and independent of the layout.
 
 A checkpoint is a directory in megatron-core's ``torch_dist`` format, which every tensor x pipeline layout loads, with a
-``manifest.json`` beside the shards: size and SHA-256 of every file, and the caller's small JSON state. It is written
-under a hidden name and renamed when every rank has finished, so a killed or failed save leaves nothing that looks good.
+manifest beside the shards (``training/manifest.py``). It is written under a hidden name and renamed when every rank has
+finished, so a killed or failed save leaves nothing that looks good.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import pickle
 import re
 import shutil
 import warnings
@@ -21,34 +17,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, Metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as torch_dist_save
 
-from mstar_mega.platform.distributed import broadcast_object
-from mstar_mega.platform.files import free_bytes, is_full, sha256_file
+from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
+from mstar_mega.platform.files import free_bytes, is_full, sync
 from mstar_mega.platform.quiet import silence_normal_warnings
+from mstar_mega.training.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    digest_files,
+    files_in,
+    verify_checkpoint,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 _TEMPORARY = re.compile(r"\..+\.(tmp|old)")
 
-# All that torch's checkpoint index needs. It is a pickle, so anything else in it is refused rather than run.
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_INDEX_NAMES = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch._utils", "_rebuild_device"),
-    ("torch.serialization", "_get_layout"),
-}
-
 logger = logging.getLogger(__name__)
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint's files are not what its manifest says, or the manifest itself cannot be read."""
 
 
 class CheckpointWriteError(OSError):
@@ -129,7 +115,7 @@ def write_checkpoint(final: Path, write: Callable[[Path], None], common: dict[st
     try:
         together("prepare", on_main(make_room))
         write(temporary)
-        digests.update(_digest_files(temporary, broadcast_object(_files_in(temporary))))
+        digests.update(digest_files(temporary, broadcast_object(files_in(temporary))))
         together("finish", on_main(lambda: _finish(temporary, final, digests, common)))
     except FailedTogether as error:
         # torch's writer hides that the disk is full: a file as large as this rank's part tells.
@@ -221,52 +207,6 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Compare every file with the manifest, the work shared by all ranks. Collective. Returns the common state.
-
-    Raises :class:`DamagedCheckpointError` on every rank.
-    """
-    manifest, problem = broadcast_object(read_manifest(path) if dist.get_rank() == 0 else ({}, ""))
-    if not problem:
-        try:
-            found = _digest_files(path, sorted(manifest["files"]))
-            problem = _first_difference(path, manifest["files"], found)
-        except FailedTogether as error:
-            problem = str(error)
-    if not problem:
-        problem = broadcast_object(_index_problem(path) if dist.get_rank() == 0 else "")
-    if problem:
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problem}")
-    common: dict[str, Any] = manifest["common"]
-    return common
-
-
-class FailedTogether(Exception):
-    """Some rank failed; all ranks raise this with the same text."""
-
-
-def together(what: str, action: Callable[[], Any]) -> list[Any]:
-    """Run ``action`` on every rank and gather the results; when any rank raised, all raise. Collective."""
-    result, failure, cause = None, "", None
-    try:
-        result = action()
-    except Exception as error:
-        failure, cause = f"{what}: {type(error).__name__}: {error}", error
-    outcomes: list[Any] = [(result, failure)]
-    if dist.get_world_size() > 1:
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure))
-    failures = [f"rank {rank}, {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    if failures:
-        raise FailedTogether("; ".join(failures)) from cause
-    return [result for result, _ in outcomes]
-
-
-def on_main(action: Callable[[], None]) -> Callable[[], None]:
-    """``action`` on global rank 0, nothing elsewhere."""
-    return action if dist.get_rank() == 0 else lambda: None
-
-
 def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     """Write this rank's shards; returns the plain (unsharded) rest of the state.
 
@@ -309,12 +249,10 @@ def write_plain_state(directory: Path, plain: dict[str, Any]) -> None:
 
 def _finish(temporary: Path, final: Path, files: dict[str, list[Any]], common: dict[str, Any]) -> None:
     """Write the manifest and make the checkpoint appear under its name, all of it on disk first."""
-    body = {"format": FORMAT, "common": common, "files": files}
-    text = json.dumps({**body, "sha256": _canonical_digest(body)}, indent=1)
-    (temporary / MANIFEST).write_text(text, encoding="utf-8")
-    for name in _files_in(temporary):
-        _fsync(temporary / name)
-    _fsync(temporary)
+    write_manifest(temporary, files, common)
+    for name in files_in(temporary):
+        sync(temporary / name)
+    sync(temporary)
     if final.exists():
         replaced = final.with_name(f".{final.name}.old")
         final.rename(replaced)
@@ -322,7 +260,7 @@ def _finish(temporary: Path, final: Path, files: dict[str, list[Any]], common: d
         shutil.rmtree(replaced)
     else:
         temporary.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def _bytes_of(state: Any) -> int:
@@ -331,95 +269,6 @@ def _bytes_of(state: Any) -> int:
         return sum(map(_bytes_of, state.values() if isinstance(state, dict) else state))
     data = getattr(state, "data", None)
     return data.numel() * data.element_size() if isinstance(data, torch.Tensor) else 0
-
-
-def _files_in(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-
-
-def _digest_files(directory: Path, names: list[str]) -> dict[str, list[Any]]:
-    """Size and SHA-256 of each file, the files dealt out over the ranks; a missing file has size -1. Collective."""
-
-    def mine() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
-            path = directory / name
-            found[name] = [path.stat().st_size, sha256_file(path)] if path.is_file() else [-1, ""]
-        return found
-
-    merged: dict[str, list[Any]] = {}
-    for part in together("read", mine):
-        merged.update(part)
-    return dict(sorted(merged.items()))
-
-
-def _canonical_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest and, where it cannot be believed, why not."""
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        claimed = manifest.pop("sha256")
-        if _canonical_digest(manifest) != claimed:
-            return {}, f"{file} was altered (its own checksum does not match)"
-        if manifest["format"] != FORMAT:
-            return {}, f"{file} has format {manifest['format']!r}; this program reads format {FORMAT}"
-    except FileNotFoundError:
-        return {}, f"{file} is missing"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
-    return manifest, ""
-
-
-def _first_difference(path: Path, wanted: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
-    for name, (size, digest) in wanted.items():
-        found_size, found_digest = found[name]
-        if found_size < 0:
-            return f"{path / name} is missing"
-        if found_size != size:
-            return f"{path / name} has {found_size} bytes instead of {size}"
-        if found_digest != digest:
-            return f"{path / name} was altered (SHA-256 {found_digest[:12]} instead of {digest[:12]})"
-    return ""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint index has no use for")
-
-
-def read_index(path: Path) -> Metadata:
-    """torch's index of a checkpoint, read without running what it names. Raises :class:`DamagedCheckpointError`."""
-    file = path / ".metadata"
-    try:
-        with open(file, "rb") as stream:
-            index: Metadata = _IndexUnpickler(stream).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        raise DamagedCheckpointError(f"{file} is refused: {error}") from error
-    return index
-
-
-def _index_problem(path: Path) -> str:
-    """Why torch must not unpickle this checkpoint's index; empty when it holds plain index data only."""
-    try:
-        read_index(path)
-    except DamagedCheckpointError as error:
-        return str(error)
-    return ""
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -1,0 +1,125 @@
+"""What each setting may be, alone and together with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mstar_mega.config import Config
+from mstar_mega.settings_tree import flatten, shown
+
+
+@dataclass(frozen=True)
+class _Rule:
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = _Rule("at least 1", lambda x: x >= 1)
+_COUNT_OR_NONE = _Rule("at least 0", lambda x: x >= 0)
+_POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+_SHARE = _Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
+_UNIT = _Rule("between 0 and 1", lambda x: 0 <= x <= 1)
+_INSIDE_UNIT = _Rule("above 0 and below 1", lambda x: 0 < x < 1)
+_DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+_TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
+_GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
+
+_NAMES_OF_RULE = (
+    (
+        _COUNT,
+        """
+        run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
+        data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
+        generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
+        optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
+        warmup.responses warmup.keep evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
+        temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
+        """,
+    ),
+    (
+        _COUNT_OR_NONE,
+        """
+        seed warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
+        optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
+        """,
+    ),
+    (
+        _POSITIVE,
+        """
+        generation.log_prob_gap_limit optimizer.eps warmup.epochs warmup.temperature annotate.temperature prm.epochs
+        temperature.value
+        """,
+    ),
+    (
+        _NOT_NEGATIVE,
+        "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance",
+    ),
+    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share"),
+    (_UNIT, "selection.threshold prompts.mixin"),
+    (_INSIDE_UNIT, "annotate.held_out"),
+    (_DECAY, "optimizer.beta1 optimizer.beta2"),
+    (
+        _TEXT,
+        """
+        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file warmup.set
+        """,
+    ),
+    (_GRID, "temperature.grid"),
+)
+_RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}
+
+
+def _rule(name: str) -> _Rule | None:
+    # The three optimizers share their rules: warmup.optimizer.lr -> optimizer.lr.
+    return _RULES.get(name) or _RULES.get(name.partition(".")[2])
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError for the first senseless value: its name, the value, and what is allowed."""
+    flat = flatten(config)
+    for name, value in flat.items():
+        rule = _rule(name)
+        if rule is not None and value is not None and not rule.holds(value):
+            raise ValueError(f"{name} is {shown(value)}: it must be {rule.allowed}")
+    for stage in ("warmup", "prm", "evolve"):
+        lr, min_lr = flat[f"{stage}.optimizer.lr"], flat[f"{stage}.optimizer.min_lr"]
+        if min_lr > lr:
+            raise ValueError(f"{stage}.optimizer.min_lr is {min_lr}: it must be at most {stage}.optimizer.lr, {lr}")
+    _validate_pairs(config)
+
+
+def _validate_pairs(config: Config) -> None:
+    temperature, evaluation = config.temperature, config.evaluation
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
+    if config.evolve.max_steps == 0 and config.evolve.passes == 0:
+        raise ValueError("evolve.max_steps and evolve.passes are both 0: one must be above 0, or the run never ends")
+    if config.evolve.max_steps == 0 and config.evolve.optimizer.schedule != "constant":
+        raise ValueError(
+            f"evolve.optimizer.schedule is '{config.evolve.optimizer.schedule}' and evolve.max_steps is 0: a learning "
+            "rate that falls needs the number of steps; set evolve.max_steps, or the schedule to constant"
+        )
+    interval = config.evolve.interval
+    if interval is not None and abs(1 / interval - round(1 / interval)) > 1e-6:
+        near = 1 / max(1, round(1 / interval))
+        raise ValueError(
+            f"evolve.interval is {interval}: a pass must be a whole number of iterations; use 1, 0.5, 0.25 ... "
+            f"(the nearest is {near:.6g})"
+        )
+    if temperature.k > temperature.responses:
+        raise ValueError(
+            f"temperature.k is {temperature.k}: it must be at most temperature.responses, {temperature.responses}"
+        )
+    if evaluation.reward_k > evaluation.k:
+        raise ValueError(
+            f"evaluation.reward_k is {evaluation.reward_k}: it must be at most evaluation.k, {evaluation.k}, "
+            "the responses that are sampled"
+        )
+    if config.prompts.unlabelled != "none" and config.data.unlabelled_queries == 0:
+        raise ValueError(
+            f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.unlabelled_queries above 0, which is 0"
+        )
