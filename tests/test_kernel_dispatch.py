@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from kernel_cases import BACKENDS, DEVICE
-from test_linear_logprob import peak_bytes
 from torch import Tensor
 
 from mstar_mega import kernels
@@ -108,19 +107,3 @@ def test_each_switch_and_the_interpreter_leave_the_training_step_as_it_is(model:
         assert again == pytest.approx(loss, rel=1e-6), setting
         for a, b in zip(gradients, others, strict=True):
             assert (a - b).abs().max() <= 2e-5 * max(1.0, float(a.abs().max())), setting
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU's allocations")
-def test_training_never_allocates_tokens_times_vocabulary(model: LMM) -> None:
-    tokens, vocabulary = 700, model.size.padded_vocab
-    logits = 4 * tokens * vocabulary
-    dispatch._chunk_bytes = 2**19
-
-    def step() -> None:
-        hidden = torch.zeros(tokens, model.size.hidden).requires_grad_()
-        model.token_loss(hidden, torch.arange(tokens) % model.size.vocab).backward()
-
-    assert peak_bytes(step)[1] < logits / 3
-    kernels.configure(KernelsConfig(linear_logprob=False, linear_cross_entropy=False))
-    assert peak_bytes(step)[1] >= logits, "whole logits are seen where they exist"
-    model.zero_grad()
