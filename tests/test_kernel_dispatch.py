@@ -175,7 +175,7 @@ def recipe_piece(policy: LMM, prm: LMM) -> Piece:
     prompts = {"with an image": tiny.prompt(0, 11, tiles=1), "without": tiny.prompt(1, 6)}
     requests = [Request(p, [SampleSpec(key_of(name, i)) for i in range(3)]) for name, p in prompts.items()]
     vocabulary: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 130)), banned_tokens=[6, 7, 8])
-    drawn = Engine(policy, vocabulary, GenerationConfig(max_new_tokens=6, top_k=200), 5).generate(requests, 0.9)
+    drawn = Engine(policy, vocabulary, GenerationConfig(max_new_tokens=5, top_k=200), 5).generate(requests, 0.9)
     groups = []
     for name, samples in zip(prompts, drawn, strict=True):
         ends = [sorted({(len(sample.tokens) + 1) // 2, len(sample.tokens)}) for sample in samples]
@@ -207,7 +207,7 @@ def recipe_piece(policy: LMM, prm: LMM) -> Piece:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do the same in make gpu-check's run of the recipe")
 def test_no_setting_changes_what_the_recipe_does() -> None:
-    """Triton's kernels all but one, all together, a row at a time (chunk_mb 0), and plain PyTorch."""
+    """Triton's kernels together and each alone; each switch off and all; logits a row at a time (chunk_mb 0)."""
     policy, prm = (tiny.randomize(tiny.build(head=head)[0], seed=2 + i) for i, head in enumerate(HEADS))
     with torch.no_grad():
         prm.score_head *= 0.1
@@ -218,10 +218,14 @@ def test_no_setting_changes_what_the_recipe_does() -> None:
     }
     scores = expected.numbers["step scores"]
     assert max(scores) - min(scores) > 0.1, "the scores say something"
-    settings: list[dict[str, Any]] = [{name: False} for name in KERNELS]
-    settings += [{}, {"chunk_mb": 0}, {"linear_logprob": False, "linear_cross_entropy": False}]
-    configurations = [KernelsConfig(backend="interpreter", **changes) for changes in settings]
-    configurations += [KernelsConfig(backend="torch", **changes) for changes in settings[-2:]]
+    all_off = dict.fromkeys(KERNELS, False)
+    configurations = [
+        KernelsConfig(backend="interpreter"),
+        *(KernelsConfig(backend="interpreter", **{**all_off, name: True}) for name in KERNELS),
+        *(KernelsConfig(**{name: False}) for name in KERNELS),  # type: ignore[arg-type]
+        KernelsConfig(chunk_mb=0),
+        KernelsConfig(**all_off),  # type: ignore[arg-type]
+    ]
     for configuration in configurations:
         kernels.configure(configuration)
         piece = recipe_piece(policy, prm)
