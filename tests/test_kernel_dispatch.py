@@ -210,7 +210,7 @@ def test_no_setting_changes_what_the_recipe_does() -> None:
     """Triton's kernels together and each alone; each switch off and all; logits a row at a time (chunk_mb 0)."""
     policy, prm = (tiny.randomize(tiny.build(head=head)[0], seed=2 + i) for i, head in enumerate(HEADS))
     with torch.no_grad():
-        prm.score_head *= 0.1
+        prm.score_head.mul_(0.1)
     expected = recipe_piece(policy, prm)
     assert len({len(tokens) for tokens in expected.tokens}) > 1 and {i for best in expected.selected for i in best} == {
         0,
