@@ -9,7 +9,8 @@ Operations, with 2 N H V for one matrix product (N counts rows that are not igno
     frozen weight                 one product less each: no weight gradient
 
 Ignored rows leave before the forward, rows whose upstream gradient is exactly zero before the backward: no tolerance,
-the result is the same. Every vocabulary rank drops the same rows. Chunks are cut by bytes (``kernels.chunk_mb``).
+the result is the same. Every vocabulary rank drops the same rows. A chunk fits into ``kernels.chunk_mb``, and is a
+quarter of the rows at most, so that no tensor has the size of rows times vocabulary whatever that budget is.
 Weight gradients accumulate in float32, straight into megatron's ``main_grad`` where the weight has one.
 Without a gradient on CUDA the forward is the kernel of ``linear_stats.py``, whose logits never reach memory.
 """
@@ -26,6 +27,7 @@ from torch.distributed import ProcessGroup, get_world_size
 
 from mstar_mega.kernels import linear_stats
 from mstar_mega.kernels.dispatch import chunk_bytes, is_on, uses_triton
+from mstar_mega.kernels.language import cdiv
 from mstar_mega.kernels.logprob import check_arguments, local_valid, logprob_reference, vocab_parallel_logprob
 from mstar_mega.kernels.row_stats import (
     gradient_reference,
@@ -36,6 +38,11 @@ from mstar_mega.kernels.row_stats import (
     stats_triton,
 )
 from mstar_mega.kernels.sum_gradient import SumGradient
+
+_PARTS = 4
+"""Chunks at least. Each one more reads the weight twice, and reads and writes its float32 gradient: 12 HV bytes."""
+_SMALL = 32 * 2**20
+"""Bytes for which it is not worth it: no more than the hidden states of 4,096 tokens of 4,096 channels."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,17 @@ class _Head:
         return _Head(weight, None if bias is None else bias.detach(), temperature, valid, group, triton)
 
     def chunks(self, rows: int) -> Iterator[slice]:
-        """Slices of rows whose logits, with what is computed from them, fit into the budget."""
+        """Nearly equal slices of rows, each of at most
+
+        - the rows whose logits, with what is computed from them, fit into the budget (and one row at least);
+        - a quarter of all, rounded up, or the rows that fit into ``_SMALL`` where these are more.
+        """
         # Float32 logits and their gradient; plain PyTorch needs one more temporary.
-        bytes_per_row = max(1, self.weight.size(0)) * (8 if self.triton else 12)
-        size = max(1, chunk_bytes() // bytes_per_row)
-        for first in range(0, rows, size):
-            yield slice(first, min(first + size, rows))
+        row = max(1, self.weight.size(0)) * (8 if self.triton else 12)
+        most = max(1, min(chunk_bytes() // row, max(cdiv(rows, _PARTS), _SMALL // row)))
+        parts = cdiv(rows, most)
+        for i in range(parts):
+            yield slice(i * rows // parts, (i + 1) * rows // parts)
 
     def logits(self, x: Tensor) -> Tensor:
         """float32 [n, V_local], exact products: never rounded to the weight's dtype."""
@@ -292,8 +304,8 @@ def linear_cross_entropy(
         reduction: "mean" divides by the number of counted rows; without any it is 0, with zero gradients.
         row_weight: float [N], no gradient; rows with weight 0 cost nothing. None: 1 for each.
 
-    Under a group the forward has one all-gather of 8 bytes a row for each chunk; one in all, where the budget holds all
-    rows. The gradient is computed with the loss, and only where something asks for it.
+    Under a group the forward has one all-gather of 8 bytes a row for each chunk: a chunk's gradient needs its rows'
+    log-sum-exp over all ranks. The gradient is computed with the loss, and only where something asks for it.
     """
     _check(hidden, weight, bias, target, temperature)
     if reduction not in ("sum", "mean"):

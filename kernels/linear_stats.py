@@ -96,8 +96,8 @@ def _launch(
     programs = min(tiles * cdiv(N, TILE["BM"]), multiprocessors(x.device))
     set_scratch(x.device)
     linear_stats_kernel[(programs,)](
-        x, weight, x if bias is None else bias, column, parts[0], parts[1], parts[-1], target, N, V, valid,
-        x.stride(0), weight.stride(0), 1.0 / temperature, programs,
+        x, weight, x if bias is None else bias.contiguous(), column.contiguous(), parts[0], parts[1],
+        parts[-1], target, N, V, valid, x.stride(0), weight.stride(0), 1.0 / temperature, programs,
         K=K, **TILE, HAS_BIAS=bias is not None, ENTROPY=entropy, INTERP=INTERPRETED, **OPTIONS,
     )  # fmt: skip
     lse, ent = merge_parts(parts[0], parts[1], parts[2] if entropy else None, dim=0)

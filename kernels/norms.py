@@ -89,14 +89,14 @@ def warps_for(block: int) -> int:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        rows = x.contiguous().view(-1, x.size(-1))
+        rows, weight = x.contiguous().view(-1, x.size(-1)), weight.contiguous()
         N, width = rows.shape
         y = torch.empty_like(rows)
         stats = torch.empty(2, N, device=x.device)
         block = next_power_of_2(width)
         if N:
             norm_kernel[(N,)](
-                rows, weight, weight if bias is None else bias, y, stats[0], stats[1], width, eps,
+                rows, weight, weight if bias is None else bias.contiguous(), y, stats[0], stats[1], width, eps,
                 BLOCK=block, CENTRED=bias is not None, INTERP=INTERPRETED, num_warps=warps_for(block),
             )  # fmt: skip
         ctx.save_for_backward(rows, weight, stats)

@@ -114,8 +114,9 @@ def decode_attention(
     """
     if uses_triton("attention", q) and attend.fits(q):
         prefix = attend.Part(
-            _side_by_side(k_prefix), _side_by_side(v_prefix), prefix_bias[:, None, None, :], table.size(1), table, place
-        )
+            _side_by_side(k_prefix), _side_by_side(v_prefix), _side_by_side(prefix_bias)[:, None, None, :],
+            table.size(1), table.contiguous(), place.contiguous(),
+        )  # fmt: skip
         own = attend.Part(_side_by_side(k_own), _side_by_side(v_own), _side_by_side(own_bias)[:, None, None, :], 1)
         return attend.forward(q.contiguous(), [prefix, own], scale)[0]
     return _decode_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, table, place, scale)

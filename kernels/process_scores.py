@@ -80,11 +80,11 @@ class _StepLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, positions: Tensor, head_weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, positions, head_weight)
-        rows, head = hidden.contiguous(), head_weight.contiguous()
+        rows, at, head = hidden.contiguous(), positions.contiguous(), head_weight.contiguous()
         out = torch.empty(positions.numel(), device=hidden.device)
         if out.numel():
             step_logits_kernel[(out.numel(),)](
-                rows, positions, head, out, hidden.size(1), hidden.size(1),
+                rows, at, head, out, hidden.size(1), hidden.size(1),
                 BLOCK=min(BLOCK_H, next_power_of_2(hidden.size(1))), num_warps=4,
             )  # fmt: skip
         return out
@@ -147,7 +147,9 @@ def reduce_steps(scores: Tensor, offsets: Tensor, how: Reduction = "min") -> Ten
     if uses_triton("step_scores", scores):
         out = scores.new_empty(offsets.numel() - 1)
         if out.numel():
-            reduce_steps_kernel[(out.numel(),)](scores, offsets, out, HOW=how, BLOCK=BLOCK_STEPS, num_warps=1)
+            reduce_steps_kernel[(out.numel(),)](
+                scores.contiguous(), offsets.contiguous(), out, HOW=how, BLOCK=BLOCK_STEPS, num_warps=1
+            )
         return out
     if how == "last":
         padded = torch.nn.functional.pad(scores, (1, 0), value=float("nan"))  # index 0: no step

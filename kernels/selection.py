@@ -92,8 +92,9 @@ def select_topk(score: Tensor, correct: Tensor, offsets: Tensor, k: int) -> Sele
         count, eligible = torch.zeros(2, queries, dtype=torch.int64, device=device)
         if queries:
             select_topk_kernel[(queries,)](
-                score, correct.to(torch.uint8), offsets, index, count, eligible, k, BLOCK=BLOCK, num_warps=1
-            )
+                score.contiguous(), correct.to(torch.uint8).contiguous(), offsets.contiguous(), index, count, eligible,
+                k, BLOCK=BLOCK, num_warps=1,
+            )  # fmt: skip
         return Selected(index, count, eligible)
     query = torch.repeat_interleave(torch.arange(queries, device=device), offsets.diff(), output_size=score.numel())
     order = torch.argsort(score.nan_to_num(nan=float("-inf"), neginf=float("-inf"), posinf=float("inf")),

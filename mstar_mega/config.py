@@ -253,7 +253,8 @@ class KernelsConfig:
     backend: Literal["auto", "triton", "interpreter", "torch"] = "auto"
     """auto: Triton on CUDA, plain PyTorch on the CPU. interpreter: Triton's own, for tests (TRITON_INTERPRET=1)."""
     chunk_mb: int = 1024
-    """Most MiB of logits, and of what is computed from them, that exist at once in training and scoring."""
+    """Most MiB of logits, and of what is computed from them, that exist at once in training and scoring. In training a
+    quarter of the rows is the most in any case."""
     linear_logprob: bool = True
     """Log-probabilities straight from hidden states, in chunks; false: from whole logits."""
     linear_cross_entropy: bool = True

@@ -6,22 +6,33 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from kernel_cases import BACKENDS, DEVICE
-from test_linear_logprob import peak_bytes
+from kernel_cases import BACKENDS, DEVICE, randn, relative_error
 from torch import Tensor
 
 from mstar_mega import kernels
-from mstar_mega.config import KernelsConfig, ParallelConfig
+from mstar_mega.config import GenerationConfig, KernelsConfig, SelectionConfig
+from mstar_mega.data.types import Group, Query, Response, Step
+from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels import dispatch
 from mstar_mega.kernels.dispatch import KERNELS, uses_triton
+from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import next_token_targets, pack
+from mstar_mega.models.mapping import Head
+from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
+from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.selection import select
+from mstar_mega.training.batches import TrainGroup, microbatches
+
+HEADS: tuple[Head, Head] = ("vocabulary", "likelihood")
 
 
 @pytest.fixture(autouse=True)
@@ -74,53 +85,153 @@ def test_settings_choose_backend_budget_and_switches() -> None:
         dispatch.turn_off(["speed"])
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same values, with something else between any two of them."""
+    return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0].detach().requires_grad_(x.requires_grad)
+
+
+def float_inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+OFFSETS = torch.tensor([0, 3, 3, 7], device=DEVICE)
+TABLE = torch.tensor([[1, 2], [0, 0]], device=DEVICE)
+STRIDED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "linear_logprob": (
+        lambda x, w, b, y: kernels.linear_logprob(x, w, y, bias=b),
+        [*float_inputs((5, 8), (11, 8), (11,)), torch.arange(5, device=DEVICE)],
+    ),
+    "linear_logprob, low precision": (
+        lambda x, w, b, y: kernels.linear_logprob(x.bfloat16(), w.bfloat16(), y, bias=b),
+        [*float_inputs((5, 8), (11, 8), (11,)), torch.arange(5, device=DEVICE)],
+    ),
+    "linear_cross_entropy": (
+        lambda x, w, y, c: kernels.linear_cross_entropy(x, w, y, row_weight=c),
+        [*float_inputs((5, 8), (11, 8)), torch.arange(5, device=DEVICE), randn(5, seed=9)],
+    ),
+    "vocab_parallel_logprob": (
+        kernels.vocab_parallel_logprob, [*float_inputs((5, 11)), torch.arange(5, device=DEVICE)],
+    ),
+    "sampling": (
+        lambda z, c, b: kernels.sample_with_logprob(z, temperature=0.9, seed=1, counters=c, banned=b, top_k=5).token,
+        [randn(5, 11), torch.arange(5, device=DEVICE), torch.tensor([2, 3], device=DEVICE)],
+    ),
+    "step_scores": (
+        lambda x, w, at: kernels.step_scores(x, at, w),
+        [*float_inputs((7, 8), (2, 8)), torch.tensor([1, 4, 6], device=DEVICE)],
+    ),
+    "reduce_steps": (kernels.reduce_steps, [randn(7), OFFSETS]),
+    "selection": (lambda s, o, c: kernels.select_topk(s, c, o, 2).index, [randn(7), OFFSETS, randn(7, seed=1) > -0.5]),
+    "rms_norm": (kernels.rms_norm, float_inputs((3, 8), (8,))),
+    "layer_norm": (kernels.layer_norm, float_inputs((3, 8), (8,), (8,))),
+    "decode_attention": (
+        lambda q, kp, vp, bp, ko, vo, bo, t, p: kernels.decode_attention(q, kp, vp, bp, ko, vo, bo, t, p, 0.3),
+        [
+            *(randn(*shape, seed=i) for i, shape in enumerate([(3, 4, 8), *[(2, 2, 5, 8)] * 2])), 0 * randn(2, 5),
+            randn(3, 2, 6, 8, seed=3), randn(3, 2, 6, 8, seed=4), 0 * randn(3, 6), TABLE,
+            torch.tensor([2, 0, 1], device=DEVICE),
+        ],
+    ),
+    "prefix_attention": (
+        lambda q, kp, vp, ko, vo, bp, bo: kernels.prefix_attention(q, kp, vp, bp, ko, vo, bo, 0.3),
+        [
+            *float_inputs((2, 3, 4, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8), (2, 3, 2, 4, 8), (2, 3, 2, 4, 8)),
+            0 * randn(2, 5), 0 * randn(2, 3, 4, 4),
+        ],
+    ),
+}  # fmt: skip
+"""Public functions of tensors alone."""
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_inputs_may_lie_anywhere(backend: str, name: str) -> None:
+    function, inputs = STRIDED[name]
+    results = []
+    for tensors in (inputs, [spread(x) for x in inputs]):
+        out = function(*tensors)
+        floats = [x for x in tensors if x.requires_grad]
+        upstream = randn(1, *out.shape, seed=8)[0]
+        upstream = upstream if tensors is inputs else spread(upstream)
+        results.append([out, *(torch.autograd.grad(out, floats, upstream) if floats else ())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 # -- in the model ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[LMM]:
-    yield tiny.randomize(tiny.build(ParallelConfig())[0])
-    distributed.shutdown()
+@dataclass
+class Piece:
+    """What a piece of the recipe comes to."""
+
+    tokens: list[list[int]]
+    selected: list[list[int]]
+    numbers: dict[str, list[float]]
+    gradients: dict[str, Tensor]
 
 
-def loss_and_gradients(model: LMM, tokens: int = 24) -> tuple[float, list[Tensor]]:
-    prompts, responses = [tiny.prompt(0, 13, tiles=1)], [[[5 + i % 40 for i in range(tokens)], [7, 8, 9]]]
-    batch = pack(prompts, responses, 1)
-    source, target = next_token_targets(batch, responses)
-    loss = model.token_loss(model(batch)[source], target)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
+def recipe_piece(policy: LMM, prm: LMM) -> Piece:
+    """Generate, score, select, and the loss and gradients of an SFT step on what was selected."""
+    prompts = {"with an image": tiny.prompt(0, 11, tiles=1), "without": tiny.prompt(1, 6)}
+    requests = [Request(p, [SampleSpec(key_of(name, i)) for i in range(3)]) for name, p in prompts.items()]
+    vocabulary: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 130)), banned_tokens=[6, 7, 8])
+    drawn = Engine(policy, vocabulary, GenerationConfig(max_new_tokens=5, top_k=200), 5).generate(requests, 0.9)
+    groups = []
+    for name, samples in zip(prompts, drawn, strict=True):
+        ends = [sorted({(len(sample.tokens) + 1) // 2, len(sample.tokens)}) for sample in samples]
+        responses = [
+            Response(i, s.tokens, "", s.log_probs, steps=[Step(0, end, "") for end in e], correct=i < 2)
+            for i, (s, e) in enumerate(zip(samples, ends, strict=True))
+        ]
+        groups.append(Group(Query(name, "?", (), None), responses))
+
+    def prompt_of(query: Query) -> Prompt:
+        return prompts[query.id]
+
+    score_groups(prm, prompt_of, groups, "min", 1000)
+    selected = select(groups, SelectionConfig(rule="top_k", k=1), 0)
+    chosen = [TrainGroup(g.query, [r.tokens for r in best]) for g, best in zip(groups, selected, strict=True)]
+    (batch,) = microbatches(chosen, prompt_of, 1000, 1)
+    loss, _ = batch.loss(policy, tiny.hidden(policy, batch.packed))
+    responses = [response for group in groups for response in group.responses]
+    numbers = {
+        "log-probs": [value for r in responses for value in r.log_probs],
+        "step scores": [float(step.score or 0) for r in responses for step in r.steps],
+        "scores": [float(r.score or 0) for r in responses],
+        "loss": [float(loss.detach())],
+    }
+    return Piece(
+        [r.tokens for r in responses], [[r.index for r in b] for b in selected], numbers, tiny.gradients(policy, loss)
+    )
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the model's streams are made on the CPU here")
-def test_each_switch_and_the_interpreter_leave_the_training_step_as_it_is(model: LMM) -> None:
-    loss, gradients = loss_and_gradients(model)
-    settings = [KernelsConfig(**{name: False}) for name in ("linear_cross_entropy", "linear_logprob")]  # type: ignore[arg-type]
-    settings += [
-        KernelsConfig(linear_logprob=False, linear_cross_entropy=False, vocab_parallel_logprob=False),
-        KernelsConfig(chunk_mb=1),
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do the same in make gpu-check's run of the recipe")
+def test_no_setting_changes_what_the_recipe_does() -> None:
+    """Triton's kernels together and each alone; each switch off and all; logits a row at a time (chunk_mb 0)."""
+    policy, prm = (tiny.randomize(tiny.build(head=head)[0], seed=2 + i) for i, head in enumerate(HEADS))
+    with torch.no_grad():
+        prm.score_head.mul_(0.1)
+    expected = recipe_piece(policy, prm)
+    assert len({len(tokens) for tokens in expected.tokens}) > 1 and {i for best in expected.selected for i in best} == {
+        0,
+        1,
+    }
+    scores = expected.numbers["step scores"]
+    assert max(scores) - min(scores) > 0.1, "the scores say something"
+    all_off = dict.fromkeys(KERNELS, False)
+    configurations = [
         KernelsConfig(backend="interpreter"),
-        KernelsConfig(backend="interpreter", norms=False, attention=False),
+        *(KernelsConfig(backend="interpreter", **{**all_off, name: True}) for name in KERNELS),
+        *(KernelsConfig(**{name: False}) for name in KERNELS),  # type: ignore[arg-type]
+        KernelsConfig(chunk_mb=0),
+        KernelsConfig(**all_off),  # type: ignore[arg-type]
     ]
-    for setting in settings:
-        kernels.configure(setting)
-        again, others = loss_and_gradients(model)
-        assert again == pytest.approx(loss, rel=1e-6), setting
-        for a, b in zip(gradients, others, strict=True):
-            assert (a - b).abs().max() <= 2e-5 * max(1.0, float(a.abs().max())), setting
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU's allocations")
-def test_training_never_allocates_tokens_times_vocabulary(model: LMM) -> None:
-    tokens, vocabulary = 700, model.size.padded_vocab
-    logits = 4 * tokens * vocabulary
-    dispatch._chunk_bytes = 2**19
-
-    def step() -> None:
-        hidden = torch.zeros(tokens, model.size.hidden).requires_grad_()
-        model.token_loss(hidden, torch.arange(tokens) % model.size.vocab).backward()
-
-    assert peak_bytes(step)[1] < logits / 3
-    kernels.configure(KernelsConfig(linear_logprob=False, linear_cross_entropy=False))
-    assert peak_bytes(step)[1] >= logits, "whole logits are seen where they exist"
-    model.zero_grad()
+    for configuration in configurations:
+        kernels.configure(configuration)
+        piece = recipe_piece(policy, prm)
+        assert piece.tokens == expected.tokens and piece.selected == expected.selected, configuration
+        for name, values in piece.numbers.items():
+            assert values == pytest.approx(expected.numbers[name], rel=1e-5, abs=2e-6), (name, configuration)
+        for name, gradient in piece.gradients.items():
+            assert relative_error(gradient, expected.gradients[name]) < 2e-5, (name, configuration)
+    distributed.shutdown()

@@ -14,8 +14,9 @@ from torch.distributed import get_rank, get_world_size, group
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from mstar_mega.config import KernelsConfig
 from mstar_mega.kernels import configure, dispatch, forced_backend, linear_cross_entropy, linear_logprob
-from mstar_mega.kernels.linear_logprob import linear_logprob_reference
+from mstar_mega.kernels.linear_logprob import _SMALL, _Head, linear_logprob_reference
 
 IGNORE = -100
 # Gradients of low precision are rounded once; values never are.
@@ -160,7 +161,7 @@ def test_two_runs_are_equal_bit_for_bit(backend: str) -> None:
 
 
 def shards(valid: int, backend: str) -> list[Tensor]:
-    """Values, and this rank's gradients, of the problem cut over the group; and the all-gathers of each forward."""
+    """Values, and this rank's gradients, of the problem cut over the group; and collectives, see ``_collectives``."""
     hidden, weight, bias, target, g, h = (t.cpu() for t in problem(24, 16, 128, valid))
     size, rank = get_world_size(), get_rank()
     x = hidden.requires_grad_()
@@ -172,15 +173,24 @@ def shards(valid: int, backend: str) -> list[Tensor]:
         loss = linear_cross_entropy(x, w, target, **head)
         first = torch.autograd.grad((log_prob * g + entropy * h).sum(), (x, w, b))
         second = torch.autograd.grad(loss, (x, w, b))
-        counts = [_collectives(lambda: linear_logprob(x, w, target, **head)),
-                  _collectives(lambda: linear_cross_entropy(x, w, target, **head))]  # fmt: skip
+        calls = [lambda: linear_logprob(x, w, target, **head), lambda: linear_cross_entropy(x, w, target, **head)]
+        counts = [_collectives(call) for call in calls]
+        dispatch._chunk_bytes = 6 * len(w) * 12
+        counts += [_collectives(call) for call in calls]
+        configure(KernelsConfig())
     return [t.detach() for t in (log_prob, entropy, loss, *first, *second)] + [torch.tensor(counts)]
 
 
-def _collectives(run: Callable[[], Any]) -> int:
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        run()
-    return sum(event.count for event in seen.key_averages() if event.key.startswith("c10d::"))
+def _collectives(run: Callable[[], Tensor]) -> list[int]:
+    """How many a forward has, and its backward."""
+    with profile(activities=[ProfilerActivity.CPU]) as forward:
+        out = run().sum()
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        out.backward()
+    return [
+        sum(event.count for event in seen.key_averages() if event.key.startswith("c10d::"))
+        for seen in (forward, backward)
+    ]
 
 
 @pytest.mark.parametrize(("valid", "which"), [(128, "torch"), (70, "torch"), (121, "interpreter")])
@@ -199,7 +209,9 @@ def test_vocabulary_shards_give_the_same_values_and_gradients(valid: int, which:
         for part in ranks:
             for place in (0, 1, 2, 3, 6):  # values, and hidden's gradient, are whole on every rank
                 assert relative_error(part[place], whole[place]) < accuracy
-            assert part[-1].tolist() == [1, 1], "one small collective in each forward"
+            # One small gather, for the loss in each chunk; and the sum of hidden's gradient.
+            rows = 3 if which == "interpreter" else 4
+            assert part[-1].tolist() == [[1, 1], [1, 1], [1, 1], [rows, 1]]
         for place in (4, 5, 7, 8):
             cut = torch.cat([part[place] for part in ranks])
             assert relative_error(cut, whole[place]) < accuracy
@@ -305,12 +317,27 @@ def test_memory_stays_within_the_budget(dtype: torch.dtype, monkeypatch: pytest.
         assert whole > 4 * (budget + besides), "the definition needs the logits, or this test measures nothing"
 
 
+@pytest.mark.parametrize("V", [512, 16_032, 128_256])
+@pytest.mark.parametrize("budget", [2**20, 2**30, 2**50])
+def test_chunks_are_a_quarter_of_the_rows_or_small(V: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_chunk_bytes", budget)
+    for triton in (False, True):
+        head = _Head(torch.empty(V, 0), None, 1.0, V, None, triton)
+        row = V * (8 if triton else 12)
+        for rows in (0, 1, 7, 341, 1000, 8191):
+            cuts = list(head.chunks(rows))
+            assert [i for cut in cuts for i in range(rows)[cut]] == list(range(rows))
+            sizes = [cut.stop - cut.start for cut in cuts]
+            assert max(sizes, default=0) <= max(1, budget // row)
+            assert max(sizes, default=0) <= max(-(-rows // 4), _SMALL // row)
+            assert all(size >= max(1, max(sizes) - 1) for size in sizes), "no chunk is much smaller than the others"
+            assert len(sizes) <= 4 or budget < 2**50
+
+
 # -- settings and mistakes -------------------------------------------------------------------------------------------
 
 
-def test_turned_off_they_are_the_definition_on_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mstar_mega.config import KernelsConfig
-
+def test_turned_off_they_are_the_definition_on_whole_logits() -> None:
     hidden, weight, _, target, _, _ = problem(*SIZES[0])
     hidden.requires_grad_(), weight.requires_grad_()
     results = []

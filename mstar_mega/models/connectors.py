@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mstar_mega.models.norms import LayerNorm
 from mstar_mega.models.sizes import VisionSize
 from mstar_mega.models.vision import ParallelMLP, column_parallel, row_parallel
 
@@ -23,7 +24,7 @@ class PixelShuffleConnector(MegatronModule):
 
     def __init__(self, config: TransformerConfig, size: VisionSize) -> None:
         super().__init__(config)
-        self.norm = nn.LayerNorm(4 * size.hidden, eps=1e-5)
+        self.norm = LayerNorm(4 * size.hidden, eps=1e-5)
         self.mlp = ParallelMLP(config, 4 * size.hidden, config.hidden_size, config.hidden_size)
 
     def forward(self, features: Tensor, grids: Tensor | None = None) -> Tensor:
@@ -87,7 +88,7 @@ class Resampler(MegatronModule):
         self.head_dim = hidden // size.connector_heads
         self.query = nn.Parameter(torch.empty(size.queries, hidden))
         self.kv_proj = column_parallel(config, size.hidden, hidden, bias=False, gather=True)
-        self.norm_q, self.norm_kv, self.norm_post = (nn.LayerNorm(hidden, eps=1e-6) for _ in range(3))
+        self.norm_q, self.norm_kv, self.norm_post = (LayerNorm(hidden, eps=1e-6) for _ in range(3))
         # Rows are interleaved per head (query, key, value); each of the three reads something else.
         self.in_proj = column_parallel(config, hidden, 3 * hidden)
         self.out_proj = row_parallel(config, hidden, hidden)

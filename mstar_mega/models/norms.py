@@ -1,4 +1,4 @@
-"""RMSNorm for megatron layer specs (torch's own norms are refused under sequence parallelism)."""
+"""The model's norms, on our kernels (megatron refuses torch's own RMSNorm under sequence parallelism)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mstar_mega.kernels.norms import rms_norm
+from mstar_mega.kernels.norms import layer_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,3 +24,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [..., hidden] -> the same shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension: vision towers and connectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., hidden] -> the same shape and dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor, nn
 
+from mstar_mega.models.norms import LayerNorm
 from mstar_mega.models.sizes import Activation, VisionSize
 
 
@@ -49,8 +50,8 @@ class VisionBlock(MegatronModule):
     def __init__(self, config: TransformerConfig, size: VisionSize) -> None:
         super().__init__(config)
         hidden = config.hidden_size
-        self.norm1 = nn.LayerNorm(hidden, eps=config.layernorm_epsilon)
-        self.norm2 = nn.LayerNorm(hidden, eps=config.layernorm_epsilon)
+        self.norm1 = LayerNorm(hidden, eps=config.layernorm_epsilon)
+        self.norm2 = LayerNorm(hidden, eps=config.layernorm_epsilon)
         self.qkv = column_parallel(config, hidden, 3 * hidden)
         self.proj = row_parallel(config, hidden, hidden)
         self.mlp = ParallelMLP(config, hidden, config.ffn_hidden_size, hidden, size.activation)
@@ -87,8 +88,8 @@ class Tower(MegatronModule):
         self.blocks = nn.ModuleList(VisionBlock(config, size) for _ in range(size.layers))
         for block in self.blocks[self.used :]:
             block.requires_grad_(False)
-        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=size.eps) if size.pre_norm else None
-        self.post_norm = nn.LayerNorm(config.hidden_size, eps=size.eps) if size.post_norm != "none" else None
+        self.pre_norm = LayerNorm(config.hidden_size, eps=size.eps) if size.pre_norm else None
+        self.post_norm = LayerNorm(config.hidden_size, eps=size.eps) if size.post_norm != "none" else None
         self.applies_post_norm = size.post_norm == "applied"
         if self.post_norm is not None and not self.applies_post_norm:
             self.post_norm.requires_grad_(False)
