@@ -30,7 +30,7 @@ from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import resolve_method
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
-from mstar_mega.recipe.warmup import warmup, warmup_steps
+from mstar_mega.recipe.warmup import warmup, warmup_batches
 from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
@@ -78,13 +78,13 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 
 def run_stages(job: Job, reached: int, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
-    planned = len(warmup_steps(job))
+    batches = warmup_batches(job)
     if until is None:
-        _check_budget(job.config.evolve.max_steps, planned)
+        _check_budget(job.config.evolve.max_steps, len(batches))
     model = build_model(job.config, job.family)
-    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, planned)
+    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches))
     with job.quiet(reached > 0):
-        steps = warmup(job, policy).total_steps
+        steps = warmup(job, policy, batches).total_steps
     if until == "warmup":
         return
     prm = load_prm(job, policy.model) if reached > 1 and needs_prm(job.config) else None
