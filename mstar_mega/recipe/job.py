@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.files import sha256_file
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.directory import build_task, on_main, run_directory
+from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
@@ -196,7 +196,12 @@ def open_job(
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
         damage = metrics.damage if isinstance(metrics, MetricsLog) else []
-        task = on_main(place.is_main, lambda: make_task(config, directory))
+
+        def find_queries() -> Task:
+            with same_files(config, directory) if trains else nullcontext():
+                return make_task(config, directory)
+
+        task = on_main(place.is_main, find_queries)
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
         prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)
