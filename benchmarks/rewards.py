@@ -3,8 +3,10 @@
     .venv/bin/python benchmarks/rewards.py
 
 Rates are by processor time, the algebra worker's included, so that other work on the machine does not change them.
-Every answer differs from the others: nothing comes from the checker's memory. Generation is the small policy of the
-built-in task, the cheapest there is; a response of a larger policy takes far longer to draw and no longer to judge.
+Every answer differs from the others: nothing comes from the checker's memory. The stream as in training is the
+exception: 16 responses to each query, one after another, whose answers are six different ones on average, half of them
+the most frequent one. Generation is the small policy of the built-in task, the cheapest there is; a response of a
+larger policy takes far longer to draw and no longer to judge.
 """
 
 from __future__ import annotations
@@ -64,6 +66,23 @@ def algebra(rng: random.Random) -> Case:
     return REASONING.format(a=a, b=b, c=a - b) + f"# Answer\n\n{written}", gold, ()
 
 
+SAMPLES = 16
+"""Responses to a query, as ``evolve.responses`` says by default."""
+
+
+def stream(rng: random.Random, count: int) -> list[Case]:
+    """Algebra as training meets it: the answers to a query repeat one another."""
+    cases: list[Case] = []
+    while len(cases) < count:
+        response, gold, _ = algebra(rng)
+        reasoning, marker, first = response.partition("# Answer\n\n")
+        # An assumption: half of them agree, the others differ from that by one of eight terms.
+        answers = [first] * (SAMPLES // 2) + [f"{first}+{rng.randrange(1, 9)}y" for _ in range(SAMPLES // 2)]
+        rng.shuffle(answers)
+        cases += [(f"{reasoning}{marker}{answer}", gold, ()) for answer in answers]
+    return cases[:count]
+
+
 def judge(cases: list[Case]) -> Callable[[], None]:
     """What training does with each response."""
 
@@ -97,10 +116,16 @@ def processor_seconds(run: Callable[[], object]) -> float:
     return spent() - started
 
 
-def rate(make: Callable[[random.Random], Case], use: Callable[[list[Case]], Callable[[], None]], count: int) -> float:
+def one_by_one(make: Callable[[random.Random], Case]) -> Callable[[random.Random, int], list[Case]]:
+    """So many cases that have nothing to do with one another."""
+    return lambda rng, count: [make(rng) for _ in range(count)]
+
+
+def rate(
+    make: Callable[[random.Random, int], list[Case]], use: Callable[[list[Case]], Callable[[], None]], count: int
+) -> float:
     """Responses per processor second; the worker's start, which a job pays once, is taken off."""
-    rng = random.Random(count)
-    cases = [make(rng) for _ in range(count)]
+    cases = make(random.Random(count), count)
     start = processor_seconds(use(cases[:1]))
     return (count - 1) / max(1e-9, processor_seconds(use(cases)) - start)
 
@@ -114,11 +139,12 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="directory of the JSON result (default: benchmarks/results)")
     options = parser.parse_args()
     workloads = {
-        "reward, numbers": (numbers, judge, options.responses),
-        "reward, choices": (choices, judge, options.responses),
-        "reward, algebra": (algebra, judge, options.algebra_responses),
-        "prose, numbers": (numbers, read_prose, options.responses),
-        "prose, choices": (choices, read_prose, options.responses),
+        "reward, numbers": (one_by_one(numbers), judge, options.responses),
+        "reward, choices": (one_by_one(choices), judge, options.responses),
+        "reward, algebra": (one_by_one(algebra), judge, options.algebra_responses),
+        "reward, algebra, 16 a query": (stream, judge, 2 * options.algebra_responses),
+        "prose, numbers": (one_by_one(numbers), read_prose, options.responses),
+        "prose, choices": (one_by_one(choices), read_prose, options.responses),
     }
     rates: dict[str, Any] = {name: [] for name in [*workloads, "generate"]}
     config = Config()
@@ -133,7 +159,7 @@ def main() -> None:
         rates["generate"].append(len(queries) * config.evolve.responses / processor_seconds(draw))
     medians = {name: rounded(statistics.median(values)) for name, values in rates.items()}
     for name, value in medians.items():
-        print(f"{name:16s} {value:10.1f} responses per second and core")
+        print(f"{name:28s} {value:10.1f} responses per second and core")
     result = {
         "command": "python benchmarks/rewards.py",
         "settings": vars(options),

@@ -38,7 +38,7 @@ def write_rollouts(run_dir: Path, iteration: int, queries: int, block: int = 5, 
     directory.mkdir(parents=True)
     for number_, start in enumerate(range(0, queries, block)):
         write_groups(directory / f"block_{number_:05d}.jsonl", groups[start : start + block])
-    write_selected(directory, [{group.query.id: [0] for group in groups}])
+    write_selected(directory, [(group.query.id, [0]) for group in groups])
 
 
 def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy: float, **more: Any) -> None:

@@ -58,7 +58,16 @@ def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.Captur
     assert leaks["question"]["count"] == 0 and leaks["image"]["count"] == 1 + 2 * 2, "three rows, two questions"
     (cost,) = facts["costs"]
     assert cost["tiles"] == 1 and cost["image_tokens"] == 9 and cost["queries"] == facts["usable"]
+    published = {cost["family"]: cost for cost in facts["published_costs"]}
+    # 8 x 8 pixels: one tile; four by four crops and the whole, with its newlines and separator; one slice.
+    counts = {"internvl2": (1, 256), "phi3_5_vision": (17, 48 * 49 + 1 + 12 * 13), "minicpm_v2_5": (1, 96)}
+    for family, (tiles, tokens) in counts.items():
+        assert published[family]["tiles"] == tiles * facts["usable"]
+        assert published[family]["image_tokens"] == tokens * facts["usable"]
+        assert 2 < published[family]["text_tokens_estimate"] / facts["usable"] < 100
     for text in (
+        "(exact)",
+        "(estimate)",
         "GEOS",
         "1 unreadable",
         "row 181 (id cut) GEOS/images/cut.png",

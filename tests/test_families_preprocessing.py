@@ -45,6 +45,9 @@ def test_internvl2_tiles_every_size_as_the_original() -> None:
         assert found == (row["cols"], row["rows"]), row
         tiles = found[0] * found[1]
         assert tiles + (tiles > 1) == row["num_tiles"], row
+        if row["max_num"] == 12:
+            cost = InternVL2.published_image_cost(row["width"], row["height"])
+            assert cost == (row["num_tiles"], 256 * row["num_tiles"]), row
 
 
 def test_internvl2_pixels() -> None:
@@ -68,6 +71,9 @@ def test_phi3_5_vision_scales_every_size_as_the_original() -> None:
         assert found == row["image_size_hw"], row
         assert [side // 336 for side in found] == row["crops_hw"], row
         assert family.image_tokens(*row["crops_hw"]) == row["num_img_tokens"], row
+        if row["num_crops"] == phi3_5_vision.NUM_CROPS:
+            cost = Phi35Vision.published_image_cost(row["width"], row["height"])
+            assert cost == (1 + row["crops_hw"][0] * row["crops_hw"][1], row["num_img_tokens"]), row
 
 
 def test_phi3_5_vision_pixels() -> None:
@@ -100,6 +106,9 @@ def test_minicpm_v2_5_slices_every_size_as_the_original() -> None:
             size = minicpm_v2_5.refined_size(width, height, grid, slicing)
             assert list(size) == row["slice_sizes_wh"], row
             assert grid[0] * grid[1] == row["n_slices"], row
+        if row["max_slice_nums"] == 9:
+            pieces = 1 + (grid[0] * grid[1] if grid else 0)
+            assert MiniCPMV25.published_image_cost(width, height) == (pieces, 96 * pieces), row
 
 
 def test_minicpm_v2_5_pixels() -> None:

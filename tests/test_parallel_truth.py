@@ -17,7 +17,7 @@ from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.models.lmm import Head
-from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.training.batches import Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.checkpoint import load_checkpoint, save_checkpoint
 from mstar_mega.training.trainer import StepStats, Trainer
 
@@ -86,8 +86,7 @@ def make_trainer(parallel: ParallelConfig, head: Head, seed: int = 0) -> tuple[T
 
 def train(trainer: Trainer, groups: list[TrainGroup], steps: range) -> list[StepStats]:
     """Optimizer steps of these numbers, epoch after epoch over the groups."""
-    epochs = range(STEPS + MORE)
-    batches = [batch for epoch in epochs for batch in split_into_steps(groups, 6, ("truth", epoch))]
+    batches = [batch[:] for batch in split_into_epochs(Examples.of(groups), 6, STEPS + MORE, ("truth",))]
     batches[2] = batches[2][:1]  # one of two data-parallel ranks has no share
     return [trainer.step(batches[i]) for i in steps]
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from mstar_mega.config import DataConfig
-from mstar_mega.data.index import IndexedFile, build_index
+from mstar_mega.data.index import IndexedFile, build_index, file_mark
 from mstar_mega.data.mathv360k import parse_row, to_query
 from mstar_mega.data.order import View
 from mstar_mega.data.prompts import TRAINING_SETS
@@ -19,6 +19,7 @@ from mstar_mega.data.rows import read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 
+ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
 """So many skipped rows are named one by one; the others are counted by their reason."""
 
@@ -163,17 +164,23 @@ def open_source(config: DataConfig, dir: Path) -> Source:
     images = Path(config.images) if config.images else path.parent
     if not images.is_dir():
         raise ValueError(f"data.images {images} is no folder: give the one that the rows' image paths begin in")
-    file = IndexedFile(dir / "rows.sqlite", path)
+    file = IndexedFile(dir / ROWS_INDEX, path)
     settings = SplitSettings(str(images), config.validation_queries, config.test_queries, config.conflicts)
     build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
     return Source(file, images, config.name, config.instruct)
+
+
+def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files that the settings name, by setting. Raises ValueError where one is missing."""
+    files = {"data.path": (config.path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
+    return {name: file_mark(existing(path, name), dir / index) for name, (path, index) in files.items() if path}
 
 
 def _examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
     """The written-out chains of thought, and the rows of their file that cannot be used."""
     if not config.warmup_file:
         return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]
-    file = IndexedFile(dir / "warmup.sqlite", existing(config.warmup_file, "data.warmup_file"))
+    file = IndexedFile(dir / WARMUP_INDEX, existing(config.warmup_file, "data.warmup_file"))
     stamp = source.file.index.stat().st_mtime_ns  # the row numbers are this index's
     build_index(file.index, file.source, {"rows": stamp}, lambda index: _fill_examples(index, file, source))
     return DiskExamples(source, file, config.warmup_examples), _skipped(file, "examples_skipped", config.warmup_file)

@@ -59,6 +59,18 @@ def build_index(path: Path, source: Path, settings: dict[str, Any], fill: Callab
     return True
 
 
+def file_mark(path: Path, index: Path | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of a file: ``{"size": bytes, "sha256": hexadecimal}``.
+
+    An index of the file, where there is one, saves reading it. Raises OSError where it cannot be read.
+    """
+    stat = path.stat()
+    known = read_meta(index) if index is not None else None
+    if known is not None and (known.get("size"), known.get("mtime")) == (stat.st_size, stat.st_mtime_ns):
+        return {"size": stat.st_size, "sha256": known["sha256"]}
+    return {"size": stat.st_size, "sha256": sha256_file(path)}
+
+
 def read_meta(path: Path) -> dict[str, Any] | None:
     """What an index says about itself; None when it is missing or no index."""
     if not path.is_file():

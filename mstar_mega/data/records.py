@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.data.types import Group, group_from_json
+from mstar_mega.data.types import Group, Query, group_from_json, query_from_json
 from mstar_mega.platform.files import write_bytes_atomic
 
 FORMAT = "mstar-groups"
 VERSION = 1
+_BEGIN = '{"query":'
+_COMMA = ",\n"
 
 
 class DamagedFileError(ValueError):
@@ -46,15 +48,44 @@ def write_groups(path: str | Path, groups: Sequence[Group], seconds: Mapping[str
 
 def read_groups(path: str | Path) -> list[Group]:
     """The groups of a file, in order. Raises DamagedFileError, or FileNotFoundError when there is no file."""
-    count, body = _read_verified(Path(path))
+    return [group for _, group in placed_groups(path)]
+
+
+def placed_groups(path: str | Path) -> Iterator[tuple[int, Group]]:
+    """The groups of a file of any size, one at a time, each with the byte that it begins at. Raises as ``read_groups``.
+
+    The checksum is compared before the first one comes.
+    """
+    for offset, line in _verified_lines(Path(path)):
+        yield offset, _group(path, line)
+
+
+def read_group(path: str | Path, offset: int) -> Group:
+    """The group that :func:`placed_groups` found at a byte. Raises DamagedFileError where it no longer is one."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return _group(path, file.readline())
+
+
+def read_queries(path: str | Path) -> list[Query]:
+    """The queries of a file's groups; the responses are not parsed. Raises as :func:`read_groups`."""
+    decoder = json.JSONDecoder()
     try:
-        groups = [group_from_json(json.loads(line)) for line in body.splitlines()]
+        # A line begins with the query: see Group's fields.
+        lines = (line.decode("utf-8") for _, line in _verified_lines(Path(path)))
+        return [query_from_json(decoder.raw_decode(line, len(_BEGIN))[0]) for line in lines]
+    except DamagedFileError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{path}: a query is not as expected ({error!r}); delete it to make it anew") from None
+
+
+def _group(path: str | Path, line: bytes) -> Group:
+    try:
+        return group_from_json(json.loads(line))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         # The checksum held, so it was written like this: by another version of the program.
         raise DamagedFileError(f"{path}: a group is not as expected ({error!r}); delete it to make it anew") from None
-    if len(groups) != count:
-        raise DamagedFileError(f"{path}: the header announces {count} groups, {len(groups)} are there; delete it")
-    return groups
 
 
 def read_seconds(path: str | Path) -> dict[str, float]:
@@ -68,42 +99,61 @@ SELECTED = "selected.json"
 """Beside an iteration's blocks: which responses of each query were selected. The blocks are older than the choice."""
 
 
-def write_selected(directory: Path, parts: Sequence[Mapping[str, Sequence[int]]]) -> None:
-    """Write the sample indices of every query's selected responses, given in parts (one a rank), atomically."""
-    merged = {id: list(indices) for part in parts for id, indices in part.items()}
-    write_bytes_atomic(directory / SELECTED, json.dumps(merged, ensure_ascii=False).encode("utf-8"))
+def write_selected(directory: Path, selected: Iterable[tuple[str, Sequence[int]]]) -> None:
+    """Write the sample indices of every query's selected responses atomically: a JSON object, a query a line."""
+    lines = (f"{json.dumps(id, ensure_ascii=False)}: {list(indices)}" for id, indices in selected)
+    write_bytes_atomic(directory / SELECTED, f"{{\n{_COMMA.join(lines)}\n}}\n".encode())
 
 
-def read_selected(directory: Path) -> dict[str, list[int]]:
-    """What :func:`write_selected` wrote; empty before the selection. Raises DamagedFileError."""
+def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
+    """What :func:`write_selected` wrote of these queries; empty before the selection. Raises DamagedFileError."""
     path = directory / SELECTED
+    found: dict[str, list[int]] = {}
+    line = ""
     try:
-        selected = json.loads(path.read_bytes())
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if line not in ("{\n", "}\n", "\n"):
+                    [(id, indices)] = json.loads(f"{{{line.rstrip().removesuffix(',')}}}").items()
+                    if id in ids:
+                        found[id] = indices
     except FileNotFoundError:
         return {}
     except ValueError:
-        selected = None
-    if not isinstance(selected, dict):
+        line = ""
+    if line != "}\n":
         raise DamagedFileError(f"{path} is cut off or altered; the selected responses cannot be shown")
-    return selected
+    return found
 
 
 def is_complete(path: str | Path) -> bool:
     """Whether ``path`` exists and is whole; its groups are not parsed."""
     try:
-        _read_verified(Path(path))
+        for _ in _verified_lines(Path(path)):
+            pass
     except (DamagedFileError, FileNotFoundError):
         return False
     return True
 
 
-def _read_verified(path: Path) -> tuple[int, bytes]:
-    """Number of groups and the bytes after the header, whose checksum has been compared."""
-    head, newline, body = path.read_bytes().partition(b"\n")
-    header = _header(path, head if newline else b"")
-    if hashlib.sha256(body).hexdigest() != header["sha256"]:
-        raise DamagedFileError(f"{path} is cut off or altered: its checksum differs; delete it to make it anew")
-    return int(header["groups"]), body
+def _verified_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(first byte, content) of every line after the header, once the checksum has been compared."""
+    with open(path, "rb") as file:
+        head = file.readline()
+        header = _header(path, head if head.endswith(b"\n") else b"")
+        digest, count = hashlib.sha256(), 0
+        while block := file.read(1 << 20):
+            digest.update(block)
+            count += block.count(b"\n")
+        if digest.hexdigest() != header["sha256"]:
+            raise DamagedFileError(f"{path} is cut off or altered: its checksum differs; delete it to make it anew")
+        if count != header["groups"]:
+            announced = header["groups"]
+            raise DamagedFileError(f"{path}: the header announces {announced} groups, {count} are there; delete it")
+        offset = file.seek(len(head))
+        for line in file:
+            yield offset, line
+            offset += len(line)
 
 
 def _header(path: Path, line: bytes) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.generation.engine import Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import sum_over_data
+from mstar_mega.recipe.blocks import in_blocks
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import Actors, Sampling, in_blocks, judge, sample_groups, sampling_limits, to_response
+from mstar_mega.recipe.rollouts import Actors, Sampling, judge, sample_groups, sampling_limits, to_response
 from mstar_mega.rewards.steps import count_stepless, warn_stepless
 
 Beginning = tuple[int, ...]
@@ -24,10 +25,13 @@ Beginning = tuple[int, ...]
 
 
 def annotate(job: Job, actors: Actors) -> list[Group]:
-    """Step labels for this rank's share of the annotated queries, from disk where they are finished."""
+    """Step labels for this rank's share of the annotated queries, from disk where they are finished.
+
+    All of them are in memory here and in the PRM's training: ``annotate.queries`` bounds that, not the set's size.
+    """
     with job.stage("annotate"):
         timer = Timer(job)
-        groups = in_blocks(
+        labelled = in_blocks(
             job,
             _queries(job, job.config.annotate),
             job.rollouts / "annotate",
@@ -35,6 +39,7 @@ def annotate(job: Job, actors: Actors) -> list[Group]:
             _origin(job, actors),
             lambda block: _label(job, actors, block),
         )
+        groups = list(labelled)
         _log(job, groups, timer.seconds)
     return groups
 

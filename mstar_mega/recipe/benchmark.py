@@ -26,12 +26,13 @@ from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
+from mstar_mega.recipe.blocks import in_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import CONFIG_FILE, on_main
 from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.job import newest_policy, open_job
 from mstar_mega.recipe.prm import load_prm
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, in_blocks, sample_groups, sampling_limits
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_groups, sampling_limits
 from mstar_mega.report.benchmark_page import write_page
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner

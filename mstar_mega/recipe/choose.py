@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from mstar_mega.data.records import write_selected
-from mstar_mega.data.types import Group
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import all_gather_objects
+from mstar_mega.recipe.blocks import Blocks, Place
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
 from mstar_mega.rewards.selection import SelectionSummary, select
-from mstar_mega.training.batches import TrainGroup
+from mstar_mega.training.batches import Examples, TrainGroup
 
 
-def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]:
-    """Apply the selection to this rank's groups and gather what was selected: the same list on every rank."""
+@dataclass
+class Chosen:
+    """Which responses were selected and where they lie: ids and numbers, about a hundred bytes a query."""
+
+    ids: list[str] = field(default_factory=list)
+    sizes: array[int] = field(default_factory=lambda: array("i"))
+    """Selected responses of each query."""
+    positions: array[int] = field(default_factory=lambda: array("q"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    """Together with the position the :data:`Place` of its group."""
+    ends: array[int] = field(default_factory=lambda: array("q"))
+    """Where each query's part of ``indices`` ends."""
+    indices: array[int] = field(default_factory=lambda: array("i"))
+    """Sample indices of the selected responses, one query's after another's."""
+
+    def add(self, id: str, place: Place, indices: Sequence[int]) -> None:
+        """One query with its selected responses."""
+        self.ids.append(id)
+        self.sizes.append(len(indices))
+        self.positions.append(place[0])
+        self.offsets.append(place[1])
+        self.indices.extend(indices)
+        self.ends.append(len(self.indices))
+
+    def extend(self, other: Chosen) -> None:
+        """Another rank's queries behind these."""
+        before = len(self.indices)
+        self.ids += other.ids
+        self.sizes += other.sizes
+        self.positions += other.positions
+        self.offsets += other.offsets
+        self.indices += other.indices
+        self.ends.extend(before + end for end in other.ends)
+
+    def indices_of(self, i: int) -> array[int]:
+        """Sample indices of query ``i``'s selected responses."""
+        return self.indices[self.ends[i] - self.sizes[i] : self.ends[i]]
+
+    def items(self) -> Iterator[tuple[str, array[int]]]:
+        """Every query's id and sample indices."""
+        return ((id, self.indices_of(i)) for i, id in enumerate(self.ids))
+
+
+def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
+    """Apply the selection to this rank's groups and gather what was selected: the same examples on every rank."""
     settings = job.config.selection
-    summary = SelectionSummary()
-    examples: list[TrainGroup] = []
-    indices: dict[str, list[int]] = {}
-    chosen = select(groups, settings, key_of(job.config.seed, "select", now.number))
-    for group, selected in zip(groups, chosen, strict=True):
-        summary.add(group)
-        if selected:
-            examples.append(TrainGroup(group.query, [response.tokens for response in selected]))
-            indices[group.query.id] = [response.index for response in selected]
-    everyone = all_gather_objects((examples, summary, indices))
-    total = SelectionSummary()
-    for _, part, _ in everyone:
-        total.merge(part)
+    summary, chosen = SelectionSummary(), Chosen()
+    key = key_of(job.config.seed, "select", now.number)
+    for block, places in groups.read_blocks():
+        for group, place, selected in zip(block, places, select(block, settings, key), strict=True):
+            summary.add(group)
+            if selected:
+                chosen.add(group.query.id, place, [response.index for response in selected])
+    total, everyone = SelectionSummary(), Chosen()
+    for of_rank, summary_of_rank in all_gather_objects((chosen, summary)):
+        everyone.extend(of_rank)
+        total.merge(summary_of_rank)
     if job.layout.is_main:
-        write_selected(job.rollouts / iteration_directory(now.number), [part for *_, part in everyone])
+        write_selected(job.rollouts / iteration_directory(now.number), everyone.items())
     job.log(
         "selection",
         iteration=now.number,
@@ -44,13 +87,22 @@ def choose(job: Job, now: Interval, groups: Sequence[Group]) -> list[TrainGroup]
     )
     if not total.selected:
         job.say(f"   iteration {now.number}: NO RESPONSE SELECTED, nothing is trained in this iteration")
-    return [example for part, *_ in everyone for example in part]
+
+    def read(i: int) -> TrainGroup:
+        group = groups.read((everyone.positions[i], everyone.offsets[i]))
+        tokens = {response.index: response.tokens for response in group.responses}
+        return TrainGroup(group.query, [tokens[index] for index in everyone.indices_of(i)])
+
+    return Examples(everyone.ids, everyone.sizes, read)
 
 
-def gold_examples(job: Job, now: Interval) -> list[TrainGroup]:
+def gold_examples(job: Job, now: Interval) -> Examples:
     """The SFT baseline: gold answers without reasoning."""
-    return [
-        TrainGroup(query, [job.family.response_tokens(gold_response(query.answer))])
-        for query in now.labelled
-        if query.answer is not None
-    ]
+
+    def read(i: int) -> TrainGroup:
+        query = now.labelled[i]
+        assert query.answer is not None, "it is labelled"
+        return TrainGroup(query, [job.family.response_tokens(gold_response(query.answer))])
+
+    ids = [query.id for query in now.labelled]
+    return Examples(ids, array("i", [1]) * len(ids), read)

@@ -44,8 +44,8 @@ class Job:
     """Time that blocks of an earlier start, read back from disk, took when they were made: see :class:`Timer`."""
     score_seconds: float = 0.0
     """Time spent in the PRM, that of such blocks included."""
-    counted_blocks: set[Path] = field(default_factory=set)
-    """Blocks whose time is counted already."""
+    counted_rollouts: set[Path] = field(default_factory=set)
+    """Directories of blocks whose time is counted already."""
 
     @property
     def checkpoints(self) -> Path:

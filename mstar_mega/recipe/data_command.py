@@ -29,6 +29,8 @@ from mstar_mega.platform.files import write_text_atomic
 
 SAMPLE = 200
 """Prompts that are made to estimate what a set costs."""
+CHARACTERS_PER_TOKEN = 4
+"""A rule of thumb for English prose; formulas and numbers take more tokens."""
 AROUND = 6
 """Tokens shown before and after an image."""
 
@@ -47,6 +49,8 @@ class Cost:
     longest: int
     image_tokens: float
     tiles: float
+    characters: float = 0.0
+    """Mean of the questions."""
     problem: str = ""
 
     def to_text(self) -> str:
@@ -61,6 +65,25 @@ class Cost:
         )
 
 
+@dataclass(frozen=True)
+class PublishedCost:
+    """What a family at its published size spends: on images exactly, by their sizes; on text by an estimate."""
+
+    family: str
+    tiles: int
+    image_tokens: int
+    """Features, without the marks around them."""
+    text_tokens_estimate: int
+    """Characters of the questions over ``CHARACTERS_PER_TOKEN``; no tokenizer is read."""
+
+    def to_text(self) -> str:
+        """One line."""
+        return (
+            f"  {self.family:<22}{self.tiles} tiles, {self.image_tokens / 1e6:.2f} M image tokens (exact); "
+            f"about {self.text_tokens_estimate / 1e6:.2f} M text tokens (estimate)"
+        )
+
+
 def check(config: DataConfig, against: Sequence[str], out: str | None) -> str:
     """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
 
@@ -70,11 +93,15 @@ def check(config: DataConfig, against: Sequence[str], out: str | None) -> str:
         source, note = _open(config, Path(work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
         costs = [_cost(source, name, size) for name, size in _families()]
+        published = _published_costs(source, costs[0].characters * costs[0].queries)
         if out is not None:
-            facts = {**report.to_json(), "costs": [asdict(cost) for cost in costs]}
+            costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
+            facts = {**report.to_json(), **costs_of}
             write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     lines = [to_text(report), f"cost of all usable queries, from {costs[0].prompts} of them:"]
-    return "\n".join([*note, *lines, *(cost.to_text() for cost in costs)])
+    lines += [cost.to_text() for cost in costs]
+    lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
+    return "\n".join([*note, *lines, *(cost.to_text() for cost in published)])
 
 
 def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
@@ -117,21 +144,40 @@ def _families() -> Iterator[tuple[str, str]]:
             yield name, size
 
 
+def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
+    """Every family, over the images of all usable queries; ``characters``: of all questions."""
+    sql = (
+        "SELECT width, height, count(*) FROM places JOIN rows USING (number) JOIN images ON images.path = rows.image "
+        "GROUP BY width, height"
+    )
+    with source.file.opened() as (index, _):
+        sizes = index.execute(sql).fetchall()
+    found = []
+    for name, family in FAMILIES.items():
+        spent = [(count, *family.published_image_cost(width, height)) for width, height, count in sizes]
+        tiles, tokens = (sum(each[0] * each[i] for each in spent) for i in (1, 2))
+        found.append(PublishedCost(name, tiles, tokens, round(characters / CHARACTERS_PER_TOKEN)))
+    return found
+
+
 def _cost(source: Source, name: str, size: str) -> Cost:
     usable = [DiskQueries(source, split) for split in ("labelled", "unlabelled", "validation", "test")]
     total = sum(map(len, usable))
     sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
+    characters = statistics.fmean(len(query.question) for query in sample)
     try:
         family = build_family(Config(model=ModelConfig(family=name, size=size)))
         prompts = [family.prompt(query) for query in sample]
     except (OSError, ValueError) as error:
-        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, " ".join(str(error).split()))
+        problem = " ".join(str(error).split())
+        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, characters, problem)
     return Cost(
         name, size, total, len(prompts),
         tokens=statistics.fmean(len(prompt.tokens) for prompt in prompts),
         longest=max(len(prompt.tokens) for prompt in prompts),
         image_tokens=statistics.fmean(len(prompt.image_positions) for prompt in prompts),
         tiles=statistics.fmean(0 if prompt.pixels is None else prompt.pixels.size(0) for prompt in prompts),
+        characters=characters,
     )  # fmt: skip
 
 

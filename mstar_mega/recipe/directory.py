@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -14,12 +15,16 @@ from typing import TypeVar
 
 from mstar_mega import settings
 from mstar_mega.config import Config
+from mstar_mega.data import disk
+from mstar_mega.data.index import file_mark
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Task
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 
 CONFIG_FILE = "config.yaml"
+FILES_FILE = "files.json"
+"""Size and SHA-256 of the files that the run is trained on, by setting."""
 LOCK_FILE = ".lock"
 
 T = TypeVar("T")
@@ -118,9 +123,46 @@ def _remove_leftovers(directory: Path) -> None:
             path.unlink()
 
 
+@contextmanager
+def same_files(config: Config, directory: Path) -> Iterator[None]:
+    """The run is trained on the files that it was started with; noted at the end, if the context ends well.
+
+    Names and times do not matter. Raises ValueError, at once, naming a file whose bytes are others.
+    """
+    now = disk.file_marks(config.data, data_directory(config, directory)) if config.data.name == "mathv360k" else {}
+    if config.warmup.set is not None and Path(config.warmup.set).is_file():
+        now["warmup.set"] = file_mark(Path(config.warmup.set))
+    path = directory / FILES_FILE
+    try:
+        before = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it if the training files are those of the run's start") from None
+    changed = [name for name, mark in now.items() if name in before and before[name] != mark]
+    if changed and not config.run.allow_changed_settings:
+        name, was, is_ = changed[0], before[changed[0]], now[changed[0]]
+        group, _, field = name.partition(".")
+        difference = (
+            f"{was['size']} bytes then, {is_['size']} now"
+            if was["size"] != is_["size"]
+            else f"the same size, but SHA-256 {was['sha256'][:12]}... then, {is_['sha256'][:12]}... now"
+        )
+        raise ValueError(
+            f"{name} {getattr(getattr(config, group), field)} is not the file that {directory} was started with "
+            f"({difference}): restore it, or use another --run.dir"
+        )
+    yield
+    if {**before, **now} != before:
+        write_text_atomic(path, json.dumps({**before, **now}, indent=1) + "\n")
+
+
+def data_directory(config: Config, directory: Path) -> Path:
+    """Where pictures that are made and indices lie."""
+    return Path(config.data.dir) if config.data.dir else directory / "data"
+
+
 def build_task(config: Config, directory: Path, warms_up: bool = True) -> Task:
     """The queries of all sets. Raises ValueError where a set that is needed has none that can be used."""
-    task = build(config.data, Path(config.data.dir) if config.data.dir else directory / "data", config.seed)
+    task = build(config.data, data_directory(config, directory), config.seed)
     needed: dict[str, Sequence[object]] = {"labelled": task.labelled, "validation": task.validation, "test": task.test}
     if warms_up and config.warmup.set is None:
         needed = {"warm-up": task.warmup, **needed}

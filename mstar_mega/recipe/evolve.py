@@ -16,7 +16,7 @@ from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import resolve_method
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.recipe.temperature import tune_temperature
-from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.training.batches import Examples, split_into_epochs
 from mstar_mega.training.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
             if job.config.evolve.method == "sft":
                 examples = gold_examples(job, now)
             else:
-                groups = generate(job, actors, now, position)  # and reward: judged and scored
+                groups = generate(job, actors, now, position)  # and reward: judged and scored, on disk
                 if position.step == 0:
                     check_log_probs(job, policy.model, now, groups, position.temperature)
                 examples = choose(job, now, groups)  # select
@@ -54,13 +54,11 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     return position
 
 
-def improve(job: Job, policy: Trainer, examples: list[TrainGroup], position: Position) -> None:
+def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -> None:
     """Train on the selected responses, within the step budget."""
     settings = job.config.evolve
-    batches: list[list[TrainGroup]] = []
-    for epoch in range(settings.epochs):
-        key = (job.config.seed, "improve", position.iteration, epoch)
-        batches += split_into_steps(examples, settings.optimizer.batch_size, key)
+    key = (job.config.seed, "improve", position.iteration)
+    batches = split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
     if settings.max_steps:
         batches = batches[: max(0, settings.max_steps - position.total_steps + position.step)]
     loss = fit(job, policy, "evolve", batches, position)

@@ -168,9 +168,12 @@ def fit(
     """
     every = job.config.run.checkpoint_every_steps
     with job.progress.task(f"train {stage}", len(batches), "steps", done=position.step) as task:
-        for step, batch in enumerate(batches[position.step :], position.step):
+        following: Sequence[TrainGroup] | None = None
+        for step in range(position.step, len(batches)):
             timer = Timer(job)
-            for soon in batches[step : step + 2]:  # images of the next step are decoded during this one
+            batch = following or batches[step]
+            following = batches[step + 1] if step + 1 < len(batches) else None
+            for soon in (batch, following or ()):  # images of the next step are decoded during this one
                 job.prompt.expect(group.query for group in trainer.share(soon))
             try:
                 stats = trainer.step(batch)

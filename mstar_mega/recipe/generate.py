@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,13 @@ from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import next_token_targets, pack
 from mstar_mega.platform.distributed import sum_over_data
+from mstar_mega.recipe.blocks import Blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.intervals import Interval, next_interval
 from mstar_mega.recipe.method import resolve_method
 from mstar_mega.recipe.rollouts import Actors, Sampling, all_on_disk, rollout
-from mstar_mega.rewards.steps import count_stepless, warn_stepless
+from mstar_mega.rewards.steps import warn_stepless
 
 
 def iteration_directory(number: int) -> str:
@@ -32,8 +34,8 @@ def iteration_sampling(job: Job, number: int, temperature: float | None) -> Samp
     return Sampling(iteration_directory(number), temperature, job.config.evolve.responses)
 
 
-def generate(job: Job, actors: Actors, now: Interval, position: Position) -> list[Group]:
-    """Sample, judge and score the interval's responses; returns this data-parallel rank's groups.
+def generate(job: Job, actors: Actors, now: Interval, position: Position) -> Blocks:
+    """Sample, judge and score the interval's responses; they are on disk.
 
     Notes in ``position`` who draws them. Resumed inside the iteration, the responses are those on disk.
     """
@@ -42,19 +44,7 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> lis
     sampling = iteration_sampling(job, now.number, position.temperature)
     temperature = sampling.temperature
     groups = rollout(job, actors, now.queries, sampling, position.drawn_by)
-    responses = [response for group in groups for response in group.responses]
-    counts = sum_over_data(
-        {
-            "queries": len(groups),
-            "responses": len(responses),
-            "tokens": sum(len(r.tokens) for r in responses),
-            "truncated": sum(r.truncated for r in responses),
-            "without_steps": count_stepless(groups),
-            "correct": sum(bool(r.correct) for r in responses),
-            "queries_without_correct": sum(not any(r.correct for r in group.responses) for group in groups),
-            **{f"checker {how}": n for how, n in Counter(str(r.verdict) for r in responses).items()},
-        }
-    )
+    counts = sum_over_data(_counts(groups))
     whole = {name: int(value) for name, value in sorted(counts.items()) if not name.startswith("checker ")}
     checker = {n.removeprefix("checker "): int(v) for n, v in sorted(counts.items()) if n.startswith("checker ")}
     score_seconds = round(job.score_seconds - score_before, 3)
@@ -79,6 +69,23 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> lis
     return groups
 
 
+def _counts(groups: Iterable[Group]) -> Counter[str]:
+    """What the event ``generation`` says of these groups; the verdicts as ``checker HOW``."""
+    names = ("queries", "responses", "tokens", "truncated", "without_steps", "correct", "queries_without_correct")
+    counts = Counter(dict.fromkeys(names, 0))
+    for group in groups:
+        counts["queries"] += 1
+        counts["queries_without_correct"] += not any(response.correct for response in group.responses)
+        for response in group.responses:
+            counts["responses"] += 1
+            counts["tokens"] += len(response.tokens)
+            counts["truncated"] += response.truncated
+            counts["without_steps"] += not response.steps
+            counts["correct"] += bool(response.correct)
+            counts[f"checker {response.verdict}"] += 1
+    return counts
+
+
 def can_resume(job: Job, position: Position) -> bool:
     """Whether a checkpoint taken at ``position`` can go on: inside an iteration the responses must all be on disk.
 
@@ -93,7 +100,7 @@ def can_resume(job: Job, position: Position) -> bool:
     return all_on_disk(job, now.queries, sampling, position.drawn_by)
 
 
-def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group], temperature: float | None) -> None:
+def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Iterable[Group], temperature: float | None) -> None:
     """Score some responses again with the training forward; stop the run where the two disagree beyond the limit.
 
     Raises ValueError with the gap and what it means.
@@ -104,7 +111,7 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Sequence[Group
     if limit is None:
         # bfloat16 rounds logits, and a low temperature spreads them: what is rounding at 1 is more below.
         limit = 1e-3 if job.config.model.precision == "float32" else 0.5 / min(1.0, temperature)
-    chosen = [group for group in groups if group.responses][: settings.log_prob_gap_queries]
+    chosen = islice((group for group in groups if group.responses), settings.log_prob_gap_queries)
     gaps = torch.cat([torch.zeros(0), *(_gaps(job, policy, group, temperature) for group in chosen)]).double()
     largest = torch.tensor(float(gaps.max()) if gaps.numel() else 0.0, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

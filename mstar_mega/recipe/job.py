@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.files import sha256_file
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.directory import build_task, on_main, run_directory
+from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
@@ -30,7 +30,7 @@ from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import resolve_method
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
-from mstar_mega.recipe.warmup import warmup, warmup_steps
+from mstar_mega.recipe.warmup import warmup, warmup_batches
 from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
@@ -78,13 +78,13 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 
 def run_stages(job: Job, reached: int, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
-    planned = len(warmup_steps(job))
+    batches = warmup_batches(job)
     if until is None:
-        _check_budget(job.config.evolve.max_steps, planned)
+        _check_budget(job.config.evolve.max_steps, len(batches))
     model = build_model(job.config, job.family)
-    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, planned)
+    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches))
     with job.quiet(reached > 0):
-        steps = warmup(job, policy).total_steps
+        steps = warmup(job, policy, batches).total_steps
     if until == "warmup":
         return
     prm = load_prm(job, policy.model) if reached > 1 and needs_prm(job.config) else None
@@ -196,7 +196,12 @@ def open_job(
         on_main(place.is_main, open_log)
         stack.callback(metrics.close)
         damage = metrics.damage if isinstance(metrics, MetricsLog) else []
-        task = on_main(place.is_main, lambda: make_task(config, directory))
+
+        def find_queries() -> Task:
+            with same_files(config, directory) if trains else nullcontext():
+                return make_task(config, directory)
+
+        task = on_main(place.is_main, find_queries)
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
         prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Sequence
 
 from mstar_mega.data.types import Group
@@ -15,7 +14,7 @@ from mstar_mega.platform.distributed import all_gather_objects
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position, fit, restore, restore_weights, save
 from mstar_mega.rewards.process import score_groups
-from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import Trainer
 
 
@@ -66,14 +65,11 @@ def _split(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]
     return everyone[cut:], everyone[:cut]
 
 
-def _batches(job: Job, groups: Sequence[Group]) -> list[list[TrainGroup]]:
+def _batches(job: Job, groups: Sequence[Group]) -> Batches:
     settings = job.config.prm
     examples = [example for group in groups if (example := _example(group, settings.labels == "hard")).responses]
-    batches: list[list[TrainGroup]] = []
-    for epoch in range(math.ceil(settings.epochs)):
-        cut = split_into_steps(examples, settings.optimizer.batch_size, (job.config.seed, "prm", epoch))
-        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch) - 1e-9)]
-    return batches
+    key = (job.config.seed, "prm")
+    return split_into_epochs(Examples.of(examples), settings.optimizer.batch_size, settings.epochs, key)
 
 
 def _example(group: Group, hard: bool) -> TrainGroup:

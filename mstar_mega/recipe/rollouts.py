@@ -1,36 +1,26 @@
-"""Generate and reward: sampled, judged and scored responses of queries, on disk block by block.
-
-A block of queries is the unit of work of a model copy and of a resume: its responses depend on nothing outside it, and
-its file is written atomically when they are sampled, judged and scored. What a killed run had finished is read back,
-if it comes from the same weights and settings: a file beside the blocks says from which.
-"""
+"""Generate and reward: sampled, judged and scored responses of queries, on disk block by block."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mstar_mega.data.records import DamagedFileError, read_groups, read_seconds, write_groups
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.fingerprint import fingerprint
 from mstar_mega.models.lmm import LMM
-from mstar_mega.platform.distributed import all_gather_objects, broadcast_object
-from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.distributed import all_gather_objects
+from mstar_mega.recipe.blocks import Blocks, all_finished, cut, in_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import Verdict, extract_answer
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.steps import split_steps
 from mstar_mega.rewards.voting import apply_pseudo_answers
-
-ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Actors:
 
 def rollout(
     job: Job, actors: Actors, queries: Sequence[Query], sampling: Sampling, drawn_by: str | None = None
-) -> list[Group]:
+) -> Blocks:
     """Responses of this data-parallel rank's share of the queries: judged, and scored where there is a PRM.
 
     ``drawn_by`` names the actors that draw them, as they were; None: as they are now.
@@ -79,62 +69,9 @@ def rollout(
     return in_blocks(job, queries, job.rollouts / sampling.name, f"sample {sampling.name}", origin, make)
 
 
-def in_blocks(
-    job: Job,
-    queries: Sequence[Query],
-    directory: Path,
-    description: str,
-    origin: Mapping[str, Any],
-    make: Callable[[list[Query]], list[Group]],
-) -> list[Group]:
-    """Run ``make`` on each of this rank's blocks of queries that is not finished on disk; all its groups, in order.
-
-    ``origin`` (plain data) is what the responses depend on besides the queries: blocks of another origin are made anew.
-    """
-    blocks = _blocks(job, queries)
-    mine = range(job.layout.data_rank, len(blocks), job.layout.data_size)
-    if job.layout.is_main:
-        _clear_foreign(job, directory, origin)
-    finished = broadcast_object(_finished_blocks(job, directory, blocks) if job.layout.is_main else set())
-    groups: list[Group] = []
-    with job.progress.task(description, len(mine), "blocks", done=sum(b in finished for b in mine)) as task:
-        waiting = [b for b in mine if b not in finished]
-        for b in mine:
-            path = directory / f"block_{b:05d}.jsonl"
-            if b in finished:
-                groups += _with_images_of(blocks[b], read_groups(path))
-                _count_time(job, path)
-                continue
-            waiting.remove(b)
-            for soon in (b, *waiting[:1]):  # images of the next block are decoded while this one is sampled
-                job.prompt.expect(blocks[soon])
-            timer, score_seconds = Timer(job), job.score_seconds
-            made = make(list(blocks[b]))
-            job.counted_blocks.add(path)
-            if job.writes_files:
-                write_groups(path, made, {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)})
-            groups += made
-            task.advance(1)
-    return groups
-
-
-def _count_time(job: Job, path: Path) -> None:
-    """Count what a block of an earlier start took, once."""
-    if path not in job.counted_blocks:
-        job.counted_blocks.add(path)
-        seconds = read_seconds(path)
-        job.recovered_seconds += seconds.get("all", 0.0)
-        job.score_seconds += seconds.get("score", 0.0)
-
-
 def all_on_disk(job: Job, queries: Sequence[Query], sampling: Sampling, drawn_by: str) -> bool:
     """Whether a rollout by these actors (see :meth:`Actors.fingerprint`) is on disk, every block of it whole."""
-    blocks, directory = _blocks(job, queries), job.rollouts / sampling.name
-    return broadcast_object(
-        job.layout.is_main
-        and _read_origin(directory) == _origin(job, sampling, drawn_by)
-        and len(_finished_blocks(job, directory, blocks)) == len(blocks)
-    )
+    return all_finished(job, cut(job, queries, job.rollouts / sampling.name), _origin(job, sampling, drawn_by))
 
 
 def sampling_limits(job: Job) -> dict[str, Any]:
@@ -153,65 +90,6 @@ def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
         "unlabelled": job.config.prompts.unlabelled,
         **sampling_limits(job),
     }
-
-
-def _with_images_of(queries: Sequence[Query], groups: Sequence[Group]) -> list[Group]:
-    """Groups from disk with the images where they are now: a run directory may have been moved."""
-    return [
-        Group(replace(group.query, images=query.images), group.responses)
-        for query, group in zip(queries, groups, strict=True)
-    ]
-
-
-def _blocks(job: Job, queries: Sequence[Query]) -> list[Sequence[Query]]:
-    size = job.config.generation.queries_per_block
-    return [queries[i : i + size] for i in range(0, len(queries), size)]
-
-
-def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
-    """Delete blocks of another origin, then note the present one."""
-    if _read_origin(directory) == origin:
-        return
-    foreign = sorted(directory.glob("block_*.jsonl"))
-    if foreign:
-        job.warn(f"{directory} holds responses of another policy or of other settings: they are sampled again")
-    for path in foreign:
-        path.unlink()
-    write_text_atomic(directory / ORIGIN, json.dumps(origin, indent=1) + "\n")
-
-
-def _read_origin(directory: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((directory / ORIGIN).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _finished_blocks(job: Job, directory: Path, blocks: Sequence[Sequence[Query]]) -> set[int]:
-    """Blocks whose file is whole and of these very queries. Rank 0 decides for all ranks."""
-    finished: set[int] = set()
-    for b, block in enumerate(blocks):
-        path = directory / f"block_{b:05d}.jsonl"
-        try:
-            if not path.exists():
-                continue
-            found = [group.query for group in read_groups(path)]
-            if len(found) == len(block) and all(map(_is_same_query, found, block)):
-                finished.add(b)
-        except DamagedFileError as error:
-            job.warn(f"DAMAGED ROLLOUT FILE, its responses are sampled again: {error}")
-    return finished
-
-
-def _is_same_query(found: Query, query: Query) -> bool:
-    """Whether a query on disk is this one, wherever its images lie now and whatever pseudo answer it was given."""
-
-    def content(one: Query) -> Query:
-        images = tuple(replace(image, path="") for image in one.images)
-        return replace(one, images=images, answer=None if query.answer is None else one.answer)
-
-    return content(found) == content(query)
 
 
 def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:
@@ -268,7 +146,7 @@ def _with_answer(job: Job, group: Group) -> Group:
     return apply_pseudo_answers(group)
 
 
-def gather_groups(groups: Sequence[Group]) -> list[Group]:
+def gather_groups(groups: Iterable[Group]) -> list[Group]:
     """All data-parallel ranks' groups, by query id: for evaluation sets, which are small."""
     everyone = [group for part in all_gather_objects(list(groups)) for group in part]
     return sorted(everyone, key=lambda group: group.query.id)

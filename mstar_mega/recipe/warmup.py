@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import math
+from array import array
 
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_greedy
 from mstar_mega.recipe.fit import Position, fit, load_start, restore, save
 from mstar_mega.recipe.rollouts import Actors
-from mstar_mega.recipe.warmup_data import read_warmup_set
-from mstar_mega.training.batches import TrainGroup, split_into_steps
+from mstar_mega.recipe.warmup_data import open_warmup_set
+from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import Trainer
 
 
-def warmup_steps(job: Job) -> list[list[TrainGroup]]:
+def warmup_batches(job: Job) -> Batches:
     """All batches of the warm-up, epoch after epoch; a fractional epoch is cut short."""
     settings = job.config.warmup
-    if settings.set is None:
-        groups = [TrainGroup(query, [job.family.response_tokens(text)]) for query, text in job.task.warmup]
-    else:
-        groups = [TrainGroup(g.query, [r.tokens for r in g.responses]) for g in read_warmup_set(job, settings.set)]
-    batches: list[list[TrainGroup]] = []
-    for epoch in range(math.ceil(settings.epochs)):
-        cut = split_into_steps(groups, settings.optimizer.batch_size, (job.config.seed, "warmup", epoch))
-        batches += cut[: math.ceil(len(cut) * min(1.0, settings.epochs - epoch) - 1e-9)]
-    return batches
+    examples = _written_out(job) if settings.set is None else open_warmup_set(job, settings.set)
+    return split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, (job.config.seed, "warmup"))
 
 
-def warmup(job: Job, policy: Trainer) -> Position:
+def _written_out(job: Job) -> Examples:
+    """The chains of thought that come with the data."""
+
+    def read(i: int) -> TrainGroup:
+        query, text = job.task.warmup[i]
+        return TrainGroup(query, [job.family.response_tokens(text)])
+
+    ids = [query.id for query, _ in job.task.warmup]
+    return Examples(ids, array("i", [1]) * len(ids), read)
+
+
+def warmup(job: Job, policy: Trainer, batches: Batches) -> Position:
     """Train the warm-up policy (or load it) and measure it."""
     with job.stage("warmup"):
         position = restore(job, policy, "warmup")
@@ -35,7 +39,7 @@ def warmup(job: Job, policy: Trainer) -> Position:
             load_start(job, policy)
             position = Position()
         if not position.finished:
-            fit(job, policy, "warmup", warmup_steps(job), position)
+            fit(job, policy, "warmup", batches, position)
             position.finished = True
             save(job, policy, "warmup", position)
         actors = Actors(job, policy.model, None)

@@ -6,17 +6,19 @@ answer is the gold one are kept, as responses to the plain question. Warm-up tra
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mstar_mega.data.records import read_groups, write_groups
+from mstar_mega.data.records import placed_groups, read_group, write_groups
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+from mstar_mega.training.batches import Examples, TrainGroup
 
 SET_FILE = "warmup_set.jsonl"
 NAME = "warmup_data"
@@ -81,12 +83,16 @@ def make_warmup_set(job: Job, policy: LMM) -> Path:
     return path
 
 
-def read_warmup_set(job: Job, path: str) -> list[Group]:
-    """The groups of a warm-up set. Raises ValueError where it is missing, damaged, or of another tokenizer."""
+def open_warmup_set(job: Job, path: str) -> Examples:
+    """A warm-up set to train on. Raises ValueError where it is missing, damaged, or of another tokenizer."""
     if not Path(path).is_file():
         raise ValueError(f"warmup.set {path}: there is no such file; make it with `mstar warmup-data`")
-    groups = read_groups(path)
-    for group in groups:
+    ids: list[str] = []
+    sizes, offsets = array("i"), array("q")
+    for offset, group in placed_groups(path):
+        ids.append(group.query.id)
+        sizes.append(len(group.responses))
+        offsets.append(offset)
         for response in group.responses:
             if (
                 max(response.tokens) >= job.family.language.vocab
@@ -96,4 +102,9 @@ def read_warmup_set(job: Job, path: str) -> list[Group]:
                     f"warmup.set {path}: response {response.index} of query {group.query.id!r} was written with "
                     "another tokenizer; make the set anew with this model"
                 )
-    return groups
+
+    def read(i: int) -> TrainGroup:
+        group = read_group(path, offsets[i])
+        return TrainGroup(group.query, [response.tokens for response in group.responses])
+
+    return Examples(ids, sizes, read)

@@ -93,7 +93,7 @@ def choose_groups(directory: Path, iteration: int, wanted: int, problems: list[s
 
 def _mark_selected(groups: list[Group], directory: Path, problems: list[str]) -> None:
     try:
-        selected = read_selected(directory)
+        selected = read_selected(directory, {group.query.id for group in groups})
     except DamagedFileError as error:
         problems.append(str(error))
         return

@@ -6,6 +6,7 @@ short expressions that it cannot decide reach math-verify, in a worker started a
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -195,10 +196,20 @@ def symbolically_equal(answer: str, gold: str) -> bool:
     Only the LaTeX grammar is used: math-verify's reader of plain expressions would hand them to Python's ``eval``.
     """
     math_verify = importlib.import_module("math_verify")
+    target, candidate = _parsed_gold(gold), _parsed(answer)
+    return bool(target) and bool(candidate) and math_verify.verify(list(target), candidate, timeout_seconds=None)
+
+
+def _parsed(latex: str) -> list[Any]:
+    """What math-verify reads; empty where it cannot."""
+    math_verify = importlib.import_module("math_verify")
     rules = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True)
     config = math_verify.LatexExtractionConfig(normalization_config=rules)
-    target, candidate = (
-        math_verify.parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
-        for latex in (gold, answer)
-    )
-    return bool(target) and bool(candidate) and math_verify.verify(target, candidate, timeout_seconds=None)
+    found: list[Any] = math_verify.parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed_gold(latex: str) -> list[Any]:
+    """:func:`_parsed`, once for all responses to a query, which follow one another."""
+    return _parsed(latex)

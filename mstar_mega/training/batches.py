@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,25 +70,99 @@ class Microbatch:
     loss: TokenLoss | StepLoss
 
 
-def split_into_steps(
-    groups: Sequence[TrainGroup], batch_size: int, seed_parts: tuple[object, ...]
-) -> list[list[TrainGroup]]:
-    """Shuffle groups and cut them into optimizer steps of about ``batch_size`` responses.
+@dataclass(frozen=True)
+class Examples:
+    """What a stage trains on. Of each group its query's id and its size are in memory, and what ``read`` keeps."""
+
+    ids: Sequence[str]
+    sizes: Sequence[int]
+    """Responses of each group."""
+    read: Callable[[int], TrainGroup]
+    """The group at a position, from where it lies."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def of(groups: Sequence[TrainGroup]) -> Examples:
+        """Groups that are in memory."""
+        return Examples([g.query.id for g in groups], [len(g.responses) for g in groups], groups.__getitem__)
+
+
+class Batch(Sequence[TrainGroup]):
+    """The groups of one optimizer step, each read when it is first asked for and kept as long as the batch is."""
+
+    def __init__(self, examples: Examples, positions: np.ndarray) -> None:
+        self._examples, self._positions = examples, positions
+        self._read: dict[int, TrainGroup] = {}
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, place: int) -> TrainGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TrainGroup]: ...
+    def __getitem__(self, place: int | slice) -> TrainGroup | list[TrainGroup]:
+        """One group, or those of a stretch; the others are not read."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        position = int(self._positions[place])
+        if position not in self._read:
+            self._read[position] = self._examples.read(position)
+        return self._read[position]
+
+    @property
+    def responses(self) -> int:
+        """Responses of all groups, without reading any."""
+        return sum(self._examples.sizes[int(position)] for position in self._positions)
+
+
+class Batches(Sequence[Batch]):
+    """Optimizer steps in order: 8 bytes a group in memory. Every batch that is asked for is formed anew."""
+
+    def __init__(self, examples: Examples, steps: Sequence[np.ndarray]) -> None:
+        self._examples, self._steps = examples, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, step: int) -> Batch: ...
+    @overload
+    def __getitem__(self, step: slice) -> Batches: ...
+    def __getitem__(self, step: int | slice) -> Batch | Batches:
+        """One step's batch, or a stretch of steps."""
+        if isinstance(step, slice):
+            return Batches(self._examples, self._steps[step])
+        return Batch(self._examples, self._steps[step])
+
+
+def split_into_epochs(examples: Examples, batch_size: int, epochs: float, seed_parts: tuple[object, ...]) -> Batches:
+    """The steps of all epochs, each in an order of its own (:func:`split_into_steps`); a fraction is cut short."""
+    steps: list[np.ndarray] = []
+    for epoch in range(math.ceil(epochs)):
+        cut = split_into_steps(examples, batch_size, (*seed_parts, epoch))
+        steps += cut[: math.ceil(len(cut) * min(1.0, epochs - epoch) - 1e-9)]
+    return Batches(examples, steps)
+
+
+def split_into_steps(examples: Examples, batch_size: int, seed_parts: tuple[object, ...]) -> list[np.ndarray]:
+    """Shuffle examples and cut them into optimizer steps of about ``batch_size`` responses: positions, int64 [groups].
 
     The order depends on the seed parts and the query ids alone. The number of steps is the responses' count over the
     batch size, rounded (at least one), and all steps are nearly equal: no small last batch with a large influence.
     """
-    if not groups:
+    if not len(examples):
         return []
-    order = sorted(groups, key=lambda group: key_of(*seed_parts, group.query.id))
-    total = sum(len(group.responses) for group in order)
+    keys = np.fromiter((key_of(*seed_parts, id) for id in examples.ids), np.int64, len(examples))
+    order = np.argsort(keys, kind="stable")
+    sizes = np.asarray(examples.sizes, np.int64)[order]
+    total = int(sizes.sum())
     steps = max(1, round(total / batch_size))
-    batches: list[list[TrainGroup]] = [[] for _ in range(steps)]
-    seen = 0
-    for group in order:
-        batches[min(steps - 1, seen * steps // total)].append(group)
-        seen += len(group.responses)
-    return [batch for batch in batches if batch]
+    seen = np.cumsum(sizes) - sizes
+    step_of = np.minimum(steps - 1, seen * steps // total)
+    return np.split(order, np.flatnonzero(np.diff(step_of)) + 1)
 
 
 def microbatches(

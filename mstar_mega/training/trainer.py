@@ -23,7 +23,7 @@ from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import layout
-from mstar_mega.training.batches import Microbatch, TrainGroup, microbatches
+from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, microbatches
 from mstar_mega.training.checkpoint import restore_training_state, sharded_training_state
 
 
@@ -145,7 +145,9 @@ class Trainer:
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step(increment=1)
-        return StepStats(loss, grad_norm, learning_rate, int(count), sum(len(g.responses) for g in groups))
+        # A batch knows its size without reading the other ranks' shares.
+        responses = groups.responses if isinstance(groups, Batch) else sum(len(g.responses) for g in groups)
+        return StepStats(loss, grad_norm, learning_rate, int(count), responses)
 
     def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
         """This data-parallel rank's part of a batch."""

@@ -66,6 +66,11 @@ class Family(ABC):
     def from_config(cls, config: dict[str, Any], tokenizer: Tokenizer | None) -> Family:
         """The family at the sizes of a config.json; without a tokenizer it has weights and no texts."""
 
+    @staticmethod
+    @abstractmethod
+    def published_image_cost(width: int, height: int) -> tuple[int, int]:
+        """(tiles, features) of a picture of so many pixels at the sizes of the published model."""
+
     @abstractmethod
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""

@@ -196,6 +196,13 @@ class InternVL2(Family):
         """See :meth:`Family.load_tokenizer`: ``tokenizer.model`` and the added tokens beside it."""
         return SentencePieceTokenizer(required_file(directory, "tokenizer.model"), added_tokens(directory))
 
+    @staticmethod
+    def published_image_cost(width: int, height: int) -> tuple[int, int]:
+        """See :meth:`Family.published_image_cost`."""
+        columns, rows = tile_grid(width, height, 12, 448)
+        tiles = columns * rows + (columns * rows > 1)
+        return tiles, tiles * 16**2
+
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
         pixels = [self.tiles(image) for image in query.images]

@@ -165,6 +165,13 @@ class MiniCPMV25(Family):
         """See :meth:`Family.load_tokenizer`: ``tokenizer.json``."""
         return FastTokenizer(required_file(directory, "tokenizer.json"))
 
+    @staticmethod
+    def published_image_cost(width: int, height: int) -> tuple[int, int]:
+        """See :meth:`Family.published_image_cost`."""
+        columns, rows = slice_grid(width, height, Slicing()) or (0, 0)
+        pieces = 1 + columns * rows
+        return pieces, pieces * 96
+
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
         pictures = [self.slices(image) for image in query.images]

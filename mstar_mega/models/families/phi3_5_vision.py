@@ -167,6 +167,13 @@ class Phi35Vision(Family):
         """See :meth:`Family.load_tokenizer`: ``tokenizer.json``."""
         return FastTokenizer(required_file(directory, "tokenizer.json"))
 
+    @staticmethod
+    def published_image_cost(width: int, height: int) -> tuple[int, int]:
+        """See :meth:`Family.published_image_cost`."""
+        long, _, short = hd_size(max(width, height), min(width, height), NUM_CROPS, 336)
+        columns, rows = (long // 336, short // 336) if width >= height else (short // 336, long // 336)
+        return 1 + rows * columns, features_of(rows, columns, 12)
+
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
         tokens, positions = [self._begin, self._user], list[int]()
@@ -194,8 +201,7 @@ class Phi35Vision(Family):
 
     def image_tokens(self, rows: int, columns: int) -> int:
         """Features of an image of so many crops: the picture with newlines, a separator, the global view."""
-        side = self.vision.grid // 2
-        return rows * side * (columns * side + 1) + 1 + side * (side + 1)
+        return features_of(rows, columns, self.vision.grid // 2)
 
     def crops(self, image: ImageRef) -> tuple[Tensor, int, int]:
         """(float32 [1 + rows * columns, 3, S, S], the global view first; rows; columns) of one image."""
@@ -211,6 +217,11 @@ class Phi35Vision(Family):
         view = torch.nn.functional.interpolate(whole, (S, S), mode="bicubic", align_corners=False)
         pieces = whole.view(3, rows, S, columns, S).permute(1, 3, 0, 2, 4).reshape(-1, 3, S, S)
         return torch.cat([view, pieces]), rows, columns
+
+
+def features_of(rows: int, columns: int, side: int) -> int:
+    """Features of an image of so many crops of ``side`` x ``side`` features: see :meth:`Phi35Vision.image_tokens`."""
+    return rows * side * (columns * side + 1) + 1 + side * (side + 1)
 
 
 def hd_size(width: int, height: int, num_crops: int, crop: int) -> tuple[int, int, int]:

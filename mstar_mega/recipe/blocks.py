@@ -1,0 +1,183 @@
+"""Blocks of queries on disk: the unit of work of a model copy and of a resume.
+
+A block's responses depend on nothing outside it, and its file is written atomically when they are finished. What a
+killed run had finished is taken as it is, if it comes from the same weights and settings: a file beside the blocks says
+from which. Nothing of a block stays in memory; whoever needs its groups, on any rank, reads them from the run
+directory, which all ranks share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mstar_mega.data.records import (
+    DamagedFileError,
+    placed_groups,
+    read_group,
+    read_queries,
+    read_seconds,
+    write_groups,
+)
+from mstar_mega.data.types import Group, Query
+from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.recipe.context import Job, Timer
+
+ORIGIN = "origin.json"
+
+Place = tuple[int, int]
+"""Where a group lies: its query's position among all, and the byte of the block's file at which it begins."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries cut into blocks, and the files of their groups."""
+
+    queries: Sequence[Query]
+    directory: Path
+    size: int
+    """Queries of a block."""
+    mine: range
+    """The numbers of this data-parallel rank's blocks."""
+
+    @property
+    def count(self) -> int:
+        """Blocks of all ranks."""
+        return -(-len(self.queries) // self.size)
+
+    def of(self, block: int) -> Sequence[Query]:
+        """The queries of a block."""
+        return self.queries[block * self.size : (block + 1) * self.size]
+
+    def path(self, block: int) -> Path:
+        """The file of a block."""
+        return self.directory / f"block_{block:05d}.jsonl"
+
+    def __iter__(self) -> Iterator[Group]:
+        """This rank's groups in order, read block by block."""
+        return (group for groups, _ in self.read_blocks() for group in groups)
+
+    def read_blocks(self) -> Iterator[tuple[list[Group], list[Place]]]:
+        """This rank's blocks: their groups, and where each lies for any rank to :meth:`read`."""
+        for block in self.mine:
+            offsets, groups = zip(*placed_groups(self.path(block)), strict=True)
+            places = [(block * self.size + row, offset) for row, offset in enumerate(offsets)]
+            yield list(map(_with_images_of, self.of(block), groups)), places
+
+    def read(self, place: Place) -> Group:
+        """One group of any rank's."""
+        position, offset = place
+        return _with_images_of(self.queries[position], read_group(self.path(position // self.size), offset))
+
+
+def in_blocks(
+    job: Job,
+    queries: Sequence[Query],
+    directory: Path,
+    description: str,
+    origin: Mapping[str, Any],
+    make: Callable[[list[Query]], list[Group]],
+) -> Blocks:
+    """Run ``make`` on each of this rank's blocks of queries that is not finished on disk. Collective.
+
+    ``origin`` (plain data) is what the responses depend on besides the queries: blocks of another origin are made anew.
+    """
+    blocks = cut(job, queries, directory)
+    if job.layout.is_main:
+        _clear_foreign(job, directory, origin)
+    finished = broadcast_object(_finished(job, blocks) if job.layout.is_main else set())
+    waiting = [block for block in blocks.mine if block not in finished]
+    _count_time(job, blocks, finished)
+    done = len(blocks.mine) - len(waiting)
+    with job.progress.task(description, len(blocks.mine), "blocks", done=done) as task:
+        for i, block in enumerate(waiting):
+            for soon in waiting[i : i + 2]:  # images of the next block are decoded while this one is sampled
+                job.prompt.expect(blocks.of(soon))
+            timer, score_seconds = Timer(job), job.score_seconds
+            made = make(list(blocks.of(block)))
+            if job.writes_files:
+                seconds = {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)}
+                write_groups(blocks.path(block), made, seconds)
+            task.advance(1)
+    barrier()  # from here on every rank may read every block
+    return blocks
+
+
+def cut(job: Job, queries: Sequence[Query], directory: Path) -> Blocks:
+    """The blocks of these queries, and which of them are this rank's."""
+    whole = Blocks(queries, directory, job.config.generation.queries_per_block, range(0))
+    return replace(whole, mine=range(job.layout.data_rank, whole.count, job.layout.data_size))
+
+
+def all_finished(job: Job, blocks: Blocks, origin: Mapping[str, Any]) -> bool:
+    """Whether every block of that origin is on disk and whole. Collective."""
+    return broadcast_object(
+        job.layout.is_main and _read_origin(blocks.directory) == origin and len(_finished(job, blocks)) == blocks.count
+    )
+
+
+def _count_time(job: Job, blocks: Blocks, finished: set[int]) -> None:
+    """Count what this rank's blocks of an earlier start took, once."""
+    if blocks.directory in job.counted_rollouts:
+        return
+    job.counted_rollouts.add(blocks.directory)
+    for block in blocks.mine:
+        if block in finished:
+            seconds = read_seconds(blocks.path(block))
+            job.recovered_seconds += seconds.get("all", 0.0)
+            job.score_seconds += seconds.get("score", 0.0)
+
+
+def _with_images_of(query: Query, group: Group) -> Group:
+    """A group from disk with the images where they are now: a run directory may have been moved."""
+    return Group(replace(group.query, images=query.images), group.responses)
+
+
+def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
+    """Delete blocks of another origin, then note the present one."""
+    if _read_origin(directory) == origin:
+        return
+    foreign = sorted(directory.glob("block_*.jsonl"))
+    if foreign:
+        job.warn(f"{directory} holds responses of another policy or of other settings: they are sampled again")
+    for path in foreign:
+        path.unlink()
+    write_text_atomic(directory / ORIGIN, json.dumps(origin, indent=1) + "\n")
+
+
+def _read_origin(directory: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((directory / ORIGIN).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _finished(job: Job, blocks: Blocks) -> set[int]:
+    """Blocks whose file is whole and of these very queries. Rank 0 decides for all ranks."""
+    finished: set[int] = set()
+    for block in range(blocks.count):
+        path = blocks.path(block)
+        try:
+            if not path.exists():
+                continue
+            found, wanted = read_queries(path), blocks.of(block)
+            if len(found) == len(wanted) and all(map(_is_same_query, found, wanted)):
+                finished.add(block)
+        except DamagedFileError as error:
+            job.warn(f"DAMAGED ROLLOUT FILE, its responses are sampled again: {error}")
+    return finished
+
+
+def _is_same_query(found: Query, query: Query) -> bool:
+    """Whether a query on disk is this one, wherever its images lie now and whatever pseudo answer it was given."""
+
+    def content(one: Query) -> Query:
+        images = tuple(replace(image, path="") for image in one.images)
+        return replace(one, images=images, answer=None if query.answer is None else one.answer)
+
+    return content(found) == content(query)
