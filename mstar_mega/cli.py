@@ -201,13 +201,14 @@ def _data(name: str, rest: list[str]) -> None:
     if _rank() == 0:
         out = own["--out"][-1] if own["--out"] else None
         if action == "check":
-            print(data_command.check(config.data, own["--against"], out))
+            print(data_command.check(config, own["--against"], out))
         else:
             print(data_command.show(config, names[-1], out or "tiles.png"))
 
 
 _DATA_ACTIONS = {
-    "check": "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--out FILE.json] [--NAME VALUE ...]",
+    "check": "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--model.family NAME --model.checkpoint DIR] "
+    "[--data.dir INDEX_FOLDER] [--out FILE.json] [--NAME VALUE ...]",
     "show": "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
 }
 

@@ -44,8 +44,8 @@ def job_of_one() -> Iterator[None]:
 
 
 SLOWEST_FIRST = (
-    "test_resume.py", "test_families_recipe.py", "test_parallel_truth.py", "test_kernel_dispatch.py",
-    "test_checkpoint.py", "test_bad_input.py", "test_linear_logprob.py",
+    "test_resume.py", "test_resume_disk.py", "test_families_recipe.py", "test_parallel_truth.py",
+    "test_kernel_dispatch.py", "test_checkpoint.py", "test_bad_input.py", "test_linear_logprob.py",
 )  # fmt: skip
 """Files of a minute and more: dealt out first, so that pytest-xdist's workers end at about the same time."""
 

@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from mstar_mega.cli import main
 from mstar_mega.config import BenchmarkConfig
+from mstar_mega.data.screen import readable_image
 from mstar_mega.evaluation.asking import ask, prompt_text
 from mstar_mega.evaluation.benchmarks import find, load_problems
 from mstar_mega.evaluation.load import Loaded
@@ -314,3 +315,107 @@ def test_reward_rules_marker_and_judge(tmp_path: Path) -> None:
         load("m3cot", data, reduced=True)
     with pytest.raises(ValueError, match="choose one of mathvista"):
         find("mmmu")
+
+
+# -------------------------------------------------------------------------------------------------- whole circles
+
+
+def mmbench(path: Path, *rows: tuple[int, str]) -> Path:
+    """Rows (index, answer) of questions with the options A and B."""
+    lines = [f"{index}\tq\tx\ty\t{answer}\tocr\tlogic_reasoning\n" for index, answer in rows]
+    path.write_text("index\tquestion\tA\tB\tanswer\tcategory\tl2-category\n" + "".join(lines))
+    return path
+
+
+def test_a_question_counts_only_with_all_its_rotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = mmbench(tmp_path / "whole.tsv", (1, "A"), (1_000_001, "B"), (2, "A"), (1_000_002, "B"))
+    assert len(load("mmbench", whole).problems) == 4 and not load("mmbench", whole).notes
+    cut = mmbench(tmp_path / "cut.tsv", (1, "A"), (1_000_001, "B"), (2, "A"), (1_000_002, "C"))
+    with pytest.raises(ValueError, match="question 2 has 1 of its 2 rotations"):
+        load("mmbench", mmbench(tmp_path / "lost.tsv", (1, "A"), (1_000_001, "B"), (2, "A")))
+    loaded = load("mmbench", cut, bad_rows="skip")
+    assert [problem.id for problem in loaded.problems] == ["1", "1000001"] and len(loaded.skipped) == 2
+    predictions = tmp_path / "predictions.jsonl"
+    answers = {"1": "A", "1000001": "B", "2": "A", "1000002": "B"}
+    predictions.write_text("".join(json.dumps({"id": id, "extraction": a}) + "\n" for id, a in answers.items()))
+    files = ["--predictions", str(predictions), "--out", str(tmp_path / "s.json")]
+    arguments = ["score", "--benchmark", "mmbench", *files]
+    assert main([*arguments, "--data", str(cut), "--bad_rows", "skip"]) == 0
+    said = capsys.readouterr().out
+    assert "(1 of 1)" in said and "of no problem" not in said, "a skipped row is known"
+    once = mmbench(tmp_path / "once.tsv", (1, "A"), (2, "A"))
+    assert main([*arguments, "--data", str(once)]) == 0
+    assert "this is one pass, not the circular accuracy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["notes"]
+
+
+# ------------------------------------------------------------------------------------------- what is said twice, or odd
+
+
+def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "twice.tsv"
+    table.write_text("index\tanswer\tanswer\n1\tA\tB\n")
+    with pytest.raises(ValueError, match="the column 'answer' stands twice"):
+        load("mmbench", table)
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text('{"id": "1", "response": "a", "response": "b"}\n')
+    with pytest.raises(ValueError, match="row 1: the key 'response' stands twice"):
+        read_predictions(predictions)
+    predictions.write_text('[{"id": "0", "response": ""}, {"id": "1", "response": "a", "response": "b"}]')
+    with pytest.raises(ValueError, match="row 2: the key 'response' stands twice"):
+        read_predictions(predictions)
+    predictions.write_text('{"id": "1", "response": "cut \\ud83d"}\n')
+    with pytest.raises(ValueError, match="row 1: its 'response' has half a character"):
+        read_predictions(predictions)
+
+
+def test_another_file_of_the_benchmark_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "query.json").write_text('{\n"1": "Hint: ...",\n"2": "Hint: ..."\n}\n')
+    with pytest.raises(ValueError, match="query.json is an object, but its values are not problems"):
+        load("mathvista", tmp_path)
+
+
+MATHVISTA = {
+    "pid": "1", "question": "q", "answer": "7", "answer_type": "integer", "question_type": "free_form", "choices": None,
+    "precision": None, "unit": None, "task": "t", "category": "c", "context": "x", "grade": "g", "language": "english",
+    "source": "s", "skills": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"question_type": "multi-choice"}, "question_type: it is 'multi-choice', not one of multi_choice, free_form"),
+        ({"answer": "abc"}, "answer: it is 'abc', no integer"),
+        ({"answer_type": "float", "answer": "zz", "precision": 1}, "answer: it is 'zz', no float"),
+        ({"answer_type": "float", "answer": "1.5"}, "precision: it is None"),
+        ({"answer_type": "float", "answer": "1.5", "precision": 1e9}, "precision: it is 1000000000"),
+    ],
+)
+def test_mathvistas_rows_that_nothing_could_answer(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    path = tmp_path / "testmini.json"
+    path.write_text(json.dumps([MATHVISTA]))
+    assert len(load("mathvista", path).problems) == 1
+    path.write_text(json.dumps([MATHVISTA | change]))
+    with pytest.raises(ValueError, match=reason):
+        load("mathvista", path)
+
+
+def test_a_jpeg_that_lies_about_its_size(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 50), (9, 90, 200)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    assert readable_image(content) == (50, 50)
+    header = content.index(b"\xff\xc0") + 5
+    with pytest.raises(ValueError, match="announces 7000 x 7000 pixels"):
+        readable_image(content[:header] + struct.pack(">HH", 7000, 7000) + content[header + 4 :])
+    for one in (b"%!PS-Adobe-3.0 EPSF-3.0\n", b"nothing"):
+        with pytest.raises(ValueError, match="it is no image of the kinds JPEG, PNG"):
+            readable_image(one)
+
+
+def test_scores_do_not_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_m3cot(tmp_path / "m3cot.jsonl", m3cot_row("1"))
+    arguments = ["score", "--benchmark", "m3cot", "--data", str(data), "--predictions", str(data)]
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err

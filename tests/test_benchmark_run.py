@@ -20,8 +20,9 @@ from mstar_mega.config import BenchmarkConfig
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.evaluation.benchmarks import find, load_problems
 from mstar_mega.evaluation.problem import Problem, Rules
-from mstar_mega.evaluation.scoring import read_predictions, score
-from mstar_mega.recipe.benchmark import first, sample_measures
+from mstar_mega.evaluation.scoring import Prediction, read, read_predictions, score
+from mstar_mega.recipe.benchmark import candidate, first, sample_measures
+from mstar_mega.rewards.checker import AnswerChecker
 
 
 def picture(colour: int) -> bytes:
@@ -93,7 +94,11 @@ def test_a_killed_evaluation_goes_on_and_every_layout_draws_the_same(policy: Pat
     )
     assert again.overall.to_json() == scores["overall"], "predictions.jsonl is what `mstar score` reads"
 
+    assert all("extraction" not in row for row in rows), "other rules than these would score that, not the response"
+    assert scores["evaluated"]["limit"] == 4 and list(scores["evaluated"]["data_sha256"]) == ["mmbench.tsv"]
+
     page = (straight / "index.html").read_text()
+    assert "only the first 4 questions" in page
     assert "http" not in re.sub(r"http-equiv", "", page), "self-contained"
     found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
@@ -129,6 +134,23 @@ def test_missing_images_are_refused_and_counted_when_allowed(policy: Path, tmp_p
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert [each["what"] for each in scores["without_image"]] == ["problem 1000002"]
     assert scores["overall"]["total"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "response", "answer"),
+    [
+        ("m3cot", Problem("1", "q", {"A": "x", "B": "y"}, "B"), "no idea", None),
+        ("m3cot", Problem("1", "q", {"A": "x", "B": "y"}, "B"), "it is (B)", "B"),
+        ("mmbench", Problem("1", "q", {"A": "x", "B": "y"}, "B"), "Sorry, I can't help with images", None),
+        ("mathvista", Problem("1", "q", {}, "7", "integer"), "# Answer\n\nN/A", None),
+        ("mathvista", Problem("1", "q", {}, "7", "integer"), "# Answer\n\n7", "7"),
+    ],
+)
+def test_what_is_no_answer_does_not_vote(name: str, problem: Problem, response: str, answer: str | None) -> None:
+    rules = Rules(BenchmarkConfig(marker=True))
+    with AnswerChecker() as checker:
+        reading = read(find(name), problem, Prediction("1", response), rules, checker)
+    assert candidate(problem, reading, rules) == answer
 
 
 def test_ways_to_choose_among_responses() -> None:

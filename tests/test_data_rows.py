@@ -110,6 +110,11 @@ def test_letters_of_the_answer(gpt: str, answer: str) -> None:
     assert parse_row(row("<image>Question: q\nChoices:\nA. red\nB: green\n(C) blue", gpt)).answer == answer
 
 
+def test_a_letter_with_another_choices_text() -> None:
+    with pytest.raises(RowProblem, match="names B, but its text is that of A"):
+        parse_row(row("<image>Question: q\nChoices:\n(A) red\n(B) blue", "(B) Red."))
+
+
 @pytest.mark.parametrize(
     ("gpt", "answer"),
     [

@@ -28,6 +28,11 @@ class EvaluationItem:
     """Of its image's bytes; empty without an image."""
 
 
+def printable(text: str) -> str:
+    """A file's text for a terminal: control characters as their escapes."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 @dataclass
 class Found:
     """How often something was found, with a few places."""
@@ -39,7 +44,7 @@ class Found:
         """One more."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(example)
+            self.examples.append(printable(example))
 
 
 @dataclass
@@ -180,6 +185,7 @@ def to_text(report: FileReport) -> str:
     lines = [f"{report.path}: {report.rows} rows, {report.bytes / 1e6:.1f} MB, {report.usable} usable"]
     lines.append("sources:")
     for source, types in report.sources.items():
+        source = printable(source)
         lines.append(f"  {source:<16}" + ", ".join(f"{count} {name}" for name, count in types.items()))
     images = report.images
     lines.append(

@@ -84,15 +84,15 @@ class PublishedCost:
         )
 
 
-def check(config: DataConfig, against: Sequence[str], out: str | None) -> str:
+def check(config: Config, against: Sequence[str], out: str | None) -> str:
     """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
 
     Raises ValueError for files that cannot be read.
     """
     with tempfile.TemporaryDirectory() as work:
-        source, note = _open(config, Path(work))
+        source, note = _open(config.data, Path(config.data.dir or work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
-        costs = [_cost(source, name, size) for name, size in _families()]
+        costs = [_cost(source, model) for model in _models(config.model)]
         published = _published_costs(source, costs[0].characters * costs[0].queries)
         if out is not None:
             costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
@@ -137,11 +137,13 @@ def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
         yield EvaluationItem(name, problem.id, question_key(question, choices), digest)
 
 
-def _families() -> Iterator[tuple[str, str]]:
-    """Every family at every size it knows."""
+def _models(chosen: ModelConfig) -> Iterator[ModelConfig]:
+    """Every family at every size that it has by name, and the settings' own checkpoint."""
     for name, family in FAMILIES.items():
         for size in getattr(sys.modules[family.__module__], "SIZES", {}):
-            yield name, size
+            yield ModelConfig(family=name, size=size)
+    if chosen.checkpoint:
+        yield chosen
 
 
 def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
@@ -160,13 +162,14 @@ def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
     return found
 
 
-def _cost(source: Source, name: str, size: str) -> Cost:
+def _cost(source: Source, model: ModelConfig) -> Cost:
+    name, size = model.family, "checkpoint" if model.checkpoint else model.size
     usable = [DiskQueries(source, split) for split in ("labelled", "unlabelled", "validation", "test")]
     total = sum(map(len, usable))
     sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
     characters = statistics.fmean(len(query.question) for query in sample)
     try:
-        family = build_family(Config(model=ModelConfig(family=name, size=size)))
+        family = build_family(Config(model=model))
         prompts = [family.prompt(query) for query in sample]
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
