@@ -375,7 +375,7 @@ def test_another_file_of_the_benchmark_is_told_apart(tmp_path: Path) -> None:
         load("mathvista", tmp_path)
 
 
-MATHVISTA = {
+MATHVISTA: dict[str, Any] = {
     "pid": "1", "question": "q", "answer": "7", "answer_type": "integer", "question_type": "free_form", "choices": None,
     "precision": None, "unit": None, "task": "t", "category": "c", "context": "x", "grade": "g", "language": "english",
     "source": "s", "skills": [],
