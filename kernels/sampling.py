@@ -20,7 +20,7 @@ from mstar_mega.kernels.dispatch import uses_triton
 from mstar_mega.kernels.language import cdiv, jit, tl
 from mstar_mega.kernels.noise import gumbel, mix
 from mstar_mega.kernels.row_stats import merge_parts
-from mstar_mega.kernels.top_p import Split, allowed_logits, top_p_kept
+from mstar_mega.kernels.top_p import Split, allowed_logits, of_ranks, top_p_kept
 
 BLOCK = 2048
 WARPS = 8
@@ -258,15 +258,8 @@ def _kth_largest(z: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
     largest = z.topk(min(k, z.size(1)), dim=1).values
     largest = torch.nn.functional.pad(largest, (0, k - largest.size(1)), value=float("-inf"))
     if group is not None:
-        largest = _gather_columns(largest, group).topk(k, dim=1).values
+        largest = of_ranks(largest, group).flatten(1).topk(k, dim=1).values
     return largest[:, -1].contiguous()
-
-
-def _gather_columns(z: Tensor, group: ProcessGroup) -> Tensor:
-    size = get_world_size(group)
-    parts = z.new_empty(size * z.size(0), z.size(1))
-    all_gather_into_tensor(parts, z.contiguous(), group=group)
-    return parts.view(size, *z.shape).permute(1, 0, 2).reshape(z.size(0), -1)
 
 
 def _merge(

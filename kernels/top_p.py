@@ -192,7 +192,7 @@ def _search(
     needed = above
     for place in range(28, low - 1, -4):
         mine = sums(found, place)
-        mass = mine if group is None else _of_ranks(mine.sum(dim=1), group)
+        mass = mine if group is None else of_ranks(mine.sum(dim=1), group)
         if place == 28:
             total = mass.sum(dim=(1, 2))
             needed = _needed(total, top_p)
@@ -215,12 +215,12 @@ def _search(
     return Kept(floor.masked_fill(total == 0, float("-inf")), ties)
 
 
-def _of_ranks(bins: Tensor, group: ProcessGroup) -> Tensor:
-    """[B, 16] of every rank -> [B, ranks, 16]."""
+def of_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, n] of every rank -> [B, ranks, n]."""
     size = get_world_size(group)
-    everyone = bins.new_empty(size * bins.size(0), BINS)
-    all_gather_into_tensor(everyone, bins.contiguous(), group=group)
-    return everyone.view(size, -1, BINS).transpose(0, 1)
+    everyone = x.new_empty(size * x.size(0), x.size(1))
+    all_gather_into_tensor(everyone, x.contiguous(), group=group)
+    return everyone.view(size, *x.shape).transpose(0, 1)
 
 
 # -- Triton ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mstar_mega.data.prompts import Template, letters, render
+from mstar_mega.data.rows import has_surrogate
 from mstar_mega.data.types import ImageRef, Query
 
 IMAGE_MARK = "<image>"
@@ -129,10 +130,8 @@ def _turns(conversations: Any) -> tuple[str, str]:
     for turn, speaker in zip(conversations, ("human", "gpt"), strict=True):
         if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
             raise RowProblem("conversations", f"there is no text from {speaker!r}")
-        try:
-            turn["value"].encode()
-        except UnicodeEncodeError:
-            raise RowProblem("conversations", f"the text from {speaker!r} has a lone surrogate") from None
+        if has_surrogate(turn["value"]):
+            raise RowProblem("conversations", f"the text from {speaker!r} has a lone surrogate")
         texts.append(turn["value"])
     return texts[0], texts[1]
 

@@ -64,6 +64,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether there is half of a character in it, or a byte that was not UTF-8: it cannot be written."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_row(file: BinaryIO, offset: int, length: int) -> Any:
     """The value of a row that :func:`read_rows` found without a problem. Raises ValueError if it is no longer JSON."""
     file.seek(offset)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import letters
-from mstar_mega.data.rows import DuplicateKeyError, read_rows, unique
+from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
 
 MAX_CELL_CHARS = 1 << 27
@@ -197,7 +197,7 @@ def _table_problem(cells: Mapping[str | None, Any], line: int) -> str:
     if missing:
         return f"it ends before the column '{missing[0]}' (line {line})"
     for name, value in cells.items():
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if has_surrogate(value):
             return f"its column '{name}' is not UTF-8 (line {line})"
     return ""
 
@@ -236,7 +236,8 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or path.stat().st_size > MAX_WHOLE_FILE:
         return None
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
+        text = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
     except DuplicateKeyError as error:
@@ -245,7 +246,7 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
         return None
     if all(isinstance(each, dict) for each in value.values()):
         return value
-    if path.read_bytes().strip().count(b"\n"):  # not the one row of a file of JSON lines
+    if "\n" in text.strip():  # not the one row of a file of JSON lines
         raise ValueError(
             f"{path} is an object, but its values are not problems: is it another of the benchmark's files?"
         )

@@ -14,6 +14,7 @@ from mstar_mega.evaluation.files import Cells, read_cells
 from mstar_mega.evaluation.problem import Picture, Problem
 
 SHOWN = 3
+ONE_PASS = "the file asks each question once: this is one pass, not the circular accuracy, and higher than that"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
             skipped.append(Skipped(f"row {cells.number}", str(cells.file), str(error)))
             left_out.append(cells.id)
     images = dict(problems)  # rows may refer to the image of one that is not asked
-    for circle, why in _incomplete_circles(problems.values()).items():
-        passes = [problem for problem in problems.values() if problem.circle == circle]
+    circles = _circles(problems.values())
+    for circle, passes in _incomplete(circles).items():
+        why = f"question {circle} has {len(passes)} of its {len(passes[0].options)} rotations"
         places = [problem.where.rpartition(", ") for problem in passes]
         skipped += [Skipped(row, file, f"index: {why}") for file, _, row in places]
         left_out += [problems.pop(problem.id).id for problem in passes]
@@ -58,34 +60,30 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
         raise ValueError(f"{len(skipped)} rows cannot be used: {_shown(skipped)}. Mend them, or --bad_rows skip")
     if not problems:
         raise ValueError(f"{path} has no problem that can be used ({_shown(skipped) or 'it is empty'})")
+    notes = [ONE_PASS] if circles and _is_one_pass(circles) else []
     usable = [_with_picture(problem, images) for problem in problems.values()]
-    return Loaded(usable, skipped, [id for id in left_out if id and id not in problems], _notes(usable))
+    return Loaded(usable, skipped, [id for id in left_out if id and id not in problems], notes)
 
 
-def _incomplete_circles(problems: Iterable[Problem]) -> dict[str, str]:
-    """Questions that are not asked once for each of their options, with the reason; none in a file of single passes."""
+def _circles(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
+    """The passes of every question that is asked in rotations."""
     circles: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.circle:
             circles.setdefault(problem.circle, []).append(problem)
-    if _is_one_pass(circles):
-        return {}
-    return {
-        circle: f"question {circle} has {len(passes)} of its {len(passes[0].options)} rotations"
-        for circle, passes in circles.items()
-        if len(passes) != len(passes[0].options)
-    }
+    return circles
 
 
 def _is_one_pass(circles: Mapping[str, Sequence[Problem]]) -> bool:
+    """Whether every question is asked once, as it is."""
     return all([problem.id for problem in passes] == [circle] for circle, passes in circles.items())
 
 
-def _notes(problems: Sequence[Problem]) -> list[str]:
-    circles = {problem.circle: [problem] for problem in problems if problem.circle}
-    if len(circles) == len(problems) and _is_one_pass(circles):
-        return ["the file asks each question once: this is one pass, not the circular accuracy, and higher than that"]
-    return []
+def _incomplete(circles: Mapping[str, list[Problem]]) -> dict[str, list[Problem]]:
+    """Questions that are not asked once for each of their options; none in a file of single passes."""
+    if _is_one_pass(circles):
+        return {}
+    return {circle: passes for circle, passes in circles.items() if len(passes) != len(passes[0].options)}
 
 
 def _shown(skipped: Sequence[Skipped]) -> str:

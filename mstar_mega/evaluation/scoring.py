@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.data.rows import read_rows
+from mstar_mega.data.rows import has_surrogate, read_rows
 from mstar_mega.evaluation.benchmarks import Benchmark
 from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
 from mstar_mega.rewards.answers import extract_answer
@@ -108,7 +108,7 @@ def read_predictions(path: Path) -> Predictions:
             text = value.get(name)
             if not isinstance(text, (str, type(None))):
                 raise ValueError(f"{where}: its '{name}' is not text")
-            if text and not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            if text and has_surrogate(text):
                 raise ValueError(f"{where}: its '{name}' has half a character (a lone surrogate): replace it")
         if str(id) in found:
             repeated.append(str(id))
