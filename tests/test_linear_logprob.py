@@ -131,7 +131,7 @@ def test_nothing_counted_and_nothing_upstream(backend: str, reduction: Any) -> N
 
 def test_the_loss_agrees_with_ligers(backend: str) -> None:
     """A second, independent implementation of the loss and its gradients, where it is installed."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'peers')")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'dev')")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     hidden, weight, _, target, _, _ = problem(*SIZES[0])
