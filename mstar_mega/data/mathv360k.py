@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mstar_mega.data.prompts import Template, letters, render
+from mstar_mega.data.prompts import Template, lettered, letters, render
 from mstar_mega.data.rows import has_surrogate
 from mstar_mega.data.types import ImageRef, Query
 
@@ -76,7 +76,7 @@ def to_query(question: Question, template: Template, images: tuple[ImageRef, ...
     """The query that the policy gets; ``hide`` its answer from training."""
     return Query(
         id=question.id,
-        question=render(template, question.question, question.choices, hint=question.hint, instruct=instruct),
+        question=render(template, question.question, lettered(question.choices), hint=question.hint, instruct=instruct),
         images=images,
         answer=None if hide else question.answer,
         choices=question.choices,

@@ -27,7 +27,8 @@ class Query:
     answer: str | None
     """Gold answer; None where it is hidden (unlabelled prompts)."""
     choices: tuple[str, ...] = ()
-    """Texts of the choices; empty for free-form questions. The answer of a multiple-choice query is a letter."""
+    """Texts of the choices, A's first; empty for free-form questions. The answer of a multiple-choice query is a
+    letter; a benchmark's letter without an option has an empty text."""
     kind: str = ""
     """Question type, for breakdowns."""
     hidden_answer: str | None = None
