@@ -77,6 +77,9 @@ class DataConfig:
     test_queries: int = 750
     bad_rows: Literal["skip", "refuse"] = "skip"
     """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
+    max_prompt_tokens: int = 16_384
+    """A query of a set on disk with a longer prompt, image included, is left out like an unusable row, and so is one
+    that the model's context does not hold together with generation.max_new_tokens."""
     conflicts: Literal["drop", "first"] = "drop"
     """Which of the rows that answer one question about one image differently is used: none, or the first."""
     workers: int = 2

@@ -200,14 +200,15 @@ def to_text(report: FileReport) -> str:
     shared = report.shared_between_splits
     lines.append(f"  in two splits   {shared['pictures']} pictures, {shared['questions']} questions with equal words")
     lines.append(f"unusable: {sum(found.count for found in report.problems.values())}")
-    lines += [f"  {found.count:>6}  {reason} ({_places(found)})" for reason, found in report.problems.items()]
+    lines += [f"  {found.count:>6}  {reason} ({places(found)})" for reason, found in report.problems.items()]
     for name, kinds in report.leaks.items():
         lines.append(f"shared with {name}:")
-        lines += [f"  {found.count:>6}  the same {kind}{_dash(_places(found))}" for kind, found in kinds.items()]
+        lines += [f"  {found.count:>6}  the same {kind}{_dash(places(found))}" for kind, found in kinds.items()]
     return "\n".join(lines)
 
 
-def _places(found: Found) -> str:
+def places(found: Found) -> str:
+    """The examples, for a person."""
     return ", ".join(found.examples) + (", ..." if found.count > len(found.examples) else "")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +22,27 @@ from mstar_mega.data.types import ImageRef, Query, Skipped, Task
 ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
 """So many skipped rows are named one by one; the others are counted by their reason."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a row is, known without reading it."""
+
+    position: int
+    """In its split, or among the written-out examples."""
+    number: int
+    """Its row in the training file."""
+    id: str
+    bytes: int
+    """Of its JSON: more than its question has."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of its images in pixels."""
+    response_bytes: int = 0
+    """At most what the written-out response has."""
+
+
+_EXTENT = "rows.number, rows.id, rows.length, width, height"
+_WITH_IMAGES = "JOIN rows USING (number) LEFT JOIN images ON images.path = rows.image"
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,15 @@ class DiskQueries(Sequence[Query]):
     def __len__(self) -> int:
         return self._size
 
+    def extents(self) -> Iterator[Extent]:
+        """How large each row is, in order."""
+        sql = (
+            f"SELECT position, {_EXTENT} FROM places {_WITH_IMAGES} WHERE split = ? AND position < ? ORDER BY position"
+        )
+        with self._source.file.opened() as (index, _):
+            for position, number, id, length, width, height in index.execute(sql, (self._split, self._size)):
+                yield Extent(position, number, id, length, _sizes(width, height))
+
     def find(self, id: str) -> Query | None:
         """The split's query of that id, without reading others."""
         found = self._source.find(id)
@@ -128,6 +158,19 @@ class DiskExamples(Sequence[tuple[Query, str]]):
             offset, length, number = index.execute(sql, (place,)).fetchone()
             response = read_row(data, offset, length)["response"]
         return self._source.query(number, hide=False), response
+
+    def extents(self) -> Iterator[Extent]:
+        """How large each example and its row are, in order."""
+        examples = "SELECT position, number, length FROM examples WHERE position < ? ORDER BY position"
+        row = f"SELECT {_EXTENT} FROM (SELECT ? AS number) {_WITH_IMAGES}"
+        with self._file.opened() as (index, _), self._source.file.opened() as (rows, _):
+            for position, number, response_bytes in index.execute(examples, (self._size,)):
+                _, id, length, width, height = rows.execute(row, (number,)).fetchone()
+                yield Extent(position, number, id, length, _sizes(width, height), response_bytes)
+
+
+def _sizes(width: int | None, height: int | None) -> tuple[tuple[int, int], ...]:
+    return () if width is None or height is None else ((width, height),)
 
 
 def build(config: DataConfig, dir: Path, seed: int) -> Task:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
-from mstar_mega.data.check import EvaluationItem, digest_of, report_on, to_text
+from mstar_mega.data import lengths
+from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
+from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
-from mstar_mega.data.splits import question_key
+from mstar_mega.data.splits import SPLITS, question_key
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Query, Task
 from mstar_mega.evaluation import benchmarks
 from mstar_mega.models.build import FAMILIES, build_family
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.files import write_text_atomic
 
@@ -51,6 +54,10 @@ class Cost:
     tiles: float
     characters: float = 0.0
     """Mean of the questions."""
+    limit: int = 0
+    """Tokens that a prompt may have."""
+    too_long: Found = field(default_factory=Found)
+    """Of all usable queries, those with more: training leaves them out."""
     problem: str = ""
 
     def to_text(self) -> str:
@@ -61,7 +68,7 @@ class Cost:
         return (
             f"{name}{self.tokens:.1f} tokens a prompt ({self.image_tokens:.1f} for images; longest {self.longest}), "
             f"{self.tiles:.2f} tiles; {self.tokens * self.queries / 1e6:.2f} M tokens and "
-            f"{self.tiles * self.queries:.0f} tiles in all"
+            f"{self.tiles * self.queries:.0f} tiles in all{_too_long_text(self.limit, self.too_long)}"
         )
 
 
@@ -75,13 +82,27 @@ class PublishedCost:
     """Features, without the marks around them."""
     text_tokens_estimate: int
     """Characters of the questions over ``CHARACTERS_PER_TOKEN``; no tokenizer is read."""
+    limit: int
+    """Tokens that a prompt may have, by the settings and the published model's context."""
+    too_long_estimate: Found
 
     def to_text(self) -> str:
         """One line."""
         return (
             f"  {self.family:<22}{self.tiles} tiles, {self.image_tokens / 1e6:.2f} M image tokens (exact); "
             f"about {self.text_tokens_estimate / 1e6:.2f} M text tokens (estimate)"
+            f"{_too_long_text(self.limit, self.too_long_estimate)}"
         )
+
+
+def _too_long_text(limit: int, found: Found) -> str:
+    """A line of its own for prompts that do not fit; empty where all do."""
+    if not found.count:
+        return ""
+    return (
+        f"\n    {found.count} prompts have more than {limit} tokens and are left out in training: {places(found)}. "
+        "Shorten them, or see data.max_prompt_tokens and generation.max_new_tokens"
+    )
 
 
 def check(config: Config, against: Sequence[str], out: str | None) -> str:
@@ -92,8 +113,8 @@ def check(config: Config, against: Sequence[str], out: str | None) -> str:
     with tempfile.TemporaryDirectory() as work:
         source, note = _open(config.data, Path(config.data.dir or work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
-        costs = [_cost(source, model) for model in _models(config.model)]
-        published = _published_costs(source, costs[0].characters * costs[0].queries)
+        costs = [_cost(source, replace(config, model=model)) for model in _models(config.model)]
+        published = _published_costs(source, config, costs[0].characters * costs[0].queries)
         if out is not None:
             costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
             facts = {**report.to_json(), **costs_of}
@@ -146,7 +167,7 @@ def _models(chosen: ModelConfig) -> Iterator[ModelConfig]:
         yield chosen
 
 
-def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
+def _published_costs(source: Source, config: Config, characters: float) -> list[PublishedCost]:
     """Every family, over the images of all usable queries; ``characters``: of all questions."""
     sql = (
         "SELECT width, height, count(*) FROM places JOIN rows USING (number) JOIN images ON images.path = rows.image "
@@ -158,29 +179,55 @@ def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
     for name, family in FAMILIES.items():
         spent = [(count, *family.published_image_cost(width, height)) for width, height, count in sizes]
         tiles, tokens = (sum(each[0] * each[i] for each in spent) for i in (1, 2))
-        found.append(PublishedCost(name, tiles, tokens, round(characters / CHARACTERS_PER_TOKEN)))
+        limit = limits_of(config, family.published_context).prompt
+        too_long = _too_long_estimate(source, family, limit)
+        found.append(PublishedCost(name, tiles, tokens, round(characters / CHARACTERS_PER_TOKEN), limit, too_long))
     return found
 
 
-def _cost(source: Source, model: ModelConfig) -> Cost:
+def _too_long_estimate(source: Source, family: type[Family], limit: int) -> Found:
+    """Prompts that seem to have more tokens than ``limit`` at the published size."""
+    found = Found()
+    for queries in _usable(source):
+        for extent in queries.extents():
+            features = sum(family.published_image_cost(*size)[1] for size in extent.sizes)
+            if features + extent.bytes / CHARACTERS_PER_TOKEN <= limit:
+                continue
+            tokens = features + len(queries[extent.position].question) // CHARACTERS_PER_TOKEN
+            if tokens > limit:
+                found.add(f"row {extent.number} (id {extent.id}) about {tokens}")
+    return found
+
+
+def _usable(source: Source) -> list[DiskQueries]:
+    return [DiskQueries(source, split) for split in SPLITS]
+
+
+def _cost(source: Source, config: Config) -> Cost:
+    model = config.model
     name, size = model.family, "checkpoint" if model.checkpoint else model.size
-    usable = [DiskQueries(source, split) for split in ("labelled", "unlabelled", "validation", "test")]
+    usable = _usable(source)
     total = sum(map(len, usable))
     sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
     characters = statistics.fmean(len(query.question) for query in sample)
     try:
-        family = build_family(Config(model=model))
+        family = build_family(config)
         prompts = [family.prompt(query) for query in sample]
+        limits = limits_of(config, family.language.context)
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, characters, problem)
+        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, characters, problem=problem)
+    too_long = Found()
+    for queries in usable:
+        for each in lengths.too_long(queries, family, limits):
+            too_long.add(f"row {each.extent.number} (id {each.extent.id}) {each.tokens}")
     return Cost(
         name, size, total, len(prompts),
         tokens=statistics.fmean(len(prompt.tokens) for prompt in prompts),
         longest=max(len(prompt.tokens) for prompt in prompts),
         image_tokens=statistics.fmean(len(prompt.image_positions) for prompt in prompts),
         tiles=statistics.fmean(0 if prompt.pixels is None else prompt.pixels.size(0) for prompt in prompts),
-        characters=characters,
+        characters=characters, limit=limits.prompt, too_long=too_long,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import ImageRef, Query, Task
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
@@ -174,7 +175,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 
 @contextmanager
 def open_job(
-    config: Config, make_task: Callable[[Config, Path], Task] = build_task, trains: bool = True
+    config: Config, make_task: Callable[[Config, Path, Family], Task] = build_task, trains: bool = True
 ) -> Iterator[Job]:
     """Join the process group, take the run directory and prepare the queries; close everything in the end.
 
@@ -199,7 +200,7 @@ def open_job(
 
         def find_queries() -> Task:
             with same_files(config, directory) if trains else nullcontext():
-                return make_task(config, directory)
+                return make_task(config, directory, family)
 
         task = on_main(place.is_main, find_queries)
         progress = stack.enter_context(Progress(place.is_main))
