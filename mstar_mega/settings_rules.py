@@ -66,7 +66,7 @@ _NAMES_OF_RULE = (
     (
         _TEXT,
         """
-        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file warmup.set
+        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file
         """,
     ),
     (_GRID, "temperature.grid"),

@@ -161,11 +161,15 @@ def test_warmup_rows_that_leak_or_are_unknown_are_left_out(tmp_path: Path) -> No
     made = make(tmp_path, rows)
     good = "r\n\n# Answer\n\n1"
     labelled, test, hidden = made.labelled[0].id, made.test[0].id, made.unlabelled[0].id
-    warmup = [{"id": id, "response": good} for id in (labelled, test, hidden, "none", labelled)]
-    made = make(tmp_path, rows, [*warmup, {"id": labelled, "response": "no marker"}, {"id": labelled}, 7])
-    assert [(query.id, text) for query, text in made.warmup] == [(labelled, good)] * 2
+    warmup: list[Any] = [{"id": id, "response": good} for id in (labelled, test, hidden, "none", labelled)]
+    digest = made.labelled[0].images[0].digest
+    warmup += [{"id": labelled, "response": "no marker"}, {"id": labelled}, 7]
+    warmup += [{"id": labelled, "response": good, "images": [image]} for image in (digest, "another")]
+    warmup += [{"id": labelled, "response": f"\ud83d{good}"}]
+    made = make(tmp_path, rows, warmup)
+    assert [(query.id, text) for query, text in made.warmup] == [(labelled, good)] * 3
     reasons = [each.reason for each in made.skipped if each.where.endswith("warmup.jsonl")]
-    words = ("test split", "unlabelled split", "no usable row", "'# Answer'", "texts", "texts")
+    words = ("test split", "unlabelled split", "no usable query", "'# Answer'", "texts", "texts", "image", "half a")
     assert all(word in reason for reason, word in zip(reasons, words, strict=True)), reasons
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.rows import read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
+from mstar_mega.data.written_out import Named, name_of, problem_of
 
 ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
@@ -91,6 +91,16 @@ class Source:
                 "SELECT number, split FROM rows JOIN places USING (number) WHERE id = ? AND problem = ''", (id,)
             ).fetchone()
         return None if found is None else (int(found[0]), str(found[1]))
+
+    def named(self, id: str) -> Named | None:
+        """What a row of written-out responses may be compared with; None if no split has such a query."""
+        found = self.find(id)
+        if found is None:
+            return None
+        with self.file.opened() as (index, _):
+            sql = "SELECT image, digest FROM rows WHERE number = ?"
+            image, digest = index.execute(sql, (found[0],)).fetchone()
+        return Named(found[1], () if image is None else (digest,))
 
 
 class DiskQueries(Sequence[Query]):
@@ -214,8 +224,9 @@ def open_source(config: DataConfig, dir: Path) -> Source:
 
 
 def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that the settings name, by setting. Raises ValueError where one is missing."""
-    files = {"data.path": (config.path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
+    """Size and SHA-256 of the files that the settings train on, by setting. Raises ValueError where one is missing."""
+    path = config.path if config.name == "mathv360k" else None
+    files = {"data.path": (path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
     return {name: file_mark(existing(path, name), dir / index) for name, (path, index) in files.items() if path}
 
 
@@ -245,22 +256,11 @@ def _fill_examples(index: sqlite3.Connection, file: IndexedFile, source: Source)
     )
     position = 0
     for row in read_rows(file.source):
-        fields = row.value if isinstance(row.value, dict) else {}
-        id, response = fields.get("id"), fields.get("response")
-        found = source.find(id) if isinstance(id, str) else None
-        field, problem = "", ""
-        if row.problem or not isinstance(id, str) or not isinstance(response, str):
-            field, problem = "row", row.problem or "it is not an object with the texts id and response"
-        elif found is None:
-            field, problem = "id", "the training file has no usable row with this id"
-        elif found[1] != "labelled":
-            field, problem = "id", f"it is a query of the {found[1]} split, whose answers training must not see"
-        elif TRAINING_SETS[source.template].marker not in response:
-            field, problem = "response", f"it has no {TRAINING_SETS[source.template].marker!r}"
-        if problem:
-            shown = json.dumps(id)[:80] if id is not None else ""
-            index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, shown, field, problem))
+        problem = problem_of(row, source.named, TRAINING_SETS[source.template])
+        if problem is not None:
+            index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, name_of(row), *problem))
             continue
+        found = source.find(row.value["id"])
         assert found is not None
         index.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", (position, row.offset, row.length, found[0]))
         position += 1

@@ -16,7 +16,6 @@ from typing import TypeVar
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data import disk
-from mstar_mega.data.index import file_mark
 from mstar_mega.data.lengths import without_too_long
 from mstar_mega.data.splits import LEFT_OVER
 from mstar_mega.data.task import build
@@ -132,9 +131,7 @@ def same_files(config: Config, directory: Path) -> Iterator[None]:
 
     Names and times do not matter. Raises ValueError, at once, naming a file whose bytes are others.
     """
-    now = disk.file_marks(config.data, data_directory(config, directory)) if config.data.name == "mathv360k" else {}
-    if config.warmup.set is not None and Path(config.warmup.set).is_file():
-        now["warmup.set"] = file_mark(Path(config.warmup.set))
+    now = disk.file_marks(config.data, data_directory(config, directory))
     path = directory / FILES_FILE
     try:
         before = json.loads(path.read_bytes()) if path.exists() else {}
@@ -168,7 +165,7 @@ def build_task(config: Config, directory: Path, family: Family, warms_up: bool =
     task = build(config.data, data_directory(config, directory), config.seed)
     task = without_too_long(task, family, config, family.language.context)
     needed: dict[str, Sequence[object]] = {"labelled": task.labelled, "validation": task.validation, "test": task.test}
-    if warms_up and config.warmup.set is None:
+    if warms_up:
         needed = {"warm-up": task.warmup, **needed}
     if config.prompts.unlabelled != "none":
         needed["unlabelled"] = task.unlabelled
