@@ -61,9 +61,11 @@ def judge_and_read_steps() -> None:
 
 def test_a_set_is_made_and_trained_on(tmp_path: Path) -> None:
     before = "test_warmup_data:judge_and_read_steps"
-    job = Job(tmp_path / "data", 2, *SETTINGS, command="warmup-data", before=before)
-    assert job.wait() == 0, job.output
     path = tmp_path / "data" / SET_FILE
+    # A config may name the file before it is there.
+    named = ("--data.warmup_file", str(path))
+    job = Job(tmp_path / "data", 2, *SETTINGS, *named, command="warmup-data", before=before)
+    assert job.wait() == 0, job.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     ids = Counter(row["id"] for row in rows)
     assert 0 < len(ids) <= 5 and max(ids.values()) <= 2 and f"--data.warmup_file {path}" in job.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -153,6 +153,7 @@ def evaluate(config: Config) -> None:
 
 def warmup_data(config: Config) -> None:
     """Make a warm-up set from the labelled queries with the weights that a run would start from."""
+    config = replace(config, data=replace(config.data, warmup_file=None))  # it may name the set that is to be made
     with open_job(config, partial(build_task, warms_up=False)) as job, job.quiet(True):
         model = build_model(job.config, job.family)
         load_start(job, model)

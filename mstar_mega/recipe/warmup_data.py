@@ -6,17 +6,18 @@ answer is the gold one are kept, as responses to the plain question: the set is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.data.types import Query, Response
 from mstar_mega.data.written_out import write
 from mstar_mega.models.lmm import LMM
-from mstar_mega.platform.distributed import barrier
+from mstar_mega.platform.distributed import all_gather_objects, barrier
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 
 SET_FILE = "warmup_set.jsonl"
 NAME = "warmup_data"
@@ -55,14 +56,21 @@ def make_warmup_set(job: Job, policy: LMM) -> Path:
     actors = Actors(job, policy, None)
     sampling = Sampling(NAME, settings.temperature, settings.responses)
     asked = [with_gold_answer(query) for query in plain.values()]
-    groups = gather_groups(rollout(job, actors, asked, sampling))
-    kept = [Group(plain[group.query.id], kept_responses(group.responses, settings.keep)) for group in groups]
-    useful = [group for group in kept if group.responses]
+    mine: list[tuple[str, list[str]]] = []
+    counted: Counter[str] = Counter()
+    for group in rollout(job, actors, asked, sampling):
+        mine.append((group.query.id, [each.text for each in kept_responses(group.responses, settings.keep)]))
+        counted["drawn"] += len(group.responses)
+        counted["right"] += sum(bool(each.correct) for each in group.responses)
+        counted["cut"] += sum(each.truncated for each in group.responses)
+    everyone = all_gather_objects((mine, counted))
+    kept = sorted(each for part, _ in everyone for each in part)
+    counted = sum((counts for _, counts in everyone), Counter())
+    useful = [(plain[id], texts) for id, texts in kept if texts]
     path = job.dir / SET_FILE
-    drawn = [response for group in groups for response in group.responses]
     counts = (
-        f"{len(drawn)} responses to {len(groups)} queries: {sum(bool(r.correct) for r in drawn)} with the gold answer, "
-        f"{sum(r.truncated for r in drawn)} cut at the length limit"
+        f"{counted['drawn']} responses to {len(kept)} queries: {counted['right']} with the gold answer, "
+        f"{counted['cut']} cut at the length limit"
     )
     if not useful:
         raise ValueError(
@@ -70,12 +78,9 @@ def make_warmup_set(job: Job, policy: LMM) -> Path:
             "generation.max_new_tokens, or start from a policy that follows instructions"
         )
 
-    def write_set() -> None:
-        write(path, ((group.query, response.text) for group in useful for response in group.responses))
-
-    on_main(job.layout.is_main, write_set)
+    examples = [(query, text) for query, texts in useful for text in texts]
+    on_main(job.layout.is_main, lambda: write(path, examples))
     barrier()
-    total = sum(len(group.responses) for group in useful)
-    job.progress.say(f"{counts}\nkept {total} of {len(useful)} queries; {len(groups) - len(useful)} queries have none")
+    job.progress.say(f"{counts}\nkept {len(examples)} of {len(useful)} queries; {len(kept) - len(useful)} have none")
     job.progress.say(f"warm-up set: {path} (train on it with --data.warmup_file {path})")
     return path
