@@ -82,7 +82,7 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
-    model = build_model(job.config, job.family)
+    model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
     policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches))
     with job.quiet(reached > 0):
         steps = warmup(job, policy, batches).total_steps
@@ -155,7 +155,7 @@ def warmup_data(config: Config) -> None:
     """Make a warm-up set from the labelled queries with the weights that a run would start from."""
     config = replace(config, data=replace(config.data, warmup_file=None))  # it may name the set that is to be made
     with open_job(config, partial(build_task, warms_up=False)) as job, job.quiet(True):
-        model = build_model(job.config, job.family)
+        model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
         load_start(job, model)
         make_warmup_set(job, model)
 
@@ -234,7 +234,7 @@ def _log_start(job: Job) -> None:
 
 def newest_policy(job: Job) -> tuple[LMM, Position]:
     """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
-    model = build_model(job.config, job.family)
+    model = build_model(job.config, job.family, draw=False)
     position = restore_weights(job, model, "evolve")
     if position is None and restore_weights(job, model, "warmup") is None:
         raise ValueError(f"{job.dir} has no policy yet: run `mstar warmup` or `mstar evolve` with this run.dir first")
