@@ -151,7 +151,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     counted = [(each.what, each.reason[:29]) for each in made.skipped[disk.LISTED :]]
     left = GROUPS * PER_IMAGE - sum(map(len, (made.labelled, made.unlabelled, made.validation, made.test)))
     assert counted == [
-        ("150 further rows", "they are not one question and"),
+        ("150 further rows", "there is no such field (the r"),
         (f"{left} further rows", "it has enough questions witho"),
     ]
 
@@ -284,6 +284,16 @@ def test_the_settings_name_exactly_the_sets_that_can_be_built() -> None:
 def test_the_digits_task_has_no_end(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.labelled_queries is null: the digits task has no end"):
         task.build(DataConfig(labelled_queries=None), tmp_path, 0)
+
+
+def test_a_limit_that_cuts_a_set_is_said(tmp_path: Path) -> None:
+    whole = make(tmp_path, good_rows(tmp_path))
+    assert whole.notes == []
+    config = config_of(tmp_path, labelled_queries=7, unlabelled_queries=900, warmup_examples=3)
+    assert task.build(config, tmp_path / "index", 0).notes == [
+        f"data.labelled_queries takes 7 of {len(whole.labelled)}; null: all",
+        "data.warmup_examples takes 3 of 5; null: all",
+    ]
 
 
 def test_without_a_warmup_file_the_task_says_what_is_missing(tmp_path: Path) -> None:

@@ -94,4 +94,5 @@ def test_check_reads_it_through_the_config(folder: Path, capsys: pytest.CaptureF
     rows = str(folder / "train_samples_all_tuning.json")
     assert cli.main(["data", "check", rows, "--config", MATHV360K, *FEW]) == 0
     said = capsys.readouterr().out
+    assert "runs/mathv360k_warmup/warmup_set.jsonl: 0 usable responses\n  left out: there is no such file yet" in said
     assert "54 rows" in said and "unusable: 0" in said and "  A-OKVQA         6 multiple choice\n" in said

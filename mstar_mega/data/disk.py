@@ -148,8 +148,8 @@ class DiskExamples(Sequence[tuple[Query, str]]):
     def __init__(self, source: Source, file: IndexedFile, limit: int | None = None) -> None:
         self._source, self._file = source, file
         with file.opened() as (index, _):
-            size = int(index.execute("SELECT count(*) FROM examples").fetchone()[0])
-        self._size = size if limit is None else min(size, limit)
+            self.whole = int(index.execute("SELECT count(*) FROM examples").fetchone()[0])
+        self._size = self.whole if limit is None else min(self.whole, limit)
 
     def __len__(self) -> int:
         return self._size
@@ -190,22 +190,27 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     first unusable row.
     """
     source = open_source(config, dir)
-    warmup, skipped = _examples(config, source, dir)
+    warmup, skipped = examples(config, source, dir)
     skipped = [*_skipped(source.file, "rows", str(source.file.source)), *skipped]
     bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
     if bad and config.bad_rows == "refuse":
         first = bad[0]
         raise ValueError(
             f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
-            "`mstar data check` lists all such rows"
+            "`mstar data check --out FILE.json` lists all such rows"
         )
+    sets = {name: DiskQueries(source, name, getattr(config, f"{name}_queries")) for name in ("labelled", "unlabelled")}
+    cut = {f"data.{name}_queries": (len(queries), source.size(name)) for name, queries in sets.items()}
+    if isinstance(warmup, DiskExamples):
+        cut["data.warmup_examples"] = (len(warmup), warmup.whole)
     return Task(
         warmup=warmup,
-        labelled=DiskQueries(source, "labelled", config.labelled_queries),
-        unlabelled=DiskQueries(source, "unlabelled", config.unlabelled_queries),
+        labelled=sets["labelled"],
+        unlabelled=sets["unlabelled"],
         validation=DiskQueries(source, "validation"),
         test=DiskQueries(source, "test"),
         skipped=skipped,
+        notes=[f"{name} takes {used} of {whole}; null: all" for name, (used, whole) in cut.items() if used < whole],
     )
 
 
@@ -230,7 +235,7 @@ def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
     return {name: file_mark(existing(path, name), dir / index) for name, (path, index) in files.items() if path}
 
 
-def _examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
+def examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
     """The written-out chains of thought, and the rows of their file that cannot be used."""
     if not config.warmup_file:
         return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]

@@ -115,6 +115,6 @@ def without_too_long(task: Task, measure: Measure, config: Config, context: int 
         first = skipped[0]
         raise ValueError(
             f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
-            "`mstar data check` lists all such rows"
+            "`mstar data check --out FILE.json` lists all such rows"
         )
     return replace(task, **kept, skipped=[*task.skipped, *skipped])

@@ -59,6 +59,8 @@ class Task:
     test: Sequence[Query]
     skipped: Sequence[Skipped] = ()
     """What was left out of the sets, and why."""
+    notes: Sequence[str] = ()
+    """What the settings do that may not be meant."""
 
 
 @dataclass

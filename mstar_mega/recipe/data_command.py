@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
-from mstar_mega.data import lengths
-from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text
+from mstar_mega.data import disk, lengths
+from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text, unusable_rows
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
 from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
@@ -29,11 +29,14 @@ from mstar_mega.models.build import FAMILIES, build_family
 from mstar_mega.models.families.base import Family
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.rewards.answers import WRONG, extract_answer, plain_verdict
 
 SAMPLE = 200
 """Prompts that are made to estimate what a set costs."""
 CHARACTERS_PER_TOKEN = 4
 """A rule of thumb for English prose; formulas and numbers take more tokens."""
+SHOWN = 5
+"""Unusable rows of the warm-up file that are shown."""
 AROUND = 6
 """Tokens shown before and after an image."""
 
@@ -105,6 +108,31 @@ def _too_long_text(limit: int, found: Found) -> str:
     )
 
 
+@dataclass(frozen=True)
+class WarmupReport:
+    """The facts about a file of written-out responses."""
+
+    path: str
+    usable: int
+    skipped: list[str]
+    """Rows that cannot be used, as a job lists them."""
+    other_answers: Found
+    """Usable ones that arrive at another answer than the gold one, by plain comparison."""
+
+    def to_text(self) -> str:
+        """A few lines."""
+        lines = [f"warm-up file {self.path}: {self.usable} usable responses"]
+        lines += [f"  left out: {each}" for each in self.skipped[:SHOWN]]
+        if len(self.skipped) > SHOWN:
+            lines.append(f"  and {len(self.skipped) - SHOWN} more lines like these")
+        if self.other_answers.count:
+            lines.append(
+                f"  {self.other_answers.count} arrive at another answer than the gold one, and teach it: "
+                f"{places(self.other_answers)}"
+            )
+        return "\n".join(lines)
+
+
 def check(config: Config, against: Sequence[str], out: str | None) -> str:
     """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
 
@@ -115,14 +143,32 @@ def check(config: Config, against: Sequence[str], out: str | None) -> str:
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
         costs = [_cost(source, replace(config, model=model)) for model in _models(config.model)]
         published = _published_costs(source, config, costs[0].characters * costs[0].queries)
+        warmup = _warmup(config, source, Path(config.data.dir or work)) if config.data.warmup_file else None
         if out is not None:
+            rows = {"unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
             costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
-            facts = {**report.to_json(), **costs_of}
+            facts = {**report.to_json(), **rows, **costs_of}
             write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    lines = [to_text(report), f"cost of all usable queries, from {costs[0].prompts} of them:"]
+    lines = [to_text(report), *([warmup.to_text()] if warmup else [])]
+    lines.append(f"cost of all usable queries, from {costs[0].prompts} of them:")
     lines += [cost.to_text() for cost in costs]
     lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
     return "\n".join([*note, *lines, *(cost.to_text() for cost in published)])
+
+
+def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
+    """What the warm-up file holds; it may still have to be made."""
+    path = str(config.data.warmup_file)
+    if not Path(path).is_file():
+        return WarmupReport(path, 0, ["there is no such file yet"], Found())
+    examples, skipped = disk.examples(replace(config.data, warmup_examples=None), source, work)
+    other = Found()
+    for query, response in examples:
+        answer = extract_answer(response)
+        verdict = WRONG if answer is None else plain_verdict(answer, query.answer or "", query.choices)
+        if verdict is not None and not verdict.correct:  # None: algebra would have to decide
+            other.add(f"{query.id}: {(answer or 'no answer')[:40]!r}, not {query.answer!r}")
+    return WarmupReport(path, len(examples), [f"{each.what}: {each.reason}" for each in skipped], other)
 
 
 def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:

@@ -223,6 +223,8 @@ def _log_start(job: Job) -> None:
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
+    for note in job.task.notes:
+        job.say(f"NOTE: {note}")
     events = [{"event": "skipped", **asdict(skipped)} for skipped in job.task.skipped]
     for event in events:
         if event not in logged:  # damaged since an earlier start
