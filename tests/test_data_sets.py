@@ -288,12 +288,10 @@ def test_the_digits_task_has_no_end(tmp_path: Path) -> None:
 
 def test_a_limit_that_cuts_a_set_is_said(tmp_path: Path) -> None:
     whole = make(tmp_path, good_rows(tmp_path))
-    assert whole.notes == []
+    assert whole.cut == {}
     config = config_of(tmp_path, labelled_queries=7, unlabelled_queries=900, warmup_examples=3)
-    assert task.build(config, tmp_path / "index", 0).notes == [
-        f"data.labelled_queries takes 7 of {len(whole.labelled)}; null: all",
-        "data.warmup_examples takes 3 of 5; null: all",
-    ]
+    cut = {"data.labelled_queries": (7, len(whole.labelled)), "data.warmup_examples": (3, 5)}
+    assert task.build(config, tmp_path / "index", 0).cut == cut
 
 
 def test_without_a_warmup_file_the_task_says_what_is_missing(tmp_path: Path) -> None:

@@ -146,12 +146,15 @@ def test_a_job_goes_on_without_them(tmp_path: Path) -> None:
     settings = {
         "name": "mathv360k", "path": tmp_path / "rows.json", "warmup_file": tmp_path / "warmup.jsonl",
         "max_prompt_tokens": 800, "validation_queries": 10, "test_queries": 14, "warmup_examples": "null",
+        "labelled_queries": 5, "unlabelled_queries": 5,
     }  # fmt: skip
     job = Job(
         tmp_path / "run", 1, *(part for name, value in settings.items() for part in (f"--data.{name}", str(value))),
         *("--generation.max_new_tokens", "8", "--warmup.epochs", "1"), command="warmup",
     )  # fmt: skip
     assert job.wait() == 0, job.output
+    assert f"NOTE: data.labelled_queries takes 5 of {len(task.labelled)}; null: all" in job.output
+    assert "unlabelled_queries takes" not in job.output, "nothing uses them"
     skipped = [event for event in events_of(tmp_path / "run") if event["event"] == "skipped"]
     reasons = [event["what"] for event in skipped if "more than 800" in event["reason"]]
     assert len(reasons) == 2 and all(f"(id {long})" in what for what in reasons)

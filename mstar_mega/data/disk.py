@@ -210,7 +210,7 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
         validation=DiskQueries(source, "validation"),
         test=DiskQueries(source, "test"),
         skipped=skipped,
-        notes=[f"{name} takes {used} of {whole}; null: all" for name, (used, whole) in cut.items() if used < whole],
+        cut={name: counts for name, counts in cut.items() if counts[0] < counts[1]},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +59,8 @@ class Task:
     test: Sequence[Query]
     skipped: Sequence[Skipped] = ()
     """What was left out of the sets, and why."""
-    notes: Sequence[str] = ()
-    """What the settings do that may not be meant."""
+    cut: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Settings that leave a part of a set out: how many are used, of how many."""
 
 
 @dataclass

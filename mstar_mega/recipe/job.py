@@ -223,8 +223,9 @@ def _log_start(job: Job) -> None:
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
-    for note in job.task.notes:
-        job.say(f"NOTE: {note}")
+    for name, (used, whole) in job.task.cut.items():
+        if name != "data.unlabelled_queries" or job.config.prompts.unlabelled != "none":
+            job.say(f"NOTE: {name} takes {used} of {whole}; null: all")
     events = [{"event": "skipped", **asdict(skipped)} for skipped in job.task.skipped]
     for event in events:
         if event not in logged:  # damaged since an earlier start
