@@ -78,6 +78,14 @@ def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.Captur
         assert text in shown
 
 
+def test_show_says_why_a_query_is_in_no_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*good_rows(tmp_path), row("lost", "GEOS/images/lost.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert run("show", tmp_path / "rows.json", "lost", *SMALL) == 2
+    said = capsys.readouterr().err
+    assert "the query 'lost' is in no set (row 181: GEOS/images/lost.png: there is no such file)" in said
+
+
 def test_check_points_at_what_may_not_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = good_rows(tmp_path)
     rows[4] = row("inline", "GEOS/images/1a.png", "which? Choices: (A) x (B) y", "B")

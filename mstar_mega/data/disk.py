@@ -92,6 +92,13 @@ class Source:
             ).fetchone()
         return None if found is None else (int(found[0]), str(found[1]))
 
+    def why_not(self, id: str) -> str | None:
+        """Why the rows with this id are in no split; None where the file has none."""
+        sql = "SELECT number, field, problem FROM rows WHERE id = ? AND problem != '' ORDER BY number"
+        with self.file.opened() as (index, _):
+            found = [f"row {number}: {field}: {problem}" for number, field, problem in index.execute(sql, (id,))]
+        return "; ".join(found[:3]) or None
+
     def named(self, id: str) -> Named | None:
         """What a row of written-out responses may be compared with; None if no split has such a query."""
         found = self.find(id)
@@ -107,7 +114,7 @@ class DiskQueries(Sequence[Query]):
     """A split of a source, in its fixed order; nothing but its size is in memory."""
 
     def __init__(self, source: Source, split: str, limit: int | None = None) -> None:
-        self._source, self._split = source, split
+        self.source, self._split = source, split
         size = source.size(split)
         self._size = size if limit is None else min(size, limit)
 
@@ -119,16 +126,16 @@ class DiskQueries(Sequence[Query]):
         sql = (
             f"SELECT position, {_EXTENT} FROM places {_WITH_IMAGES} WHERE split = ? AND position < ? ORDER BY position"
         )
-        with self._source.file.opened() as (index, _):
+        with self.source.file.opened() as (index, _):
             for position, number, id, length, width, height in index.execute(sql, (self._split, self._size)):
                 yield Extent(position, number, id, length, _sizes(width, height))
 
     def find(self, id: str) -> Query | None:
         """The split's query of that id, without reading others."""
-        found = self._source.find(id)
+        found = self.source.find(id)
         if found is None or found[1] != self._split:
             return None
-        return self._source.query(found[0], hide=self._split == "unlabelled")
+        return self.source.query(found[0], hide=self._split == "unlabelled")
 
     @overload
     def __getitem__(self, position: int) -> Query: ...
@@ -139,7 +146,7 @@ class DiskQueries(Sequence[Query]):
         if isinstance(position, slice):
             return View(self, range(self._size)[position])
         place = range(self._size)[position]
-        return self._source.query(self._source.number_at(self._split, place), hide=self._split == "unlabelled")
+        return self.source.query(self.source.number_at(self._split, place), hide=self._split == "unlabelled")
 
 
 class DiskExamples(Sequence[tuple[Query, str]]):

@@ -316,6 +316,8 @@ def find_query(task: Task, id: str) -> tuple[str, Query]:
     for query, _ in task.warmup:
         if query.id == id:
             return "warm-up", query
+    if isinstance(task.labelled, DiskQueries) and (why := task.labelled.source.why_not(id)):
+        raise ValueError(f"the query {id!r} is in no set ({why})")
     some = ", ".join(queries[0].id for queries in sets.values() if len(queries))
     raise ValueError(f"no set has a query {id!r}; there are {some} and others")
 
