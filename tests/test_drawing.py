@@ -17,7 +17,8 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.prm import build_prm
-from mstar_mega.training.trainer import Trainer, _full_precision_weights
+from mstar_mega.training.optimizer_state import full_precision_weights
+from mstar_mega.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 
@@ -26,10 +27,11 @@ def with_nan(model: LMM) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
 
 
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_over_every_weight(
-    name: str, precision: Literal["float32", "bfloat16"], tmp_path: Path
+    name: str, precision: Literal["float32", "bfloat16"], distributed_optimizer: bool, tmp_path: Path
 ) -> None:
     hf_to_megatron(make_model_directory(name, tmp_path / "hf"), tmp_path / "megatron")
     config = Config(model=ModelConfig(family=name, checkpoint=str(tmp_path / "megatron"), precision=precision))
@@ -39,11 +41,11 @@ def test_a_checkpoint_goes_over_every_weight(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    trainer = Trainer(model, config.warmup.optimizer, cast(Any, None), 1)
+    trainer = Trainer(model, config.warmup.optimizer, cast(Any, None), 1, distributed_optimizer=distributed_optimizer)
     load_start(job, trainer)
     assert with_nan(model) == []
-    assert not any(weight.isnan().any() for weight in _full_precision_weights(trainer.optimizer))
-    assert bool(_full_precision_weights(trainer.optimizer)) == (precision == "bfloat16")
+    assert not any(weight.isnan().any() for weight in full_precision_weights(trainer.optimizer))
+    assert bool(full_precision_weights(trainer.optimizer)) == (precision == "bfloat16")
     for settings in (PRMConfig(head="linear"), PRMConfig(head="likelihood")):
         config.prm = settings
         prm = build_prm(job, model)
