@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import randn, relative_error
+from kernel_cases import DEVICE, randn, relative_error
 from torch import Tensor
 
 from mstar_mega.kernels.prefix_attention import _prefix_reference, causal_attention, decode_attention, prefix_attention
@@ -26,7 +26,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: floa
 def test_causal_attention(heads: int, kv_heads: int) -> None:
     q, k, v = (randn(2, 7, h, 6, seed=s) for s, h in enumerate((heads, kv_heads, kv_heads)))
     out = causal_attention(q, k, v, 0.4)
-    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    causal = torch.ones(7, 7, dtype=torch.bool, device=DEVICE).tril()
     for g in range(2):
         expected = full_attention(q[g].double(), k[g].double(), v[g].double(), causal, 0.4)
         torch.testing.assert_close(out[g].double(), expected, rtol=0, atol=1e-6)

@@ -70,7 +70,9 @@ def test_log_probs_entropies_and_gradients_against_float64(
     gradients = torch.autograd.grad((log_prob * g + entropy * h).sum(), inputs)
     assert relative_error(log_prob, expected[0]) < 1e-6 and relative_error(entropy, expected[1]) < 3e-6
     for got, wanted in zip(gradients, expected[2:], strict=True):
-        assert got.dtype == dtype and relative_error(got, wanted) < GRADIENT[dtype]
+        # Of a single column the gradient is 0, but for how differently two products round its logit.
+        small = V == 1 and got.abs().max() < 1e-5
+        assert got.dtype == dtype and (small or relative_error(got, wanted) < GRADIENT[dtype])
     if N > 4:
         assert log_prob[2] == entropy[2] == 0 and gradients[0][2:5].abs().max() == 0
 
