@@ -25,7 +25,7 @@ _MAX_ROWS = 16_384
 """Rows of one launch: bounds the partial results, and keeps every offset below 2^31."""
 
 
-@jit
+@jit(varying=("N", "programs"))
 def linear_stats_kernel(  # type: ignore[no-untyped-def]
     X, W, BIAS, COLUMN, MAX, SUM, WEIGHTED, TARGET, N, V, valid, stride_x, stride_w, inverse_temperature, programs,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,

@@ -133,9 +133,9 @@ def _row_cases() -> Iterator[Case]:
 
 
 def _attention_cases() -> Iterator[Case]:
-    sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32 i32! i32! i32!"
+    sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32"
     head = {"D": 128, "BD": 128, "INTERP": False}
-    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides} i32 i32 i32!"
     for name, tile, row_bias, tabled in (
         ("decode, shared prefix", attend.FORWARD, False, True),
         ("decode, own tokens", attend.FEW_ROWS, False, False),
@@ -148,9 +148,9 @@ def _attention_cases() -> Iterator[Case]:
     constants = {**head, "BR": attend.MERGE_ROWS}
     yield Case("attention, merge", attend.merge_kernel, types, constants, {"num_warps": 4})
     constants = {**head, **attend.BACKWARD, "ROW_BIAS": True}
-    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides} i32! i32! i32!"
     yield Case("attention, dq", attend.attend_dq_kernel, types, constants, attend.DQ_OPTIONS, wgmma=True)
-    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides} i32! i32! i32!"
     yield Case("attention, dk and dv", attend.attend_dkv_kernel, types, constants, attend.DKV_OPTIONS, wgmma=True)
 
 

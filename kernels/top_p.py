@@ -242,7 +242,7 @@ def top_p_highest_kernel(Z, ALLOWED, HIGHEST, stride, valid, span, BLOCK: tl.con
     tl.store(HIGHEST + row * tl.num_programs(1) + tl.program_id(1), tl.max(highest, 0))
 
 
-@jit
+@jit(varying=("place",))
 def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     Z, ALLOWED, FLOOR, HIGHEST, FOUND, MASS, stride, valid, span, scale, place,
     BLOCK: tl.constexpr, BAN: tl.constexpr, TOP_K: tl.constexpr,
@@ -282,7 +282,7 @@ def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     tl.store(MASS + split * 16 + bins, tl.sum(mass, 1))
 
 
-@jit
+@jit(varying=("parts",))
 def top_p_descend_kernel(MASS, NEEDED, FOUND, ABOVE, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: one row of :func:`_descend`."""
     row = tl.program_id(0).to(tl.int64)
