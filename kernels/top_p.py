@@ -124,7 +124,8 @@ def weights(z: Tensor, highest: Tensor, scale: float) -> Tensor:
 
 def _steps_per_logit(temperature: float) -> float:
     """Powers of two per logit, in steps of 2^-24, as float32 rounds it."""
-    return torch.tensor(min((1 << _FRACTION) / (temperature * math.log(2)), 3e38), dtype=torch.float32).item()
+    steps = min((1 << _FRACTION) / (temperature * math.log(2)), 3e38)
+    return torch.tensor(steps, dtype=torch.float32, device="cpu").item()
 
 
 def _needed(total: Tensor, top_p: float) -> Tensor:
