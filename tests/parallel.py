@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Pool:
         self.alive = True
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        _start_server()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -152,6 +154,22 @@ class Pool:
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()
+
+
+def _start_server() -> None:
+    """Start the server, if it does not run yet, without GPUs: the ranks are about the CPU platform wherever tests run.
+
+    A server that has asked CUDA how many devices there are could not fork processes that use them, and several ranks
+    cannot share one under nccl.
+    """
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _stack_file(folder: Path, rank: int) -> Path:
