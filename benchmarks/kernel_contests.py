@@ -62,7 +62,9 @@ def make(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = DT
 
 def targets(tokens: int, vocabulary: int) -> Tensor:
     """Seeded random ids."""
-    return torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # The device by name: on a GPU megatron's contest makes it the default, and generators are bound to theirs.
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(0, vocabulary, (tokens,), generator=generator, device="cpu").to(DEVICE)
 
 
 def _linear_loss(name: str, N: int, H: int, V: int) -> Contest:
