@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mstar_mega.kernels import attend
 from mstar_mega.kernels.prefix_attention import _prefix_reference, causal_attention, decode_attention, prefix_attention
+from mstar_mega.models.attention import GroupPlan
 
 INF = float("inf")
 
@@ -161,3 +162,12 @@ def test_no_number_of_samples_is_too_large_for_a_grid(monkeypatch: pytest.Monkey
     assert set(grids) == set(names)
     assert all(size <= 65_535 for launched in grids.values() for grid in launched for size in grid[1:])
     assert grids["attend_kernel"] == [(B * Hk, 1)] and grids["attend_dkv_kernel"] == [(3 * B * Hk,)]
+
+
+@pytest.mark.parametrize("R", [1, 13, 16])
+def test_causal_rows_of_a_training_plan_begin_at_64_bytes(R: int) -> None:
+    prompts, responses = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3, R, dtype=torch.int64)
+    plan = GroupPlan(prompts, prompts == 0, responses, responses == 0, torch.arange(2 + 3 * R))
+    assert plan._own_bias.stride(2) % 16 == 0
+    expected = torch.zeros(R, R).masked_fill(torch.ones(R, R).triu(1) > 0, -INF)
+    assert torch.equal(plan._own_bias[0, 0], expected)
