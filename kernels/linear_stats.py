@@ -8,6 +8,7 @@ the exponentials: the other order spills hundreds of bytes.
 
 Between two tiles the tensor cores wait for the reduction, so what most tiles do not need is skipped there: the target
 where no row has it in the tile, and the mask of columns that do not exist. Temperatures scale sums, not elements.
+(``flatten=True`` would load the next tile meanwhile, but compiled with it each product waits for the one before.)
 """
 
 from __future__ import annotations
