@@ -62,7 +62,9 @@ def make(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = DT
 
 def targets(tokens: int, vocabulary: int) -> Tensor:
     """Seeded random ids."""
-    return torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # The device by name: on a GPU megatron's contest makes it the default, and generators are bound to theirs.
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(0, vocabulary, (tokens,), generator=generator, device="cpu").to(DEVICE)
 
 
 def _linear_loss(name: str, N: int, H: int, V: int) -> Contest:
@@ -125,14 +127,27 @@ def _given_logits(name: str, N: int, V: int) -> Contest:
 
 def _sampling(name: str, B: int, V: int) -> Contest:
     counters = torch.arange(B, device=DEVICE)
+
+    def nucleus(z: Tensor) -> Tensor:
+        """The usual way: sort the row, drop what comes after the mass, draw, and look up its log-probability."""
+        ordered, ids = (z / 0.8).sort(dim=1, descending=True)
+        p = torch.softmax(ordered, 1)
+        kept = torch.where(p.cumsum(1) - p < 0.9, p, 0.0)
+        place = torch.multinomial(kept, 1)
+        return torch.stack([ids.gather(1, place), torch.log(kept.gather(1, place) / kept.sum(1, keepdim=True))])
+
     entries: dict[str, Callable[..., Tensor]] = {
         "mstar_mega": lambda z: kernels.sample_with_logprob(z, temperature=0.8, seed=1, counters=counters).token,
         "mstar_mega, top-k 50": lambda z: (
             kernels.sample_with_logprob(z, temperature=0.8, top_k=50, seed=1, counters=counters).token
         ),
+        "mstar_mega, top-p 0.9": lambda z: (
+            kernels.sample_with_logprob(z, temperature=0.8, top_p=0.9, seed=1, counters=counters).token
+        ),
         "torch softmax, multinomial, log_softmax": lambda z: torch.log_softmax(z / 0.8, 1).gather(
             1, torch.multinomial(torch.softmax(z / 0.8, 1), 1)
         ),
+        "torch sort, cumsum, multinomial, top-p 0.9": nucleus,
     }
     inputs = lambda: [make(B, V, scale=3.0, dtype=torch.float32)]  # noqa: E731
     return Contest(name, inputs, entries, 0.0, 4.0 * B * V, backward=False)

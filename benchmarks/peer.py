@@ -144,13 +144,15 @@ def _language_weights(state: dict[str, Tensor], size: LanguageSize) -> dict[str,
 
 def make_prompts(sizes: Sizes, count: int, tiles: int, text_tokens: int, seed: int) -> list[Prompt]:
     """Random pixels and random text of equal length: some words, the image's tokens, the rest of the words."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     before = text_tokens // 2
     prompts = []
     for _ in range(count):
         side = sizes.vision.image_size
-        pixels = torch.randn(tiles, 3, side, side, generator=generator)
-        text = torch.randint(IMAGE_TOKEN + 1, sizes.language.vocab, (text_tokens,), generator=generator).tolist()
+        pixels = torch.randn(tiles, 3, side, side, generator=generator, device="cpu")
+        text = torch.randint(
+            IMAGE_TOKEN + 1, sizes.language.vocab, (text_tokens,), generator=generator, device="cpu"
+        ).tolist()
         media = range(before, before + tiles * sizes.image_tokens)
         prompts.append(Prompt(text[:before] + [IMAGE_TOKEN] * len(media) + text[before:], list(media), pixels))
     return prompts

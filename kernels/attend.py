@@ -34,7 +34,8 @@ MERGE_ROWS = 8
 _PROGRAMS = 264
 _MIN_KEYS = 256
 """Keys of a split: shorter ones cost more to merge than they gain."""
-MAX_CHANNELS = 256
+MAX_CHANNELS = 128
+"""With 256 the tiles need more shared memory than an H100 has, or spill hundreds of bytes."""
 _MAX_ELEMENTS = 2**31
 """Offsets into the queries have 32 bits: 64 would take twice the registers of the tile they address."""
 
@@ -72,7 +73,7 @@ def _scores(  # type: ignore[no-untyped-def]
         return s + b[None, :]
 
 
-@jit
+@jit(varying=("tokens", "keys", "query_tokens", "first_part", "inner", "stride_g", "stride_n"))
 def attend_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, BIAS, TABLE, PLACE, OUT, LSE, tokens, keys, key_heads, rep, scale, span, query_tokens, first_part,
     k_b, k_h, k_n, v_b, v_h, v_n, inner, stride_g, stride_n, stride_r,
@@ -80,10 +81,11 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     ROW_BIAS: tl.constexpr, TABLED: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one batch and key head against keys [split * span, ...). OUT [parts, T, Hq, D]."""
-    first = tl.program_id(0) * BM
-    batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = tl.program_id(1) % key_heads
-    split = tl.program_id(2)
+    blocks = tl.cdiv(tokens * rep, BM)
+    first = tl.program_id(0) % blocks * BM
+    batch = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
+    head = tl.program_id(0) // blocks % key_heads
+    split = tl.program_id(1)
     token, query_head, there = _rows(TABLE, PLACE, batch.to(tl.int32), head, first, tokens, rep, BM, TABLED)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
@@ -118,7 +120,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     tl.store(OUT + part * D + at, acc, mask=there[:, None] & (d < D)[None, :])
 
 
-@jit
+@jit(varying=("rows", "parts"))
 def merge_kernel(  # type: ignore[no-untyped-def]
     PARTS, LSES, OUT, LSE, rows, parts,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, INTERP: tl.constexpr,
@@ -136,14 +138,14 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BR, BD), tl.float32)
     for part in range(0, parts):
         place = tl.cast(part, tl.int64) * rows + row
-        share = tl.exp(tl.load(LSES + place, mask=there, other=-float("inf")) - base)
+        share = tl.exp2((tl.load(LSES + place, mask=there, other=-float("inf")) - base) * 1.4426950408889634)
         total += share
         acc += share[:, None] * tl.load(PARTS + place[:, None] * D + d[None, :], mask=mask, other=0.0)
     tl.store(LSE + row, base + tl.log(total), mask=there)
     tl.store(OUT + row[:, None] * D + d[None, :], narrow(acc / total[:, None], OUT.dtype.element_ty, INTERP), mask=mask)
 
 
-@jit
+@jit(varying=("tokens", "keys", "inner"))
 def attend_dq_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, BIAS, DO, LSE, DELTA, DQ, tokens, keys, key_heads, rep, scale,
     k_b, k_h, k_n, v_b, v_h, v_n, inner, stride_g, stride_n, stride_r,
@@ -151,9 +153,10 @@ def attend_dq_kernel(  # type: ignore[no-untyped-def]
     ROW_BIAS: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BM query rows, float32, from one part."""
-    first = tl.program_id(0) * BM
-    batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = tl.program_id(1) % key_heads
+    blocks = tl.cdiv(tokens * rep, BM)
+    first = tl.program_id(0) % blocks * BM
+    batch = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
+    head = tl.program_id(0) // blocks % key_heads
     token, query_head, there = _rows(LSE, LSE, batch.to(tl.int32), head, first, tokens, rep, BM, False)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
@@ -181,7 +184,7 @@ def attend_dq_kernel(  # type: ignore[no-untyped-def]
     tl.store(DQ + at, dq * scale, mask=inside)
 
 
-@jit
+@jit(varying=("tokens", "keys", "inner"))
 def attend_dkv_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, BIAS, DO, LSE, DELTA, DK, DV, tokens, keys, key_heads, rep, scale,
     k_b, k_h, k_n, v_b, v_h, v_n, inner, stride_g, stride_n, stride_r,
@@ -189,9 +192,10 @@ def attend_dkv_kernel(  # type: ignore[no-untyped-def]
     ROW_BIAS: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BN keys and values over all rows that read them; DK, DV contiguous."""
-    start = tl.program_id(0) * BN
-    batch = (tl.program_id(1) // key_heads).to(tl.int64)
-    head = tl.program_id(1) % key_heads
+    blocks = tl.cdiv(keys, BN)
+    start = tl.program_id(0) % blocks * BN
+    batch = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
+    head = tl.program_id(0) // blocks % key_heads
     key = start + tl.arange(0, BN)
     d = tl.arange(0, BD)
     mask = (key < keys)[:, None] & (d < D)[None, :]
@@ -254,7 +258,13 @@ class Part:
 
 
 def fits(q: Tensor) -> bool:
-    """Whether the kernels take these queries."""
+    """Whether the kernels take these queries.
+
+    Exact float32 products have no tensor cores: compiled they spill kilobytes, or need more shared memory than there
+    is, and the products of the definition are faster. The interpreter takes them, to show that the formulas are right.
+    """
+    if q.dtype == torch.float32 and not INTERPRETED:
+        return False
     return q.size(-1) <= MAX_CHANNELS and q.numel() < _MAX_ELEMENTS
 
 
@@ -271,7 +281,8 @@ def forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]
         tile = FEW_ROWS if part.tokens * rep <= FEW_ROWS["BM"] else FORWARD
         span = cdiv(cdiv(keys, cuts), tile["BN"]) * tile["BN"]
         tabled = part.table is not None
-        attend_kernel[(cdiv(part.tokens * rep, tile["BM"]), batches * key_heads, cuts)](
+        # All but the first dimension of a grid end at 65,535.
+        attend_kernel[(cdiv(part.tokens * rep, tile["BM"]) * batches * key_heads, cuts)](
             q, part.k, part.v, part.bias, part.table if tabled else q, part.place if tabled else q, outputs, lses,
             part.tokens, keys, key_heads, rep, scale, span, T, done, *part.strides(),
             D=D, BD=max(16, next_power_of_2(D)), **tile, ROW_BIAS=part.bias.size(2) > 1, TABLED=tabled,
@@ -305,10 +316,10 @@ def backward(
             "INTERP": INTERPRETED,
         }  # fmt: skip
         sizes = (part.tokens, keys, key_heads, rep, scale, *part.strides())
-        attend_dq_kernel[(cdiv(part.tokens * rep, BACKWARD["BM"]), batches * key_heads)](
+        attend_dq_kernel[(cdiv(part.tokens * rep, BACKWARD["BM"]) * batches * key_heads,)](
             q, part.k, part.v, part.bias, dout, lse, delta, dq[number], *sizes, **shared, **DQ_OPTIONS
         )
-        attend_dkv_kernel[(cdiv(keys, BACKWARD["BN"]), batches * key_heads)](
+        attend_dkv_kernel[(cdiv(keys, BACKWARD["BN"]) * batches * key_heads,)](
             q, part.k, part.v, part.bias, dout, lse, delta, dk, dv, *sizes, **shared, **DKV_OPTIONS
         )
         gradients.append((dk, dv))

@@ -8,6 +8,7 @@ narrow when they store.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
     HAS_TRITON = True
 except ImportError:  # plain PyTorch is all there is, for example on macOS
     triton = tl = None
     HAS_TRITON = False
 
-    def jit(function: Any) -> Any:
-        """Leave the function as it is: nothing calls it."""
-        return function
+
+def jit(function: Any = None, *, varying: Sequence[str] = ()) -> Any:
+    """``triton.jit``; without triton the function stays as it is, for nothing calls it.
+
+    ``varying``: integers that differ from call to call. Triton compiles a kernel anew, for seconds, where one of its
+    other integers is 1, or a multiple of 16, for the first time.
+    """
+    if function is None:
+        return lambda function: jit(function, varying=varying)
+    return triton.jit(function, do_not_specialize=list(varying)) if HAS_TRITON else function
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

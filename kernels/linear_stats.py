@@ -5,6 +5,10 @@ keeps a slab of the weight in the L2 cache, accumulates a tile of logits in floa
 (maximum, sum of exponentials, target logit) per row. Operations: 2 N H V. Traffic: the operands, and 8 bytes per row
 and tile of 256 columns (33 MB at N = 8192, V = 128,256, where float32 logits have 4.2 GB). The target is picked before
 the exponentials: the other order spills hundreds of bytes.
+
+Between two tiles the tensor cores wait for the reduction, so what most tiles do not need is skipped there: the target
+where no row has it in the tile, and the mask of columns that do not exist. Temperatures scale sums, not elements.
+(``flatten=True`` would load the next tile meanwhile, but compiled with it each product waits for the one before.)
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ from mstar_mega.kernels.language import INTERPRETED, cdiv, dot, jit, set_scratch
 from mstar_mega.kernels.row_stats import NEG_INF, merge_parts
 
 TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}
-OPTIONS = {"num_warps": 8, "num_stages": 3}
+OPTIONS = {"num_warps": 8, "num_stages": 4}
+"""Four tiles of both operands take 197 KB of shared memory; the registers leave room for one program anyway."""
 _MAX_ROWS = 16_384
 """Rows of one launch: bounds the partial results, and keeps every offset below 2^31."""
 
 
-@jit
+@jit(varying=("N", "programs"))
 def linear_stats_kernel(  # type: ignore[no-untyped-def]
     X, W, BIAS, COLUMN, MAX, SUM, WEIGHTED, TARGET, N, V, valid, stride_x, stride_w, inverse_temperature, programs,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -32,6 +37,7 @@ def linear_stats_kernel(  # type: ignore[no-untyped-def]
     w_tiles = tl.make_tensor_descriptor(W, [V, K], [stride_w, 1], [BN, BK])
     rows = tl.cdiv(N, BM)
     columns = tl.cdiv(valid, BN)
+    log2_scale = inverse_temperature * 1.4426950408889634
     for tile in tl.range(tl.program_id(0), rows * columns, programs):
         group = tile // (GROUP * columns)
         first = group * GROUP
@@ -46,18 +52,22 @@ def linear_stats_kernel(  # type: ignore[no-untyped-def]
         here = valid - pn * BN
         if HAS_BIAS:
             acc += tl.load(BIAS + pn * BN + at, mask=at < here, other=0.0).to(tl.float32)[None, :]
-        acc *= inverse_temperature
         column = tl.load(COLUMN + row, mask=row < N, other=-1) - pn * BN
-        target = tl.sum(tl.where(at[None, :] == column[:, None], acc, 0.0), 1)
-        tl.store(TARGET + row, target, mask=(row < N) & (column >= 0) & (column < BN) & (column < here))
-        acc = tl.where(at[None, :] < here, acc, -float("inf"))
+        inside = (column >= 0) & (column < BN) & (column < here)
+        column = tl.where(inside, column, -1).to(tl.int32)  # 64 bits would double the comparisons
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            target = tl.sum(tl.where(at[None, :] == column[:, None], acc, 0.0), 1)
+            tl.store(TARGET + row, target * inverse_temperature, mask=inside)
+        if here < BN:
+            acc = tl.where(at[None, :] < here, acc, -float("inf"))
         m = tl.max(acc, 1)
         acc -= tl.where(m == -float("inf"), 0.0, m)[:, None]
-        e = tl.exp2(acc * 1.4426950408889634)
-        tl.store(MAX + pn * N + row, m, mask=row < N)
+        e = tl.exp2(acc * log2_scale)
+        tl.store(MAX + pn * N + row, m * inverse_temperature, mask=row < N)
         tl.store(SUM + pn * N + row, tl.sum(e, 1), mask=row < N)
         if ENTROPY:
-            tl.store(WEIGHTED + pn * N + row, tl.sum(tl.where(e == 0.0, 0.0, e * acc), 1), mask=row < N)
+            weighted = tl.sum(tl.where(e == 0.0, 0.0, e * acc), 1) * inverse_temperature
+            tl.store(WEIGHTED + pn * N + row, weighted, mask=row < N)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

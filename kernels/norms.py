@@ -49,7 +49,7 @@ def norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(Y + row * width + at, narrow(y, Y.dtype.element_ty, INTERP), mask=inside)
 
 
-@jit
+@jit(varying=("rows",))
 def norm_backward_kernel(  # type: ignore[no-untyped-def]
     X, WEIGHT, DY, MEAN, RSTD, DX, DWEIGHT, DBIAS, rows, width,
     BLOCK: tl.constexpr, CENTRED: tl.constexpr, INTERP: tl.constexpr,

@@ -44,6 +44,8 @@ class Case:
     options: dict[str, int] = field(default_factory=dict)
     wgmma: bool = False
     """Products of matrices must become warpgroup instructions."""
+    wide: bool = False
+    """Its time is that of reading long rows: it must read 16 bytes at a time."""
     spill: int = SPILL_LIMIT
 
 
@@ -60,9 +62,13 @@ class Compiled:
     shared: int
     """Bytes per program."""
     wgmma: int
+    waits: int
+    """Waits for warpgroup instructions: with one after each of them the compiler has given up to overlap them."""
     mma: int
     """Matrix instructions of the older kind (HMMA)."""
     tma_loads: int
+    wide_loads: int
+    """Loads of 16 bytes a thread."""
 
 
 def cases() -> Iterator[Case]:
@@ -81,13 +87,15 @@ def _log_prob_cases() -> Iterator[Case]:
         yield Case(name, linear_stats.linear_stats_kernel, linear, constants, linear_stats.OPTIONS, wgmma=True)
     warps = {"num_warps": row_stats.WARPS}
     for dtype, entropy, skip in (("bf16", False, True), ("fp32", True, False)):
-        constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "HAS_SKIP": skip}
+        each = 8 if dtype == "bf16" else 4
+        constants = {"BLOCK": row_stats.BLOCK, "EACH": each, "ENTROPY": entropy, "HAS_SKIP": skip}
         types = f"*{dtype} *i64 *i1 *fp32 *fp32 *fp32 *fp32 i32! i32 i32! fp32"
-        yield Case(f"log-prob statistics, {dtype}", row_stats.row_stats_kernel, types, constants, warps)
+        yield Case(f"log-prob statistics, {dtype}", row_stats.row_stats_kernel, types, constants, warps, wide=True)
     for dtype, out, entropy in (("fp32", "bf16", False), ("bf16", "bf16", True)):
         constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "INTERP": False}
         types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
-        yield Case(f"log-prob gradient, {dtype} to {out}", row_stats.row_grad_kernel, types, constants, warps)
+        name = f"log-prob gradient, {dtype} to {out}"
+        yield Case(name, row_stats.row_grad_kernel, types, constants, warps, wide=True)
     types = "*fp32 *u8 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32! fp32"
     for name, greedy, ban, floored, ties in (
         ("ban", False, True, False, False),
@@ -121,15 +129,15 @@ def _row_cases() -> Iterator[Case]:
         constants = {"BLOCK": width, "CENTRED": centred, "INTERP": False}
         options = {"num_warps": norms.warps_for(width)}
         types = "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 i32! fp32"
-        yield Case(f"{name} forward, H {width}", norms.norm_kernel, types, constants, options)
+        yield Case(f"{name} forward, H {width}", norms.norm_kernel, types, constants, options, wide=True)
         types = "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *fp32 *fp32 i32 i32!"
-        yield Case(f"{name} backward, H {width}", norms.norm_backward_kernel, types, constants, options)
+        yield Case(f"{name} backward, H {width}", norms.norm_backward_kernel, types, constants, options, wide=True)
 
 
 def _attention_cases() -> Iterator[Case]:
-    sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32 i32! i32! i32!"
+    sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32"
     head = {"D": 128, "BD": 128, "INTERP": False}
-    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides} i32 i32 i32!"
     for name, tile, row_bias, tabled in (
         ("decode, shared prefix", attend.FORWARD, False, True),
         ("decode, own tokens", attend.FEW_ROWS, False, False),
@@ -142,9 +150,9 @@ def _attention_cases() -> Iterator[Case]:
     constants = {**head, "BR": attend.MERGE_ROWS}
     yield Case("attention, merge", attend.merge_kernel, types, constants, {"num_warps": 4})
     constants = {**head, **attend.BACKWARD, "ROW_BIAS": True}
-    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *fp32 {sizes} {strides} i32! i32! i32!"
     yield Case("attention, dq", attend.attend_dq_kernel, types, constants, attend.DQ_OPTIONS, wgmma=True)
-    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides}"
+    types = f"*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 {sizes} {strides} i32! i32! i32!"
     yield Case("attention, dk and dv", attend.attend_dkv_kernel, types, constants, attend.DKV_OPTIONS, wgmma=True)
 
 
@@ -176,8 +184,10 @@ def compile_case(case: Case) -> Compiled:
         spill=stack,
         shared=kernel.metadata.shared,
         wgmma=len(re.findall(r"\bHGMMA", sass)),
+        waits=len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
         mma=len(re.findall(r"\bHMMA", sass)),
         tma_loads=len(re.findall(r"\bUTMALDG", sass)),
+        wide_loads=len(re.findall(r"\bLDG\.E\.128", sass)),
     )
 
 
@@ -203,21 +213,26 @@ def problems(case: Case, compiled: Compiled) -> list[str]:
         found.append(f"{case.name}: {compiled.spill} bytes spilled per thread, at most {case.spill} are accepted")
     if case.wgmma and not compiled.wgmma:
         found.append(f"{case.name}: no warpgroup matrix instruction, though it multiplies matrices")
+    if compiled.wgmma and compiled.waits >= compiled.wgmma:
+        found.append(f"{case.name}: {compiled.waits} waits for {compiled.wgmma} warpgroup instructions: one at a time")
+    if case.wide and not compiled.wide_loads:
+        found.append(f"{case.name}: no load of 16 bytes, though it reads long rows")
     return found
 
 
 def table(results: list[Compiled]) -> str:
     """A Markdown page."""
-    head = "configuration,kernel,warps,registers,spilled bytes,shared bytes,wgmma,mma,TMA loads".split(",")
+    head = ["configuration", "kernel", "warps", "registers", "spilled bytes", "shared bytes"]
+    head += ["wgmma", "waits for wgmma", "mma", "TMA loads", "16-byte loads"]
     rows = [[str(value) for value in asdict(result).values()] for result in results]
-    lines = [" | ".join(row) for row in (head, ["---"] * 2 + ["---:"] * 7, *rows)]
+    lines = [" | ".join(row) for row in (head, ["---"] * 2 + ["---:"] * 9, *rows)]
     versions = f"torch {torch.__version__.partition('+')[0]}, triton {triton.__version__}"
     return "\n".join(
         [
             "# Kernels compiled for sm_90",
             "",
             f"Generated by `make kernel-report` with {versions}; no GPU is needed. Registers and spilled bytes are",
-            f"per thread, shared memory is per program (an H100 has {SHARED_LIMIT:,} bytes), the last three columns",
+            f"per thread, shared memory is per program (an H100 has {SHARED_LIMIT:,} bytes), the last five columns",
             "count instructions of the machine code.",
             "",
             *(f"| {line} |" for line in lines),

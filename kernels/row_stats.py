@@ -23,7 +23,7 @@ from mstar_mega.kernels.language import INTERPRETED, cdiv, jit, narrow, tl
 
 NEG_INF = float("-inf")
 BLOCK = 4096
-"""Columns that a program handles at a time: 16 elements per thread of 8 warps, 16-byte loads."""
+"""Columns that a program handles at a time: 16 elements per thread of 8 warps."""
 WARPS = 8
 # Enough programs for every multiprocessor, also when there are few rows.
 _PROGRAMS = 1024
@@ -76,11 +76,28 @@ def gradient_reference(
 
 
 @jit
+def _add_block(x, scale, high, total, weighted, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add [lanes, EACH] logits to each lane's maximum, sum of exponentials and weighted sum: one correction of the sums
+    for EACH elements, and no exchange between threads."""
+    new = tl.maximum(high, tl.max(x, 1))
+    base = tl.where(new == -float("inf"), 0.0, new)
+    below, fall = x - base[:, None], high - base
+    e, old = tl.exp2(below * scale), tl.exp2(fall * scale)
+    if ENTROPY:
+        moved = weighted + tl.where(total == 0.0, 0.0, total * fall)
+        weighted = moved * old + tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)
+    return new, total * old + tl.sum(e, 1), weighted
+
+
+@jit
 def row_stats_kernel(  # type: ignore[no-untyped-def]
     Z, COLUMN, SKIP, MAX, SUM, WEIGHTED, TARGET, stride, valid, span, inverse_temperature,
-    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BLOCK: tl.constexpr, EACH: tl.constexpr, ENTROPY: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """One program: columns [split * span, ...) of one row -> maximum m, sum e^(x - m), sum (x - m) e^(x - m)."""
+    """One program: columns [split * span, ...) of one row -> maximum m, sum e^(x - m), sum (x - m) e^(x - m).
+
+    The mask of the last block would keep all loads from being 16 bytes wide: it has that block alone.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     place = row * tl.num_programs(1) + split
@@ -93,33 +110,30 @@ def row_stats_kernel(  # type: ignore[no-untyped-def]
     if not skip:
         begin = split * span
         end = tl.minimum(begin + span, valid)
-        high = tl.full((BLOCK,), -float("inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        weighted = tl.zeros((BLOCK,), tl.float32)
-        # Each lane keeps its own running maximum: no reduction over the row before the end.
-        for first in range(begin, end, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            x = tl.load(Z + row * stride + at, mask=at < end, other=-float("inf")).to(tl.float32)
-            x *= inverse_temperature
-            new = tl.maximum(high, x)
-            base = tl.where(new == -float("inf"), 0.0, new)
-            old = tl.exp2((high - base) * 1.4426950408889634)
-            e = tl.exp2((x - base) * 1.4426950408889634)
-            if ENTROPY:
-                moved = weighted + tl.where(total == 0.0, 0.0, total * (high - base))
-                weighted = moved * old + tl.where(e == 0.0, 0.0, e * (x - base))
-            total = total * old + e
-            high = new
+        whole = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+        scale = inverse_temperature * 1.4426950408889634
+        start = Z + row * stride
+        at = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        high = tl.full((BLOCK // EACH,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK // EACH,), tl.float32)
+        weighted = tl.zeros((BLOCK // EACH,), tl.float32)
+        for first in range(begin, whole, BLOCK):
+            x = tl.load(start + (first + at)).to(tl.float32)
+            high, total, weighted = _add_block(x, scale, high, total, weighted, ENTROPY)
+        if whole < end:
+            x = tl.load(start + (whole + at), mask=whole + at < end, other=-float("inf")).to(tl.float32)
+            high, total, weighted = _add_block(x, scale, high, total, weighted, ENTROPY)
         m = tl.max(high, 0)
-        base = tl.where(m == -float("inf"), 0.0, m)
-        lanes = tl.exp2((high - base) * 1.4426950408889634)
+        fall = high - tl.where(m == -float("inf"), 0.0, m)
+        lanes = tl.exp2(fall * scale)
         s = tl.sum(total * lanes, 0)
         if ENTROPY:
-            w = tl.sum((weighted + tl.where(total == 0.0, 0.0, total * (high - base))) * lanes, 0)
+            w = tl.sum((weighted + tl.where(total == 0.0, 0.0, total * fall)) * lanes, 0) * inverse_temperature
+        m *= inverse_temperature
         if split == 0:
             column = tl.load(COLUMN + row)
             here = (column >= 0) & (column < valid)
-            z = tl.load(Z + row * stride + column, mask=here, other=-float("inf")).to(tl.float32)
+            z = tl.load(start + column, mask=here, other=-float("inf")).to(tl.float32)
             tl.store(TARGET + row, z * inverse_temperature)
     tl.store(MAX + place, m)
     tl.store(SUM + place, s)
@@ -143,8 +157,9 @@ def row_grad_kernel(  # type: ignore[no-untyped-def]
     if (g == 0.0) & (h == 0.0):
         tl.store(out, tl.zeros((BLOCK,), OUT.dtype.element_ty), mask=at < local)
     else:
+        # Padding is read as well: its end lets loads be 16 bytes wide where that of the vocabulary does not.
         real = at < valid
-        x = tl.load(Z + row * stride + at, mask=real, other=-float("inf")).to(tl.float32) * inverse_temperature
+        x = tl.load(Z + row * stride + at, mask=at < local, other=0.0).to(tl.float32) * inverse_temperature
         below = x - tl.load(LSE + row)
         p = tl.exp2(below * 1.4426950408889634)
         factor = g
@@ -168,10 +183,16 @@ def stats_triton(
         row_stats_kernel[(N, splits)](
             logits, column, column if skip is None else skip, parts[0], parts[1], parts[-1], target,
             logits.stride(0), max(0, min(valid, V)), span, 1.0 / temperature,
-            BLOCK=BLOCK, ENTROPY=entropy, HAS_SKIP=skip is not None, num_warps=WARPS,
+            BLOCK=BLOCK, EACH=_each(logits), ENTROPY=entropy, HAS_SKIP=skip is not None, num_warps=WARPS,
         )  # fmt: skip
     lse, ent = merge_parts(parts[0], parts[1], parts[2] if entropy else None, dim=1)
     return lse, target, ent
+
+
+def _each(logits: Tensor) -> int:
+    """Neighbouring columns of a thread: those of 16 bytes, or one where rows do not all begin at 16 bytes."""
+    aligned = logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    return 16 // logits.element_size() if aligned else 1
 
 
 def merge_parts(m: Tensor, s: Tensor, w: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:

@@ -75,8 +75,9 @@ def sample_with_logprob(
     split = _split(B, local) if uses_triton("sampling", logits) else None
     allowed = floor = ties = None
     if banned is not None and banned.numel():
-        allowed = torch.ones(local, dtype=torch.uint8, device=device)
-        allowed[banned[(banned >= start) & (banned < start + local)] - start] = 0
+        # No boolean index: the host would wait for its size. Ids of other ranks go to a place of their own.
+        here = torch.where((banned >= start) & (banned < start + local), banned - start, local)
+        allowed = torch.ones(local + 1, dtype=torch.uint8, device=device).index_fill_(0, here, 0)[:local]
     if 0 < top_k < local * size:
         floor = _kth_largest(allowed_logits(logits, allowed, valid), top_k, group)
     if top_p < 1.0:
@@ -134,6 +135,12 @@ def _draw(
 
 
 @jit
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e^x by the instruction for powers of two; ``tl.exp`` takes four more of them for results below 2^-126."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
 def sample_kernel(  # type: ignore[no-untyped-def]
     Z, ALLOWED, FLOOR, LEFT, COUNTER, BEST, TOKEN, CHOSEN, STATS, stride, valid, start, span, inverse_temperature,
     BLOCK: tl.constexpr, GREEDY: tl.constexpr, BAN: tl.constexpr, FLOORED: tl.constexpr, TIES: tl.constexpr,
@@ -171,7 +178,7 @@ def sample_kernel(  # type: ignore[no-untyped-def]
         x = raw * inverse_temperature
         new = tl.maximum(high, x)
         base = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(high - base) + tl.exp(x - base)
+        total = total * _exp(high - base) + _exp(x - base)
         high = new
         if BAN:
             x = tl.where(tl.load(ALLOWED + at, mask=at < end, other=0) != 0, x, -float("inf"))
@@ -184,7 +191,7 @@ def sample_kernel(  # type: ignore[no-untyped-def]
         if BAN or FLOORED:
             new = tl.maximum(kept_high, x)
             base = tl.where(new == -float("inf"), 0.0, new)
-            kept_total = kept_total * tl.exp(kept_high - base) + tl.exp(x - base)
+            kept_total = kept_total * _exp(kept_high - base) + _exp(x - base)
             kept_high = new
         noisy = x
         if not GREEDY:
@@ -204,10 +211,10 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     tl.store(CHOSEN + place, tl.max(tl.where(column == winner, chosen, -float("inf")), 0))
     m = tl.max(high, 0)
     tl.store(STATS + place, m)
-    tl.store(STATS + plane + place, tl.sum(total * tl.exp(high - tl.where(m == -float("inf"), 0.0, m)), 0))
+    tl.store(STATS + plane + place, tl.sum(total * _exp(high - tl.where(m == -float("inf"), 0.0, m)), 0))
     if BAN or FLOORED:
         m = tl.max(kept_high, 0)
-        sums = kept_total * tl.exp(kept_high - tl.where(m == -float("inf"), 0.0, m))
+        sums = kept_total * _exp(kept_high - tl.where(m == -float("inf"), 0.0, m))
         tl.store(STATS + 2 * plane + place, m)
         tl.store(STATS + 3 * plane + place, tl.sum(sums, 0))
 

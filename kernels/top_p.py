@@ -124,7 +124,8 @@ def weights(z: Tensor, highest: Tensor, scale: float) -> Tensor:
 
 def _steps_per_logit(temperature: float) -> float:
     """Powers of two per logit, in steps of 2^-24, as float32 rounds it."""
-    return torch.tensor(min((1 << _FRACTION) / (temperature * math.log(2)), 3e38), dtype=torch.float32).item()
+    steps = min((1 << _FRACTION) / (temperature * math.log(2)), 3e38)
+    return torch.tensor(steps, dtype=torch.float32, device="cpu").item()
 
 
 def _needed(total: Tensor, top_p: float) -> Tensor:
@@ -242,7 +243,7 @@ def top_p_highest_kernel(Z, ALLOWED, HIGHEST, stride, valid, span, BLOCK: tl.con
     tl.store(HIGHEST + row * tl.num_programs(1) + tl.program_id(1), tl.max(highest, 0))
 
 
-@jit
+@jit(varying=("place",))
 def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     Z, ALLOWED, FLOOR, HIGHEST, FOUND, MASS, stride, valid, span, scale, place,
     BLOCK: tl.constexpr, BAN: tl.constexpr, TOP_K: tl.constexpr,
@@ -282,7 +283,7 @@ def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     tl.store(MASS + split * 16 + bins, tl.sum(mass, 1))
 
 
-@jit
+@jit(varying=("parts",))
 def top_p_descend_kernel(MASS, NEEDED, FOUND, ABOVE, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: one row of :func:`_descend`."""
     row = tl.program_id(0).to(tl.int64)

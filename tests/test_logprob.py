@@ -100,7 +100,7 @@ def test_logits_of_minus_infinity_give_no_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("vocabulary", [257, 4097])
+@pytest.mark.parametrize("vocabulary", [257, 4097, 4112])
 def test_log_probs_and_entropies_of_every_dtype(
     backend: str, dtype: torch.dtype, inplace: bool, vocabulary: int
 ) -> None:

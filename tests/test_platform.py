@@ -211,6 +211,16 @@ def test_peak_memory_counts_what_was_touched() -> None:
     assert rest > 0
 
 
+def visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_workers_never_see_a_gpu() -> None:
+    before = visible_gpus()
+    assert run_parallel(2, "test_platform:visible_gpus") == ["", ""]
+    assert visible_gpus() == before
+
+
 def fail_on(rank: int) -> int:
     distributed.initialize(ParallelConfig(), seed=0)
     if distributed.layout().rank == rank or rank < 0:

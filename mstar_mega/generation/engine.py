@@ -88,6 +88,8 @@ class _Prefilled:
     batch: PackedBatch
     row: int
     """The request's place in that batch."""
+    last_prompt: int
+    """Stream position of its prompt's last token."""
     hidden: Tensor | None
     """[T, hidden] of the batch, last stage only."""
     entry: int
@@ -176,13 +178,13 @@ class _Run:
         leaving = torch.nonzero(grown).flatten().tolist()
         for slot in leaving:
             work = self.work[slots.sample[slot]]
-            length = int(slots.length[slot])
+            length = slots.own[slot]
             prompt = self.requests[work.request].prompt
             spec = self._add_request(prompt, work.spec.key, slots.tokens[slot, :length].tolist())
             log_probs = slots.log_probs[slot, :length].clone()
             self.work.append(_Waiting(len(self.requests) - 1, work.home, spec, work.forced, log_probs))
             self.queue.appendleft(len(self.work) - 1)
-            self.prefixes.entries[int(slots.entry[slot])].unfinished -= 1
+            self.prefixes.entries[slots.entry[slot]].unfinished -= 1
         if leaving:
             slots.remove(leaving)
 
@@ -223,8 +225,8 @@ class _Run:
         entries = [Entry(len(r.prompt.tokens), len(r.samples)) for r in chosen]
         first = self.prefixes.add(batch.plan.prompts, entries)
         self.slots.allocate(batch.plan.prompts)
-        for row, i in enumerate(requests):
-            self.prefilled[i] = _Prefilled(batch, row, hidden, first + row)
+        for row, (i, last) in enumerate(zip(requests, batch.last_prompt.tolist(), strict=True)):
+            self.prefilled[i] = _Prefilled(batch, row, last, hidden, first + row)
 
     def _start(self, slot: int, index: int) -> Tensor | None:
         """Put a sample into a slot; returns the hidden row that predicts its first token (last stage)."""
@@ -232,8 +234,9 @@ class _Run:
         ready = self.prefilled[work.request]
         spec, plan = work.spec, ready.batch.plan
         slots.sample[slot] = index
-        slots.entry[slot] = ready.entry
-        slots.length[slot], slots.forced[slot] = spec.length, work.forced
+        slots.entry[slot], slots.forced[slot] = ready.entry, work.forced
+        slots.own[slot] = spec.length
+        slots.length[slot] = spec.length
         if self.regimes is not None and spec.length:
             # It may have to be prefilled again, with its start.
             start = self.requests[work.request].drafts[spec.draft][: spec.length]
@@ -242,7 +245,7 @@ class _Run:
             slots.log_probs[slot, : spec.length] = work.log_probs
         slots.prompt_length[slot] = len(self.requests[work.request].prompt.tokens)
         slots.key[slot] = spec.key
-        position = int(ready.batch.last_prompt[ready.row])
+        position = ready.last_prompt
         if spec.length:
             assert plan.response_index is not None
             draft_row = ready.row * plan.response_index.size(1) + spec.draft
@@ -294,24 +297,26 @@ class _Run:
         slots.tokens[index, slots.length[index]] = drawn[:, 0].long()
         slots.log_probs[index, slots.length[index]] = drawn[:, 1].float()
         slots.length[index] += 1
+        for slot in rows:
+            slots.own[slot] += 1
         self.engine.tokens_decoded += len(rows)
 
     def _retire(self) -> None:
         """Collect finished samples and free their slots."""
         slots = self.slots
         B = slots.count
-        length = slots.length[:B]
-        stopped = torch.isin(slots.tokens[torch.arange(B), length - 1], self.engine._stop)
-        finished = torch.nonzero(stopped | (length >= slots.limit)).flatten().tolist()
-        for slot in finished:
+        newest = slots.tokens[torch.arange(B), slots.length[:B] - 1]
+        stopped = torch.isin(newest, self.engine._stop).tolist()
+        finished = [slot for slot in range(B) if stopped[slot] or slots.own[slot] >= slots.limit]
+        tokens, log_probs = (
+            x[torch.tensor(finished, dtype=torch.int64)].tolist() if finished else []
+            for x in (slots.tokens, slots.log_probs)
+        )
+        for slot, of_tokens, of_log_probs in zip(finished, tokens, log_probs, strict=True):
             work = self.work[slots.sample[slot]]
-            begin, end = int(slots.forced[slot]), int(length[slot])
-            self.results[work.home[0]][work.home[1]] = Sample(
-                slots.tokens[slot, begin:end].tolist(),
-                slots.log_probs[slot, begin:end].tolist(),
-                not bool(stopped[slot]),
-            )
-            self.prefixes.entries[int(slots.entry[slot])].unfinished -= 1
+            own = slice(slots.forced[slot], slots.own[slot])
+            self.results[work.home[0]][work.home[1]] = Sample(of_tokens[own], of_log_probs[own], not stopped[slot])
+            self.prefixes.entries[slots.entry[slot]].unfinished -= 1
         if finished:
             slots.remove(finished)
             live = sum(entry.unfinished > 0 for entry in self.prefixes.entries)
@@ -323,10 +328,9 @@ class _Run:
         live = [i for i, entry in enumerate(self.prefixes.entries) if entry.unfinished]
         if len(live) == len(self.prefixes.entries):
             return
-        renumbered = torch.zeros(len(self.prefixes.entries), dtype=torch.int64)
-        renumbered[live] = torch.arange(len(live))
+        renumbered = {entry: number for number, entry in enumerate(live)}
         self.prefixes.keep(live)
-        B = self.slots.count
-        self.slots.entry[:B] = renumbered[self.slots.entry[:B]]
+        slots = self.slots
+        slots.entry[: slots.count] = [renumbered[entry] for entry in slots.entry[: slots.count]]
         for ready in self.prefilled.values():
-            ready.entry = int(renumbered[ready.entry])
+            ready.entry = renumbered.get(ready.entry, 0)

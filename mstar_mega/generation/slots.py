@@ -65,13 +65,17 @@ class Slots:
 
     def __init__(self, capacity: int, limit: int) -> None:
         self.capacity, self.limit, self.count = capacity, limit, 0
+        # What the host decides by it keeps itself: to ask a GPU it would have to wait for it, at every token.
         self.sample = [0] * capacity
         """Caller's index of the sample in each slot."""
-        self.entry = torch.zeros(capacity, dtype=torch.int64)
-        self.length = torch.zeros(capacity, dtype=torch.int64)
-        """Own tokens: a forced start and the drawn ones."""
-        self.forced = torch.zeros(capacity, dtype=torch.int64)
+        self.entry = [0] * capacity
+        """The sample's place in the prefix cache."""
+        self.forced = [0] * capacity
         """Own tokens that were given, not drawn."""
+        self.own = [0] * capacity
+        """Own tokens: a forced start and the drawn ones."""
+        self.length = torch.zeros(capacity, dtype=torch.int64)
+        """The same numbers as ``own``."""
         self.prompt_length = torch.zeros(capacity, dtype=torch.int64)
         self.key = torch.zeros(capacity, dtype=torch.int64)
         self.tokens = torch.zeros(capacity, limit, dtype=torch.int64)
@@ -99,11 +103,12 @@ class Slots:
         if not holes:
             return
         to, source = torch.tensor(holes), torch.tensor(movers)
-        for state in (self.entry, self.length, self.forced, self.prompt_length, self.key, self.tokens, self.log_probs):
+        for state in (self.length, self.prompt_length, self.key, self.tokens, self.log_probs):
             state[to] = state[source]
         for hole, mover in zip(holes, movers, strict=True):
-            self.sample[hole] = self.sample[mover]
-        used = int(self.length[to].max())
+            for of_slots in (self.sample, self.entry, self.forced, self.own):
+                of_slots[hole] = of_slots[mover]
+        used = max(self.own[hole] for hole in holes)
         for kv in self.cache.values():
             kv.k[to, :, :used] = kv.k[source, :, :used]
             kv.v[to, :, :used] = kv.v[source, :, :used]
@@ -112,8 +117,9 @@ class Slots:
         """Plan for feeding every running slot its newest token (already counted in ``length``)."""
         B = self.count
         cached = self.length[:B] - 1
-        own_bias = bias_from_mask(torch.arange(int(cached.max()) + 1) <= cached[:, None])
-        table, place = group_table(self.entry[:B], len(prefixes.entries))
+        own_bias = bias_from_mask(torch.arange(max(self.own[:B])) <= cached[:, None])
+        groups = group_table(torch.tensor(self.entry[:B], device="cpu"), len(prefixes.entries))
+        table, place = (x.to(cached.device) for x in groups)
         return DecodePlan(prefixes.cache, prefixes.bias, self.cache, cached, own_bias, table, place)
 
 
@@ -123,9 +129,10 @@ def group_table(entry: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(entry, minlength=groups)
     width = int(counts.max())
     first = torch.cumsum(counts, 0) - counts
-    column = torch.arange(entry.numel()) - first[entry[order]]
+    slots = torch.arange(entry.numel(), device=entry.device)
+    column = slots - first[entry[order]]
     place = torch.empty_like(entry)
     place[order] = entry[order] * width + column
-    table = torch.zeros(groups * width, dtype=torch.int64)
-    table[place] = torch.arange(entry.numel())
+    table = torch.zeros(groups * width, dtype=torch.int64, device=entry.device)
+    table[place] = slots
     return table.view(groups, width), place

@@ -96,8 +96,9 @@ class GroupPlan:
         self._prompt_bias = bias_from_mask(self.prompt_allowed)
         if self.response_index is not None:
             R = self.response_index.size(2)
-            causal = torch.ones(R, R, dtype=torch.bool, device=self.response_index.device).tril()
-            self._own_bias = bias_from_mask(causal)[None, None]
+            # Rows begin at 64 bytes whatever R is: compiled for any stride, the backward spills 136 bytes a thread.
+            causal = torch.ones(R, R + -R % 16, dtype=torch.bool, device=self.response_index.device).tril()
+            self._own_bias = bias_from_mask(causal)[None, None, :, :R]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         G, P = self.prompt_index.shape

@@ -136,7 +136,8 @@ class Trainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        total = torch.tensor([sum(o["loss"] for o in outputs), sum(o["count"] for o in outputs)], dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64)
+        total = torch.stack([sum((output[name] for output in outputs), nothing) for name in ("loss", "count")])
         loss_sum, count = _over_the_job(total).tolist()
         loss = loss_sum / max(count, 1.0)
         self.optimizer.prepare_grads()
@@ -183,9 +184,10 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[T
     return model(batch.packed), partial(_loss, batch, model)
 
 
-def _loss(batch: Microbatch, wrapped: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+def _loss(batch: Microbatch, wrapped: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss, count = batch.loss(wrapped.module, hidden)
-    return loss, count, {"loss": float(loss.detach()), "count": float(count)}
+    # Tensors: a number would have the host wait for this forward before it starts the backward.
+    return loss, count, {"loss": loss.detach().double(), "count": count.double()}
 
 
 def _without_loss(group: TrainGroup) -> TrainGroup:
