@@ -1,0 +1,125 @@
+"""What becomes of drawn responses: step labels, answers for unlabelled queries, the temperature that is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import Asked, Events, Scripted, make_job, make_task
+
+from mstar_mega.config import AnnotateConfig, Config, PromptsConfig, TemperatureConfig
+from mstar_mega.data.types import Group, Query
+from mstar_mega.recipe import rollouts
+from mstar_mega.recipe.annotate import annotate
+from mstar_mega.recipe.rollouts import Sampling, rollout
+from mstar_mega.recipe.temperature import tune_temperature
+
+pytestmark = pytest.mark.usefixtures("job_of_one")
+
+
+def query(id: str, answer: str | None = "7", **fields: Any) -> Query:
+    return Query(id, f"question {id}", (), answer, **fields)
+
+
+def score_by_text(prm: Any, prompt: Any, groups: list[Group], reduction: str, tokens: int) -> None:
+    """In place of a PRM: a response begins with its score."""
+    for group in groups:
+        for response in group.responses:
+            response.score = float(response.text.split()[0])
+
+
+# ------------------------------------------------------------------------------------------------- annotation
+
+RIGHT, WRONG = "# Answer\n\n7", "# Answer\n\n8"
+RESPONSES = {
+    "q": [f"good\n\nso\n\n{RIGHT}", f"good\n\nbad\n\n{WRONG}", f"half\n\nso\n\n{RIGHT}", "nothing"],
+    # The beginning holds an answer already: the continuation that adds nothing leaves it the last one.
+    "twice": [f"see\n\n{RIGHT}\n\nno\n\n{WRONG}"],
+}
+
+
+def continue_or_begin(asked: Asked) -> str:
+    if not asked.start:
+        return RESPONSES[asked.id][asked.number % len(RESPONSES[asked.id])]
+    last = asked.start.split()[-1]
+    if last == "7":
+        return ""
+    is_right = {"good": True, "half": asked.number % 2 == 0, "so": asked.number == 0}.get(last, False)
+    return RIGHT if is_right else WRONG
+
+
+def test_a_steps_label_is_its_share_of_right_continuations(tmp_path: Path) -> None:
+    config = Config(annotate=AnnotateConfig(queries=9, responses=4, rollouts=4, temperature=0.8))
+    with make_job(tmp_path, config, make_task(labelled=[query("q"), query("twice")])) as job:
+        actors = Scripted(job, continue_or_begin)
+        groups = {group.query.id: group for group in annotate(job, actors)}
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("annotation")
+    labels = [[step.label for step in response.steps] for response in groups["q"].responses]
+    # so: 1 of 4, half: 2 of 4; a last step's label is the answer's verdict.
+    assert labels == [[1.0, 0.25, 1.0], [1.0, 0.0, 0.0], [0.5, 0.25, 1.0], [0.0]]
+    labels = [[step.label for step in response.steps] for response in groups["twice"].responses]
+    assert labels == 4 * [[0.0, 0.0, 1.0, 0.0, 0.0]]
+    assert {asked.temperature for asked in actors.asked} == {0.8}
+    continued = [asked.start for asked in actors.asked if asked.id == "q" and asked.start]
+    assert len(continued) == 4 * 5, "the beginning 'good', which two responses share, is continued once"
+    assert (event["steps"], event["rollouts"]) == (10 + 4 * 5, 4 * 5 + 4 * 4)
+    assert event["positive_share"] == pytest.approx((7 + 4) / 30)
+
+
+# ------------------------------------------------------------------------------------------------- the answer reward
+
+
+def test_a_truncated_response_has_not_answered(tmp_path: Path) -> None:
+    with make_job(tmp_path, Config(), make_task()) as job:
+        actors = Scripted(job, lambda asked: f"so\n\n{RIGHT}{'<cut>' if asked.number else ''}")
+        (group,) = rollout(job, actors, [query("q")], Sampling("a", 1.0, 2))
+    assert [(r.correct, r.truncated, r.answer) for r in group.responses] == [(True, False, "7"), (False, True, "7")]
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "answer", "right"), [("oracle", "8", [False, False, True]), ("voting", "7", [True, True, False])]
+)
+def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
+    unlabelled: Any, answer: str, right: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
+    texts = [f"0.3\n\n{RIGHT}", f"0.4\n\n{RIGHT}", f"0.6\n\n{WRONG}"]  # 7 has the larger sum
+    with make_job(tmp_path, config, make_task()) as job:
+        actors = Scripted(job, lambda asked: texts[asked.number], prm="a PRM")
+        hidden, known = query("hidden", None, hidden_answer="8"), query("known")
+        first, second = rollout(job, actors, [hidden, known], Sampling("a", 1.0, 3))
+    assert first.query.answer == answer and [r.correct for r in first.responses] == right
+    assert second.query == known and [r.correct for r in second.responses] == [True, True, False]
+
+
+# ------------------------------------------------------------------------------------------------- the sweep
+
+
+@pytest.mark.parametrize(("mode", "chosen"), [("reward_pass_at_k", 0.5), ("pass_at_k", 1.0), ("fixed", 0.9)])
+def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
+    mode: Any, chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold: one right response of three, which the PRM prefers. Hot: two, which it does not."""
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    texts = {
+        0.5: [f"0.9\n\n{RIGHT}", f"0.1\n\n{WRONG}", f"0.1\n\n{WRONG}"],
+        1.0: [f"0.1\n\n{RIGHT}", f"0.2\n\n{RIGHT}", f"0.9\n\n{WRONG}"],
+    }
+    settings = TemperatureConfig(mode=mode, value=0.9, grid=[0.5, 1.0], k=1, responses=3, queries=2)
+    with make_job(tmp_path, Config(temperature=settings), make_task(validation=[query(i) for i in "abc"])) as job:
+        actors = Scripted(job, lambda asked: texts[asked.temperature][asked.number], prm="a PRM")
+        assert tune_temperature(job, actors, 3) == chosen
+        assert isinstance(job.metrics, Events)
+        events = job.metrics.of("temperature")
+    if mode == "fixed":
+        assert not events and not actors.asked
+        return
+    (event,) = events
+    assert (event["iteration"], event["temperature"]) == (3, chosen)
+    measured = {row["temperature"]: (row["pass_at_k"], row["reward_pass_at_k"]) for row in event["grid"]}
+    assert measured == {0.5: (pytest.approx(1 / 3), 1.0), 1.0: (pytest.approx(2 / 3), 0.0)}
+    asked = {t: sorted((each.id, each.number) for each in actors.asked if each.temperature == t) for t in texts}
+    assert asked[0.5] == asked[1.0] and len(asked[0.5]) == 2 * 3, "the same two queries at each temperature"
