@@ -32,6 +32,9 @@ from jobs import (
 )
 from parallel import run_parallel
 
+from mstar_mega import settings
+from mstar_mega.data.records import read_groups
+from mstar_mega.data.types import Group
 from mstar_mega.report.metrics import read_metrics
 from mstar_mega.report.samples import collect_samples
 from mstar_mega.report.summary import load_run
@@ -70,6 +73,54 @@ def assert_equal(run_dir: Path, expected: Path) -> None:
         del summary["seconds"], summary["peak_memory_bytes"]
     assert summaries[0] == summaries[1]
     assert not list(run_dir.rglob(".*.tmp")), "leftovers"
+
+
+# ------------------------------------------------------------------------------- a whole run, held against the recipe
+
+
+def groups_of(directory: Path) -> list[Group]:
+    return [group for path in sorted(directory.glob("block_*.jsonl")) for group in read_groups(path)]
+
+
+def test_a_whole_run_is_the_recipe(whole: Callable[[int], Path]) -> None:
+    """What a run leaves on disk, worked out from its settings and its responses a second time."""
+    run_dir = whole(1)
+    config, events = settings.load(run_dir), events_of(run_dir)
+    (sweep,) = [event for event in events if event["event"] == "temperature"]
+    policies: dict[str, str] = {}
+    for directory in (run_dir / "rollouts").iterdir():
+        origin = json.loads((directory / "origin.json").read_text())
+        name = directory.name
+        policies[name] = origin["drawn_by"].partition(",")[0]
+        temperature = {"annotate": 1.0, "evaluation": 0.0, "iteration": sweep["temperature"]}.get(name.split("_")[0])
+        if temperature is not None:
+            assert origin["temperature"] == (1.0 if name.endswith("_sampled") else temperature), name
+    # Each iteration is drawn by the policy that the one before it left, which was measured there.
+    for number in (1, 2):
+        measured = {policy for name, policy in policies.items() if name.startswith(f"evaluation_{number - 1:04d}")}
+        assert {policies[f"iteration_{number:04d}"]} == measured
+    assert policies["annotate"] == policies["temperature_0001_0.50"] == policies["iteration_0001"]
+    assert len(set(policies.values())) == 3
+    asked: list[str] = []
+    for number in (1, 2):
+        directory = run_dir / f"rollouts/iteration_{number:04d}"
+        groups = groups_of(directory)
+        asked += [group.query.id for group in groups]
+        best = {}
+        for group in groups:
+            assert len(group.responses) == config.evolve.responses
+            for response in group.responses:
+                assert response.score == min(step.score or 0.0 for step in response.steps)
+            correct = sorted((r for r in group.responses if r.correct), key=lambda r: (-(r.score or 0.0), r.index))
+            if correct:
+                best[group.query.id] = sorted(response.index for response in correct[:2])
+        assert json.loads((directory / "selected.json").read_text()) == best
+        steps = [event for event in events if event["event"] == "step" and event["iteration"] == number]
+        assert sum(step["responses"] for step in steps) == config.evolve.epochs * sum(map(len, best.values()))
+        assert {step["learning_rate"] for step in steps} == {config.evolve.optimizer.lr}
+    assert sorted(asked) == [f"digits-train-{i:06d}" for i in range(config.data.labelled_queries or 0)], "one pass"
+    rates = [event["learning_rate"] for event in events if event["event"] == "step" and event["stage"] == "warmup"]
+    assert max(rates) == pytest.approx(config.warmup.optimizer.lr) and rates[-1] < rates[5], "warmed up, then a cosine"
 
 
 # ---------------------------------------------------------------------------------------------------- kill -9, anywhere

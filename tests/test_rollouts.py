@@ -1,4 +1,4 @@
-"""What becomes of drawn responses: step labels, answers for unlabelled queries, the temperature that is chosen."""
+"""What becomes of drawn responses: labels, answer reward, temperature, selection, and the check of log-probs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from scripted import Asked, Events, Scripted, make_job, make_task
 
-from mstar_mega.config import AnnotateConfig, Config, PromptsConfig, TemperatureConfig
+from mstar_mega.config import (
+    AnnotateConfig,
+    Config,
+    GenerationConfig,
+    PromptsConfig,
+    SelectionConfig,
+    TemperatureConfig,
+)
 from mstar_mega.data.types import Group, Query
 from mstar_mega.recipe import rollouts
 from mstar_mega.recipe.annotate import annotate
-from mstar_mega.recipe.rollouts import Sampling, rollout
+from mstar_mega.recipe.choose import choose
+from mstar_mega.recipe.generate import check_log_probs
+from mstar_mega.recipe.intervals import Interval
+from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 from mstar_mega.recipe.temperature import tune_temperature
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
@@ -123,3 +134,48 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     assert measured == {0.5: (pytest.approx(1 / 3), 1.0), 1.0: (pytest.approx(2 / 3), 0.0)}
     asked = {t: sorted((each.id, each.number) for each in actors.asked if each.temperature == t) for t in texts}
     assert asked[0.5] == asked[1.0] and len(asked[0.5]) == 2 * 3, "the same two queries at each temperature"
+
+
+# ------------------------------------------------------------------------------------------------- the selection
+
+
+def test_what_is_trained_on_is_what_was_selected(tmp_path: Path) -> None:
+    """Random choices differ between iterations; responses that are wrong never are among them."""
+    texts = [f"{i}\n\n{WRONG if i == 2 else RIGHT}" for i in range(6)]
+    queries = [query(id) for id in "abcdefgh"]
+    config = Config(selection=SelectionConfig("random_k", 2), generation=GenerationConfig(queries_per_block=3))
+    with make_job(tmp_path, config, make_task()) as job:
+        actors = Scripted(job, lambda asked: texts[asked.number])
+        groups = rollout(job, actors, queries, Sampling("iteration_0001", 1.0, 6))
+        trained = []
+        for number in (1, 1, 2):
+            examples = choose(job, Interval(number, queries, [], False), groups)
+            assert list(examples.ids) == list("abcdefgh") and list(examples.sizes) == [2] * 8
+            read = [examples.read(i) for i in range(8)]
+            assert [group.query for group in read] == queries
+            decode = job.family.tokenizer.decode
+            trained.append([[decode(tokens).split()[0] for tokens in group.responses] for group in read])
+    assert trained[0] == trained[1] != trained[2]
+    assert all("2" not in chosen and len(set(chosen)) == 2 for chosen in trained[0] + trained[2])
+
+
+# ------------------------------------------------------------------------------------------------- engine and training
+
+
+def test_responses_of_another_policy_stop_the_run(tmp_path: Path) -> None:
+    """The log-probs of what was drawn are computed again by the training forward."""
+    policy, family = tiny.build()
+    config = Config(generation=GenerationConfig(max_new_tokens=6, log_prob_gap_queries=2))
+    with make_job(tmp_path, config, make_task(), family) as job:
+        groups = list(rollout(job, Actors(job, policy, None), [query(id) for id in "abc"], Sampling("a", 0.7, 3)))
+        now = Interval(1, [group.query for group in groups], [], False)
+        check_log_probs(job, policy, now, groups, 0.7)
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("log_prob_gap")
+        assert event["tokens"] == sum(len(r.tokens) for group in groups[:2] for r in group.responses)
+        assert event["mean"] <= event["largest"] < 1e-4
+        groups[1].responses[2].log_probs[-1] += 0.01
+        with pytest.raises(ValueError, match="iteration 1: the log-prob of a generated token differs by 1.00e-02"):
+            check_log_probs(job, policy, now, groups, 0.7)
+        with pytest.raises(ValueError, match="log-prob"):
+            check_log_probs(job, policy, now, groups[:1], 1.0)  # another temperature is another distribution
