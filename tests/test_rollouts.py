@@ -142,21 +142,27 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
 def test_what_is_trained_on_is_what_was_selected(tmp_path: Path) -> None:
     """Random choices differ between iterations; responses that are wrong never are among them."""
     texts = [f"{i}\n\n{WRONG if i == 2 else RIGHT}" for i in range(6)]
-    queries = [query(id) for id in "abcdefgh"]
+    queries = [query(id) for id in "abcdefgh"] + [query("nobody knows", "9"), query("nor this", "9")]
     config = Config(selection=SelectionConfig("random_k", 2), generation=GenerationConfig(queries_per_block=3))
     with make_job(tmp_path, config, make_task()) as job:
-        actors = Scripted(job, lambda asked: texts[asked.number])
+        # Where all are wrong nothing can be chosen; "h" has one right response only.
+        actors = Scripted(job, lambda asked: texts[2 if asked.id == "h" and asked.number else asked.number])
         groups = rollout(job, actors, queries, Sampling("iteration_0001", 1.0, 6))
         trained = []
         for number in (1, 1, 2):
             examples = choose(job, Interval(number, queries, [], False), groups)
-            assert list(examples.ids) == list("abcdefgh") and list(examples.sizes) == [2] * 8
+            assert list(examples.ids) == list("abcdefgh") and list(examples.sizes) == [2] * 7 + [1]
             read = [examples.read(i) for i in range(8)]
-            assert [group.query for group in read] == queries
+            assert [group.query for group in read] == queries[:8]
             decode = job.family.tokenizer.decode
             trained.append([[decode(tokens).split()[0] for tokens in group.responses] for group in read])
+        assert isinstance(job.metrics, Events)
+        event = job.metrics.of("selection")[-1]
     assert trained[0] == trained[1] != trained[2]
-    assert all("2" not in chosen and len(set(chosen)) == 2 for chosen in trained[0] + trained[2])
+    assert all("2" not in chosen and len(set(chosen)) == 2 for chosen in trained[0][:7] + trained[2][:7])
+    assert trained[0][7] == trained[2][7] == ["0"]
+    assert (event["selected"], event["queries_with_selection"]) == (15, 8)
+    assert list(event["kept_per_query"].items()) == [("0", 2), ("1", 1), ("2", 7)]
 
 
 # ------------------------------------------------------------------------------------------------- engine and training
