@@ -35,16 +35,6 @@ class Layout:
     data_size: int
 
     @property
-    def is_first_stage(self) -> bool:
-        """This rank holds the first pipeline stage (images and embeddings)."""
-        return self.pipeline_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """This rank holds the last pipeline stage (logits and losses)."""
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    @property
     def is_main(self) -> bool:
         """The one process that prints and writes files for all."""
         return self.rank == 0

@@ -108,7 +108,6 @@ class InternVL2(Family):
         if tokenizer is None:
             return
         piece = tokenizer.id
-        self.pad_token = piece("<|im_end|>")
         self._image_tokens = [piece("<img>"), piece("<IMG_CONTEXT>"), piece("</img>")]
         self._start, self._end = piece("<|im_start|>"), piece("<|im_end|>")
         self._begin = [piece("<s>")] if size.begin else []
