@@ -249,7 +249,11 @@ def test_other_settings_are_shown_and_refused_unless_told(tmp_path: Path) -> Non
     changed = ("--warmup.optimizer.lr", "0.002", "--seed", "7")
     message = refusal(start(run_dir, *changed, ranks=2))
     assert "seed: 0 -> 7" in message and "warmup.optimizer.lr: 0.003 -> 0.002" in message
-    assert "--run.allow_changed_settings true" in message
+    assert f"--config {run_dir / 'config.yaml'}" in message and "--run.allow_changed_settings true" in message
+    everything = [f"--warmup.optimizer.{name}=0.125" for name in ("lr", "decay_share", "beta1", "beta2", "eps")]
+    everything += [f"--evolve.optimizer.{name}=0.125" for name in ("lr", "decay_share", "beta1", "beta2", "eps")]
+    message = refusal(start(run_dir, *everything))
+    assert message.count(" -> ") == 6 and "; and 4 others. " in message
     assert files_of(run_dir) == before
     good(start(run_dir, "--evolve.responses", "3", "--run.allow_changed_settings", "true"))
     assert "responses: 3" in (run_dir / "config.yaml").read_text()

@@ -88,7 +88,7 @@ def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir:
         (["evaluate"], "the following arguments are required: RUN_DIR ('mstar evaluate --help' shows"),
         (["evaluate", "--seed", "1", "{run}"], "RUN_DIR comes first: mstar evaluate RUN_DIR ..."),
         (["evaluate", "{run}", "--sed", "1"], "unknown setting '--sed'"),
-        (["evaluate", "{run}/none"], "none: No such file or directory"),
+        (["evaluate", "{run}/none"], "none is not the directory of a run"),
         (["evaluate", "--checkpoint", "{run}"], "required: --benchmark, --data, --out"),
         (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--limit", "0"], "--limit is 0: it must be at least 1"),
         (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--responses", "0"], "--responses is 0: it must be"),

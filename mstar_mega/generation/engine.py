@@ -196,9 +196,10 @@ class _Run:
             self._prefill(batch)
         new = range(self.slots.count, self.slots.count + len(taken))
         self.slots.count += len(taken)
-        hidden_rows = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
+        started = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
         self._forget_prefills()
-        self._draw(new, torch.stack(hidden_rows) if self.model.post_process else None)  # type: ignore[arg-type]
+        rows = [row for row in started if row is not None]  # all of them on the last stage, none elsewhere
+        self._draw(new, torch.stack(rows) if rows else None)
 
     def _by_tokens(self, requests: list[int]) -> list[list[int]]:
         """Cut requests into prefill batches of about ``prefill_tokens``."""
@@ -268,8 +269,7 @@ class _Run:
         tokens = slots.tokens[torch.arange(B), plan.lengths]
         tokens = torch.nn.functional.pad(tokens, (0, padding))
         positions = torch.nn.functional.pad(slots.prompt_length[:B] + plan.lengths, (0, padding))
-        embed = model.language.embedding.word_embeddings if model.pre_process else None
-        hidden = run_stages(model, lambda: embed(tokens[None]).squeeze(0), positions, plan)  # type: ignore[misc]
+        hidden = run_stages(model, lambda: model.embed_tokens(tokens), positions, plan)
         return None if hidden is None else hidden[:B]
 
     def _draw(self, rows: range, hidden: Tensor | None) -> None:

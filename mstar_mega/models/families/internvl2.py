@@ -33,10 +33,7 @@ from mstar_mega.models.sizes import DynamicNTK, LanguageSize, VisionSize
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-SYSTEM = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "  # noqa: RUF001
-    "是一个有用无害的人工智能助手。"
-)
+SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 """The system message that the original's chat() always sends."""
 
 
