@@ -24,6 +24,10 @@ def _correct_count(group: Group) -> int:
     return sum(is_correct(response, group.query.id) for response in group.responses)
 
 
+def _correct_share(group: Group) -> float:
+    return _correct_count(group) / max(len(group.responses), 1)
+
+
 def _need(group: Group, k: int) -> None:
     if k < 1:
         raise ValueError(f"K is {k}; it must be at least 1")
@@ -43,7 +47,7 @@ def greedy_accuracy(groups: Sequence[Group]) -> float | None:
 
 def sample_accuracy(groups: Sequence[Group]) -> float | None:
     """Mean share of correct responses (Pass@1 of the sampling policy). A query without responses counts as 0."""
-    return mean([_correct_count(group) / max(len(group.responses), 1) for group in groups])
+    return mean([_correct_share(group) for group in groups])
 
 
 def pass_at_k(groups: Sequence[Group], k: int) -> float | None:
@@ -106,25 +110,12 @@ def majority_vote_accuracy(groups: Sequence[Group]) -> float | None:
     return _picked_accuracy(groups, [majority_winner(group.responses, group.query.choices) for group in groups])
 
 
-@dataclass
-class KindAccuracy:
-    """Sample accuracy on the queries of one kind."""
-
-    queries: int
-    accuracy: float
-
-
-def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, KindAccuracy]:
+def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, float]:
     """:func:`sample_accuracy` by ``Query.kind``, in alphabetical order."""
-    by_kind: dict[str, list[Group]] = {}
+    shares: dict[str, list[float]] = {}
     for group in groups:
-        by_kind.setdefault(group.query.kind, []).append(group)
-    result = {}
-    for kind, members in sorted(by_kind.items()):
-        accuracy = sample_accuracy(members)
-        assert accuracy is not None
-        result[kind] = KindAccuracy(len(members), accuracy)
-    return result
+        shares.setdefault(group.query.kind, []).append(_correct_share(group))
+    return {kind: math.fsum(of_kind) / len(of_kind) for kind, of_kind in sorted(shares.items())}
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,5 @@ def _greedy_fields(stage: str, iteration: int, split: Split, groups: list[Group]
         "greedy_accuracy": accuracy,
         "standard_error": None if not count or accuracy is None else (accuracy * (1 - accuracy) / count) ** 0.5,
         "queries": count,
-        "by_kind": {kind: value.accuracy for kind, value in sorted(accuracy_by_kind(groups).items())},
+        "by_kind": accuracy_by_kind(groups),
     }
