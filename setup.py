@@ -39,17 +39,18 @@ REQUIRES = [
 TRITON = 'triton>=3.6,<3.10; platform_system == "Linux"'
 TRANSFORMERS = "transformers>=5.0,<6"
 EASY_VQA = "easy-vqa>=1.0,<2"
+LIGER = 'liger-kernel>=0.6; platform_system == "Linux"'
 
 EXTRAS = {
     # Accelerators. All are detected at run time; each has a reference in plain PyTorch beside it. flash-attn compiles
     # against the torch that is installed: pip install --no-build-isolation. NVIDIA's apex is not on the package index.
     "gpu": [TRITON, "flash-attn>=2.7"],
     # What the benchmarks compare with: transformers' generate, and the kernels of Liger.
-    "peers": [TRANSFORMERS, TRITON, "liger-kernel>=0.6"],
+    "peers": [TRANSFORMERS, TRITON, LIGER],
     # 5,000 real pictures with 48,248 questions: the second demonstration, examples/configs/easy_vqa.yaml.
     "easy-vqa": [EASY_VQA],
-    # Tests (triton kernels run in its interpreter; transformers' models are references), lint and types.
-    "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, EASY_VQA],
+    # Tests (Triton runs interpreted; transformers and Liger are references for models and losses), lint and types.
+    "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, LIGER, EASY_VQA],
 }
 
 setup(

@@ -1,6 +1,6 @@
 """Kernels against what else computes the same, at the three policies' shapes: time, memory, ratio to the floor.
 
-    .venv/bin/python benchmarks/kernels.py [--quick] [--compile] [--only TEXT] [--out DIRECTORY]
+    .venv/bin/python benchmarks/kernels.py [--quick] [--compile] [--only TEXT] [--seconds N] [--out DIRECTORY]
 
 The floor is what the device's own measured rates allow: operations of the definition over the rate of a large matrix
 product, or bytes over the rate of a copy, whichever is longer. Other implementations (torch.compile, Liger-Kernel,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = seen.profiler.kineto_results.events()
     now = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
@@ -106,6 +107,27 @@ def measure(
     floor = 1e3 * max(floor, contest.traffic / rates["copy_bytes_per_second"])
     result["ratio_to_floor"] = total / floor
     return {name: round(value, 4) for name, value in result.items()}
+
+
+def attempt(contest: Contest, name: str, rates: dict[str, float], repetitions: int) -> dict[str, Any]:
+    """:func:`measure` one entry, or say why there is nothing to measure."""
+    try:
+        return measure(contest, contest.entries[name], rates, repetitions)
+    except NotMeasured as reason:
+        return {"left_out": str(reason)}
+    except Exception as error:  # another library's failure must not end the comparison
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    finally:
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def in_order(chosen: list[Contest]) -> list[tuple[Contest, str]]:
+    """Contests and their entries' names. Compilers come last: they take longest, and are the first to go without where
+    time is short."""
+    entries = [(contest, name) for contest in chosen for name in contest.entries]
+    return sorted(entries, key=lambda entry: entry[1] == "torch.compile")
 
 
 def counted_operations() -> dict[str, float]:
@@ -149,40 +171,38 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens and repetitions")
     parser.add_argument("--compile", action="store_true", help="torch.compile takes part")
     parser.add_argument("--only", default="", help="contests whose name contains this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no entry after this long")
     parser.add_argument("--out", default=None, help="directory of the JSON result (default: benchmarks/results)")
     options = parser.parse_args()
     kernel_contests.COMPILE = options.compile
     tokens, shrink = (8192, 1) if CUDA else (512, 16)
     tokens = tokens // 2 if options.quick else tokens
     repetitions = 5 if options.quick else 11
+    started = time.monotonic()
     rates = device_rates()
     print(", ".join(f"{name} {value:.3e}" for name, value in rates.items()), flush=True)
-    results: dict[str, dict[str, Any]] = {}
-    for contest in contests(tokens, shrink):
-        if options.only not in contest.name:
-            continue
-        print(contest.name, flush=True)
-        for name, entry in contest.entries.items():
-            try:
-                result: dict[str, Any] = measure(contest, entry, rates, repetitions)
-            except NotMeasured as reason:
-                result = {"left_out": str(reason)}
-            except Exception as error:  # another library's failure must not end the comparison
-                result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            results.setdefault(contest.name, {})[name] = result
-            print(f"   {name:44s} {'  '.join(f'{k} {v}' for k, v in result.items())}", flush=True)
-            gc.collect()
-            if CUDA:
-                torch.cuda.empty_cache()
     counts = counted_operations()
     print("operations in units of N H V: " + ", ".join(f"{name} {count:g}" for name, count in counts.items()))
+    results: dict[str, dict[str, Any]] = {}
     where = environment()
     where["versions"] |= _versions()
     result = {
         **where, "backend": kernels.backend(), "tokens": tokens, "sizes_divided_by": shrink, "dtype": str(DTYPE),
         "rates": rates, "operations_in_NHV": counts, "results": results,
     }  # fmt: skip
-    print(f"written: {write_result('kernels_gpu' if CUDA else 'kernels_cpu', result, options.out)}")
+    chosen = [contest for contest in contests(tokens, shrink) if options.only in contest.name]
+    if not chosen:
+        raise SystemExit(f"no contest's name contains {options.only!r}")
+    for contest, name in in_order(chosen):
+        if time.monotonic() - started > options.seconds:
+            found: dict[str, Any] = {"left_out": f"--seconds {options.seconds:g} were over"}
+        else:
+            found = attempt(contest, name, rates, repetitions)
+        results.setdefault(contest.name, {})[name] = found
+        print(f"{contest.name}: {name}: {', '.join(f'{k} {v}' for k, v in found.items())}", flush=True)
+        # Written again after each, so that what there is stays, should this be interrupted.
+        path = write_result("kernels_gpu" if CUDA else "kernels_cpu", result, options.out)
+    print(f"written: {path}")
     failed = [name for entries in results.values() for name, r in entries.items() if "error" in r and "mstar" in name]
     if failed:
         raise SystemExit(f"{len(failed)} of our own kernels failed: see the errors above")

@@ -14,7 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mstar_mega.data.types import Group, Query, Response, Step
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.build import build_family, build_model
-from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.inference import inference
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform import distributed
@@ -45,12 +45,12 @@ STEPS_PER_RESPONSE = 4
 class Endless:
     """A vocabulary in which nothing ends a response."""
 
-    def __init__(self, family: InternVL2) -> None:
+    def __init__(self, family: Family) -> None:
         self.stop_tokens = frozenset({-1})
         self.banned_tokens = family.banned_tokens
 
 
-def generate_stage(model: LMM, family: InternVL2, queries: list[Query], config: Config) -> Callable[[], int]:
+def generate_stage(model: LMM, family: Family, queries: Sequence[Query], config: Config) -> Callable[[], int]:
     """Sampling; counts drawn tokens."""
     engine = Engine(model, Endless(family), config.generation, config.seed)
     samples = config.evolve.responses
@@ -58,7 +58,7 @@ def generate_stage(model: LMM, family: InternVL2, queries: list[Query], config: 
     return lambda: sum(len(sample.tokens) for row in engine.generate(requests, 1.0) for sample in row)
 
 
-def score_stage(prm: LMM, family: InternVL2, queries: list[Query], config: Config) -> Callable[[], int]:
+def score_stage(prm: LMM, family: Family, queries: Sequence[Query], config: Config) -> Callable[[], int]:
     """Process scores; counts response tokens."""
     length = config.generation.max_new_tokens
     ends = [length * (i + 1) // STEPS_PER_RESPONSE for i in range(STEPS_PER_RESPONSE)]
@@ -73,7 +73,7 @@ def score_stage(prm: LMM, family: InternVL2, queries: list[Query], config: Confi
     return run
 
 
-def train_stage(model: LMM, family: InternVL2, queries: list[Query], config: Config) -> Callable[[], int]:
+def train_stage(model: LMM, family: Family, queries: Sequence[Query], config: Config) -> Callable[[], int]:
     """One optimizer step; counts response tokens, this model copy's share."""
     trainer = Trainer(model, config.evolve.optimizer, family.prompt, total_steps=1000)
     tokens = plain_tokens(family, config.generation.max_new_tokens)
@@ -83,7 +83,7 @@ def train_stage(model: LMM, family: InternVL2, queries: list[Query], config: Con
     return lambda: trainer.step(groups * copies).tokens // copies
 
 
-def vision_stage(model: LMM, family: InternVL2, queries: list[Query]) -> Callable[[], int]:
+def vision_stage(model: LMM, family: Family, queries: Sequence[Query]) -> Callable[[], int]:
     """Vision tower and connector; counts images. Ranks without them wait."""
     pixels = [pixels for q in queries if (pixels := family.prompt(q).pixels) is not None]
 
@@ -96,7 +96,7 @@ def vision_stage(model: LMM, family: InternVL2, queries: list[Query]) -> Callabl
     return run
 
 
-def plain_tokens(family: InternVL2, length: int) -> list[int]:
+def plain_tokens(family: Family, length: int) -> list[int]:
     """``length`` token ids that may be drawn."""
     allowed = sorted({*range(family.language.vocab)} - {*family.banned_tokens})
     return [allowed[i % len(allowed)] for i in range(length)]
@@ -115,7 +115,7 @@ def rate(run: Callable[[], int], repetitions: int) -> dict[str, Any]:
     return {"median": statistics.median(rates), "all": rates}
 
 
-def build_queries(config: Config, count: int) -> list[Query]:
+def build_queries(config: Config, count: int) -> Sequence[Query]:
     """Labelled queries of the built-in task; their images live in a temporary directory while this runs."""
     config.data.labelled_queries = count
     config.data.warmup_examples = config.data.unlabelled_queries = 0

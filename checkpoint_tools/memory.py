@@ -67,6 +67,8 @@ class Layout:
     tensor: int
     pipeline: int
     microbatch_tokens: int
+    data: int = 1
+    """Copies of the model, which share a distributed optimizer's state."""
 
 
 def is_possible(model: ModelMap, tensor: int, pipeline: int) -> bool:
@@ -84,15 +86,16 @@ def rank_memory(model: ModelMap, config: Config, layout: Layout) -> list[RankMem
     if not needs_prm(config):
         scoring = [(0, 0)] * layout.pipeline
     moments = 8 if width == 4 else 12  # two moments; below float32 also the weights' own float32 copy
+    copies = layout.data if config.parallel.distributed_optimizer else 1
     result = []
     for stage, ((trained, frozen), (prm_trained, prm_frozen)) in enumerate(zip(counts, scoring, strict=True)):
         result.append(
             RankMemory(
                 weights=(trained + frozen) * width,
                 gradients=trained * GRADIENT_BYTES,
-                optimizer=trained * moments,
+                optimizer=ceil(trained * moments / copies),
                 prm=(prm_trained + prm_frozen) * width,
-                prm_training=prm_trained * (GRADIENT_BYTES + moments),
+                prm_training=prm_trained * GRADIENT_BYTES + ceil(prm_trained * moments / copies),
                 activations=_activations(model, config, layout, stage, width),
                 cache=_cache(model, config, layout, width),
                 prefill=_prefill(model, config, layout, stage, width),

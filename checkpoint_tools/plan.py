@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -32,7 +32,6 @@ class Choice:
     """A layout and what it needs."""
 
     layout: Layout
-    data: int
     stages: list[RankMemory]
 
     @property
@@ -43,7 +42,7 @@ class Choice:
     def __str__(self) -> str:
         layout = self.layout
         return (
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {self.data}, "
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
             f"micro-batches of {layout.microbatch_tokens} tokens"
         )
 
@@ -81,10 +80,10 @@ def choices(model: ModelMap, config: Config, gpus: int, tokens: int) -> list[Cho
         for pipeline in range(1, gpus // tensor + 1):
             if gpus % (tensor * pipeline) or not is_possible(model, tensor, pipeline):
                 continue
-            layout = Layout(tensor, pipeline, tokens)
-            found.append(Choice(layout, gpus // (tensor * pipeline), rank_memory(model, config, layout)))
+            layout = Layout(tensor, pipeline, tokens, gpus // (tensor * pipeline))
+            found.append(Choice(layout, rank_memory(model, config, layout)))
     # Of equal cuts the one with fewer stages: a pipeline idles at both ends of a step.
-    return sorted(found, key=lambda choice: (-choice.data, choice.layout.pipeline))
+    return sorted(found, key=lambda choice: (-choice.layout.data, choice.layout.pipeline))
 
 
 def recommend(model: ModelMap, config: Config, gpus: int, memory: int) -> Choice | None:
@@ -140,6 +139,10 @@ def report(config: Config, gpus: int, memory: int) -> str:
     lines += ["", f"The settings: {own[0]}, {_verdict(own[0], memory)}", table(own[0])] if own else [
         "", f"The settings' tensor {cut[0]} x pipeline {cut[1]} is not possible for this model on {gpus} GPUs"
     ]  # fmt: skip
+    if own and own[0].layout.data > 1 and not config.parallel.distributed_optimizer:
+        parallel = replace(config.parallel, distributed_optimizer=True)
+        shared = Choice(own[0].layout, rank_memory(model, replace(config, parallel=parallel), own[0].layout))
+        lines.append(f"  with --parallel.distributed_optimizer true: {_verdict(shared, memory)}")
     best = recommend(model, config, gpus, memory)
     if best is None:
         lines += ["", "Nothing fits: use more GPUs, or lower generation.slots and the micro-batch"]

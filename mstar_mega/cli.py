@@ -21,6 +21,8 @@ USER_ERROR = 2
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
+BROKEN_PIPE = 141
+"""Exit code when what read the output has ended (``| head``), as shells give it."""
 
 _USER_OS_ERRORS = (
     *DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -38,7 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python would complain again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _report("ended, because nothing reads its output any more")
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         is_users = isinstance(error, ValueError) or error.errno in (None, *_USER_OS_ERRORS)
         if os.environ.get("MSTAR_TRACEBACK") == "1" or not is_users:

@@ -38,6 +38,8 @@ class ParallelConfig:
     pipeline: int = 1
     sequence: bool = False
     """Sequence parallelism of the language model's norms and residuals (needs tensor > 1)."""
+    distributed_optimizer: bool = False
+    """Share the optimizer's state (12 bytes a parameter in bfloat16) out over the data-parallel ranks."""
 
 
 @dataclass

@@ -18,10 +18,11 @@ def randint(low: int, high: int, size: tuple[int, ...], seed: int = 0) -> Tensor
     return torch.randint(low, high, size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest deviation over the largest value."""
+def relative_error(got: Tensor, wanted: Tensor, least: float = 1e-6) -> float:
+    """Largest deviation over the largest value, or over ``least`` where all values are smaller: what remains of terms
+    that cancel is as large as the rounding of the terms."""
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     if not wanted.numel():
         return 0.0
     got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=least))

@@ -4,7 +4,7 @@
 results.
 The functions call ``mstar_mega.platform.distributed.initialize`` for the layout they want and never ``shutdown``.
 Workers are forked from one server that has imported torch and megatron-core, so a set of them starts in a blink. Each
-process of pytest-xdist has a server and workers of its own.
+process of pytest-xdist has a server and workers of its own. They see no GPU and interpret Triton's kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,8 @@ class Pool:
         self.alive = True
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        with _no_gpu():
+            forkserver.ensure_running()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -152,6 +156,21 @@ class Pool:
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def _no_gpu() -> Iterator[None]:
+    """The environment of processes that start in here: gloo's tensors are on the CPU."""
+    settings = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _stack_file(folder: Path, rank: int) -> Path:

@@ -140,6 +140,16 @@ def test_a_full_disk_is_the_users_and_a_bug_is_not(
         cli.main(["evolve"])
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+    settings = tmp_path / "run.yaml"
+    settings.write_text("model: {family: internvl2, checkpoint: weights}\n")
+    command = f"{sys.executable} -m mstar_mega.cli plan --config {settings} --gpus 8 --memory 80GB"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == cli.BROKEN_PIPE and "Traceback" not in done.stderr, done.stderr
+
+
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     program = "import sys; from mstar_mega.cli import main; main(['--help']); main(['evolve', '--sed', '1'])"
     program += "; sys.exit(bool({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))"

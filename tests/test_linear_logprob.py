@@ -70,7 +70,8 @@ def test_log_probs_entropies_and_gradients_against_float64(
     gradients = torch.autograd.grad((log_prob * g + entropy * h).sum(), inputs)
     assert relative_error(log_prob, expected[0]) < 1e-6 and relative_error(entropy, expected[1]) < 3e-6
     for got, wanted in zip(gradients, expected[2:], strict=True):
-        assert got.dtype == dtype and relative_error(got, wanted) < GRADIENT[dtype]
+        # One word alone has no gradient: p - 1 is what float32 leaves of it.
+        assert got.dtype == dtype and relative_error(got, wanted, 1.0 if V == 1 else 1e-6) < GRADIENT[dtype]
     if N > 4:
         assert log_prob[2] == entropy[2] == 0 and gradients[0][2:5].abs().max() == 0
 
@@ -130,7 +131,7 @@ def test_nothing_counted_and_nothing_upstream(backend: str, reduction: Any) -> N
 
 def test_the_loss_agrees_with_ligers(backend: str) -> None:
     """A second, independent implementation of the loss and its gradients, where it is installed."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'peers')")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'dev')")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     hidden, weight, _, target, _, _ = problem(*SIZES[0])
@@ -196,8 +197,6 @@ def _collectives(run: Callable[[], Tensor]) -> list[int]:
 @pytest.mark.parametrize(("valid", "which"), [(128, "torch"), (70, "torch"), (121, "interpreter")])
 def test_vocabulary_shards_give_the_same_values_and_gradients(valid: int, which: str) -> None:
     # 70 leaves the last of 4 ranks (ids 96 to 127) nothing but padding.
-    if which == "interpreter" and torch.cuda.is_available():
-        pytest.skip("Triton is compiled in this process: there is a GPU")
     accuracy = 1e-6 if which == "torch" else 2e-6
     whole = run_parallel(1, "test_linear_logprob:shards", valid, "torch")[0]
     hidden, weight, bias, target, g, h = (t.cpu() for t in problem(24, 16, 128, valid))

@@ -61,6 +61,21 @@ def test_log_probs_and_gradients_against_float64(
     assert torch.equal(logits, z.detach()), "the input was changed"
 
 
+def test_log_probs_agree_with_ligers_cross_entropy(backend: str) -> None:
+    """A second, independent implementation of values and gradients."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (setup.py's extra 'dev')")
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    logits, target, _ = logprob_problem(301)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    value = -vocab_parallel_logprob(ours, target).sum()
+    # It writes its gradient over the logits.
+    peer = LigerCrossEntropyFunction.apply(theirs * 1.0, target, None, IGNORE, 0.0, 0.0, "sum")[0]
+    assert relative_error(value, peer) < 1e-6
+    (gradient,), (expected,) = torch.autograd.grad(value, ours), torch.autograd.grad(peer, theirs)
+    assert relative_error(gradient, expected) < 2e-6
+
+
 def test_all_ignored_and_empty(backend: str) -> None:
     z = randn(3, 10).requires_grad_()
     values = vocab_parallel_logprob(z, torch.full((3,), IGNORE))

@@ -23,6 +23,7 @@ from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
 from mstar_mega.training.batches import TrainGroup
+from mstar_mega.training.optimizer_state import full_precision_weights
 from mstar_mega.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "configs"
@@ -30,10 +31,15 @@ TOTALS = {"internvl2": 2_205_754_368, "phi3_5_vision": 4_146_621_440, "minicpm_v
 
 
 def allocated(
-    family: str, tensor: int, pipeline: int, precision: Literal["float32", "bfloat16"], is_prm: bool
+    family: str,
+    tensor: int,
+    pipeline: int,
+    precision: Literal["float32", "bfloat16"],
+    is_prm: bool,
+    distributed_optimizer: bool = False,
 ) -> tuple[int, dict[str, int]]:
     """This rank's stage, and the bytes of weights, gradients and optimizer state after a real step."""
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, distributed_optimizer=distributed_optimizer)
     distributed.initialize(parallel, 0)
     policy = FAMILIES[family].from_config(CONFIGS[family], None)
     config = Config(parallel=parallel, model=ModelConfig(family=family, precision=precision))
@@ -42,7 +48,7 @@ def allocated(
         model.vision.requires_grad_(False)
         model.connector.requires_grad_(False)
     prompt = Prompt(list(range(5, 25)), [], None)
-    trainer = Trainer(model, OptimizerConfig(), lambda query: prompt, 10)
+    trainer = Trainer(model, OptimizerConfig(), lambda query: prompt, 10, distributed_optimizer=distributed_optimizer)
     scores: list[Any] = [[[3]], [[1.0]]] if is_prm else []
     trainer.step([TrainGroup(Query("q", "?", (), "1"), [[7, 8, 9, 10]], *scores)])
     (part,) = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
@@ -52,7 +58,7 @@ def allocated(
         for name, value in state.items()
         if torch.is_tensor(value) and name != "step"
     ]
-    copies = [weight for group in getattr(part, "fp32_from_float16_groups", []) for weight in group]
+    copies = full_precision_weights(trainer.optimizer)
     buffers = trainer.wrapped.buffers + trainer.wrapped.expert_parallel_buffers
     return distributed.layout().pipeline_rank, {
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
@@ -87,6 +93,22 @@ def test_weights_gradients_and_optimizer_are_what_training_allocates(
                 assert found == {name: getattr(expected, name) for name in found}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_copies_of_the_model_share_a_distributed_optimizers_state(precision: Literal["float32", "bfloat16"]) -> None:
+    model = map_of(CONFIGS["internvl2"], "vocabulary", Path("config.json"))
+    parallel = ParallelConfig(distributed_optimizer=True)
+    config = Config(parallel=parallel, model=ModelConfig(family="internvl2", precision=precision))
+    (predicted,) = rank_memory(model, config, Layout(1, 1, 128, data=2))
+    ranks = [found for _, found in run_parallel(2, "test_plan:allocated", "internvl2", 1, 1, precision, False, True)]
+    for found in ranks:
+        assert found["weights"] == predicted.weights
+        # Every parameter begins at a multiple of 64 values; real ones are that long by themselves.
+        assert 0 <= found["gradients"] - predicted.gradients < 4 * 64 * len(model.mappings)
+        assert abs(found["optimizer"] - predicted.optimizer) < 12 * 64 * len(model.mappings) / 2
+    (alone,) = rank_memory(model, config, Layout(1, 1, 128))
+    assert sum(found["optimizer"] for found in ranks) == alone.optimizer
+
+
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_sizes(family: str) -> None:
     model = map_of(PUBLISHED[family], "vocabulary", Path("config.json"))
@@ -106,11 +128,11 @@ def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> No
         assert (best is None) == (not fitting) or best.layout.microbatch_tokens < wanted  # type: ignore[union-attr]
         if best is not None:
             layout = best.layout
-            assert layout.tensor * layout.pipeline * best.data == 8 and is_possible(
+            assert layout.tensor * layout.pipeline * layout.data == 8 and is_possible(
                 model, layout.tensor, layout.pipeline
             )
             assert best.largest.total <= memory * USABLE
-            assert all(choice.data <= best.data for choice in fitting)
+            assert all(choice.layout.data <= layout.data for choice in fitting)
     assert recommend(model, config, 8, 10**9) is None
 
 

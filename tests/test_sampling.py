@@ -160,7 +160,7 @@ def test_sampling_reads_bfloat16_logits_exactly() -> None:
     assert torch.equal(low.token, full.token) and torch.equal(low.log_prob, full.log_prob)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("top_p", "all")])  # plain PyTorch always
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("top_p", "all")])  # see test_top_p.py
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 2051])
 def test_triton_draws_what_plain_pytorch_draws(case: str, vocabulary: int) -> None:
     rows = 12
@@ -186,7 +186,6 @@ def triton_shards(case: str) -> Sampled:
         return sample_case(case_logits().chunk(size, dim=1)[rank], case, group.WORLD)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="Triton is compiled in this process: there is a GPU")
 @pytest.mark.parametrize("case", ["top_k", "padded shard"])
 def test_triton_draws_the_same_from_vocabulary_shards(case: str) -> None:
     whole = sample_case(case_logits(), case)

@@ -52,24 +52,24 @@ def build(
 
 def randomize(model: LMM, seed: int = 0) -> LMM:
     """Give biases, norms, layer scales and the score head values of their own, so that none can be forgotten."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
     return model
 
 
 def prompt(seed: int, length: int, tiles: int = 0, vocab: int = 400) -> Prompt:
     """A prompt of random tokens and pixels; its image features stand from position 2 on."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab, (length,), generator=generator).tolist()
-    pixels = torch.randn(tiles, 3, IMAGE, IMAGE, generator=generator) if tiles else None
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tokens = torch.randint(0, vocab, (length,), generator=generator, device="cpu").tolist()
+    pixels = torch.randn(tiles, 3, IMAGE, IMAGE, generator=generator, device="cpu") if tiles else None
     return Prompt(tokens, list(range(2, 2 + tiles * TOKENS_PER_TILE)), pixels)
 
 
 def tokens(seed: int, *lengths: int, vocab: int = 400) -> list[list[int]]:
     """Random responses of these lengths."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
 
 

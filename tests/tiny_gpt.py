@@ -10,7 +10,7 @@ import torch
 
 from mstar_mega.config import ParallelConfig
 from mstar_mega.platform import distributed
-from mstar_mega.training.checkpoint import restore_training_state, sharded_training_state
+from mstar_mega.training.optimizer_state import restore_training_state, sharded_training_state
 
 VOCABULARY, LENGTH, MICROBATCH, BATCH = 64, 12, 2, 8
 

@@ -81,7 +81,8 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
     model = build_model(job.config, job.family)
-    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches))
+    cut = job.config.parallel.distributed_optimizer
+    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
     with job.quiet(reached > 0):
         steps = warmup(job, policy, batches).total_steps
     if until == "warmup":

@@ -36,13 +36,15 @@ def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
     with job.stage("prm"):
         train, held_out = _split(job, groups)
         batches = _batches(job, train)
-        trainer = Trainer(build_prm(job, policy), settings.optimizer, job.prompt, len(batches))
+        cut = job.config.parallel.distributed_optimizer
+        model = build_prm(job, policy)
+        trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
         position = restore(job, trainer, "prm") or Position()
         if not position.finished:
             fit(job, trainer, "prm", batches, position)
             position.finished = True
             save(job, trainer, "prm", position)
-        del trainer  # what is used from here on is what was saved
+        del model, trainer  # what is used from here on is what was saved
         gc.collect()  # gradients and moments hang on hooks that refer to each other
         prm = load_prm(job, policy)
         assert prm is not None, "just saved"

@@ -41,45 +41,10 @@ class CheckpointWriteError(OSError):
     """A checkpoint could not be written; earlier ones are as they were. Raised on all ranks."""
 
 
-def sharded_training_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """The sharded state of a megatron model and its plain (not distributed) optimizer, to save or as load template."""
-    has_step = ensure_adam_state(optimizer)
-    weights = model.sharded_state_dict()
-    states = optimizer.sharded_state_dict(weights)
-    if has_step:
-        # megatron leaves out a step of zero, without which torch's Adam cannot be loaded.
-        states.get("optimizer", states)["state"].setdefault("common_step", torch.tensor(0.0, device="cpu"))
-    return {"model": weights, "optimizer": states}
-
-
-def restore_training_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over what :func:`load_checkpoint` returned for a :func:`sharded_training_state` template."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-
-
-def ensure_adam_state(optimizer: Any) -> bool:
-    """Give every parameter its Adam moments now, as the first step would: an empty state cannot be resharded.
-
-    True when the optimizer counts steps per parameter (torch's own Adam; fused ones count per group).
-    """
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    adam = part.optimizer
-    has_step = isinstance(adam, torch.optim.Adam)
-    for parameter in [p for group in adam.param_groups for p in group["params"]]:
-        state = adam.state[parameter]
-        if not state:
-            if has_step:
-                state["step"] = torch.tensor(0.0, device="cpu")
-            state["exp_avg"] = torch.zeros_like(parameter.data)
-            state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-    return has_step
-
-
 def save_checkpoint(directory: Path, name: str, sharded_state: dict[str, Any], common: dict[str, Any]) -> Path:
     """Write ``directory/name`` and return its path. Collective.
 
-    ``sharded_state`` is a tree of megatron sharded tensors (see :func:`sharded_training_state`) and is consumed;
+    ``sharded_state`` is a tree of megatron sharded tensors (``training/optimizer_state.py``) and is consumed;
     ``common`` is JSON. Names in one directory must sort by age (numbers in them compare as numbers). An existing
     checkpoint of that name is replaced once the new one is complete.
     Raises :class:`CheckpointWriteError` on every rank when any rank fails, and then removes what was written.

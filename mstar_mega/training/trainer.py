@@ -24,7 +24,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import layout
 from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, microbatches
-from mstar_mega.training.checkpoint import restore_training_state, sharded_training_state
+from mstar_mega.training.optimizer_state import full_precision_weights, restore_training_state, sharded_training_state
 
 
 class NonFiniteLossError(ValueError):
@@ -53,12 +53,13 @@ class Trainer:
         config: OptimizerConfig,
         prompt_of: Callable[[Query], Prompt],
         total_steps: int,
+        distributed_optimizer: bool = False,
     ) -> None:
         self.model, self.config, self.prompt_of = model, config, prompt_of
-        self._total_steps = total_steps
+        self._total_steps, self._distributed = total_steps, distributed_optimizer
         self.optimizer: Any = None
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
         )
         self.wrapped = DistributedDataParallel(model.config, ddp_config, model)
         model.config.finalize_model_grads_func = finalize_model_grads
@@ -67,7 +68,7 @@ class Trainer:
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments and restart the schedule."""
         config = self.config
-        before = _full_precision_weights(self.optimizer)
+        before = full_precision_weights(self.optimizer)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -80,13 +81,13 @@ class Trainer:
                 clip_grad=config.clip_grad,
                 bf16=self.model.config.bf16,
                 params_dtype=self.model.config.params_dtype,
-                use_distributed_optimizer=False,
+                use_distributed_optimizer=self._distributed,
             ),
             [self.wrapped],
             use_gloo_process_groups=False,
         )
         # bfloat16 weights alone would forget what is smaller than their spacing.
-        for old, new in zip(before, _full_precision_weights(self.optimizer), strict=bool(before)):
+        for old, new in zip(before, full_precision_weights(self.optimizer), strict=bool(before)):
             new.data.copy_(old.data)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -175,13 +176,6 @@ class Trainer:
     def copy_weights(self) -> dict[str, Any]:
         """A copy of this rank's weights, for :meth:`load_weights`."""
         return {name: value.clone() for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
-
-
-def _full_precision_weights(optimizer: Any) -> list[Tensor]:
-    """The float32 copies that a mixed-precision optimizer trains; none in float32."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    groups = [group for part in parts for group in getattr(part, "fp32_from_float16_groups", [])]
-    return [weight for group in groups for weight in group]
 
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
