@@ -73,10 +73,12 @@ class Scripted(Actors):
         self.policy: Any = None
         self.prm = prm
         self.asked: list[Asked] = []
+        self.weights = "scripted"
+        """In place of a fingerprint."""
         self._job, self._write = job, write
 
     def fingerprint(self) -> str:
-        return "scripted"
+        return self.weights
 
     def generate(self, requests: Sequence[Request], temperature: float) -> list[list[Sample]]:
         """As :meth:`Engine.generate`."""

@@ -106,6 +106,31 @@ def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
     assert second.query == known and [r.correct for r in second.responses] == [True, True, False]
 
 
+# ------------------------------------------------------------------------------------------------- blocks on disk
+
+
+def test_responses_are_taken_from_disk_only_if_the_same_policy_drew_them_so(tmp_path: Path) -> None:
+    config = Config(generation=GenerationConfig(queries_per_block=2))
+    with make_job(tmp_path, config, make_task()) as job:
+        actors = Scripted(job, lambda asked: f"{actors.weights} at {asked.temperature}\n\n{RIGHT}")
+
+        def drawn(ids: str = "abcde", temperature: float = 1.0) -> tuple[str, set[str]]:
+            """Who was asked anew, and how the texts begin."""
+            actors.asked.clear()
+            groups = list(rollout(job, actors, [query(id) for id in ids], Sampling("a", temperature, 2)))
+            assert [group.query.id for group in groups] == list(ids)
+            return "".join(each.id for each in actors.asked[::2]), {g.responses[1].text.split("\n")[0] for g in groups}
+
+        assert drawn() == ("abcde", {"scripted at 1.0"})
+        assert drawn() == ("", {"scripted at 1.0"})
+        (tmp_path / "rollouts/a/block_00001.jsonl").unlink()
+        assert drawn() == ("cd", {"scripted at 1.0"})
+        assert drawn("abcdx") == ("x", {"scripted at 1.0"})
+        assert drawn(temperature=0.5) == ("abcde", {"scripted at 0.5"})
+        actors.weights = "trained"
+        assert drawn(temperature=0.5) == ("abcde", {"trained at 0.5"})
+
+
 # ------------------------------------------------------------------------------------------------- the sweep
 
 
