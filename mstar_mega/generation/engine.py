@@ -22,7 +22,7 @@ from mstar_mega.kernels.noise import counters
 from mstar_mega.kernels.sampling import sample_with_logprob
 from mstar_mega.models.inference import from_last_stage, inference, run_packed, run_stages
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import PackedBatch, Prompt, pack
+from mstar_mega.models.packing import PackedBatch, Prompt, cut_by_size, pack
 
 
 class Vocabulary(Protocol):
@@ -192,7 +192,7 @@ class _Run:
         """Give free slots to waiting samples and draw their first tokens."""
         taken = [self.queue.popleft() for _ in range(min(self.slots.free, len(self.queue)))]
         missing = dict.fromkeys(self.work[i].request for i in taken if self.work[i].request not in self.prefilled)
-        for batch in self._by_tokens(list(missing)):
+        for batch in cut_by_size(missing, self._tokens_of, self.config.prefill_tokens):
             self._prefill(batch)
         new = range(self.slots.count, self.slots.count + len(taken))
         self.slots.count += len(taken)
@@ -201,19 +201,10 @@ class _Run:
         rows = [row for row in started if row is not None]  # all of them on the last stage, none elsewhere
         self._draw(new, torch.stack(rows) if rows else None)
 
-    def _by_tokens(self, requests: list[int]) -> list[list[int]]:
-        """Cut requests into prefill batches of about ``prefill_tokens``."""
-        batches: list[list[int]] = []
-        room = 0
-        for i in requests:
-            request = self.requests[i]
-            tokens = len(request.prompt.tokens) + sum(map(len, request.drafts))
-            if not batches or room < tokens:
-                batches.append([])
-                room = self.config.prefill_tokens
-            batches[-1].append(i)
-            room -= tokens
-        return batches
+    def _tokens_of(self, i: int) -> int:
+        """What a request's prefill reads."""
+        request = self.requests[i]
+        return len(request.prompt.tokens) + sum(map(len, request.drafts))
 
     def _prefill(self, requests: list[int]) -> None:
         chosen = [self.requests[i] for i in requests]
