@@ -226,6 +226,12 @@ def test_impossible_sizes_stop_the_job_before_it_writes(tmp_path: Path, argument
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_that_the_warmup_uses_up_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    message = refusal(start(tmp_path / "run", "--evolve.max_steps", "3", command="evolve"))
+    assert "evolve.max_steps 3 includes the warm-up's 3 steps" in message and "use more than 3, or 0" in message
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_more_ranks_than_queries_in_a_step_is_no_mistake(tmp_path: Path) -> None:
     """A step of one response at two ranks: one of them has nothing to train on."""
     good(start(tmp_path / "run", "--warmup.optimizer.batch_size", "1", "--data.warmup_examples", "3", ranks=2))
