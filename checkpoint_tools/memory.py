@@ -17,7 +17,7 @@ from mstar_mega.config import Config
 from mstar_mega.models.build import DTYPES
 from mstar_mega.models.mapping import score_heads
 from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
-from mstar_mega.recipe.job import needs_prm
+from mstar_mega.recipe.method import needs_prm
 
 GRADIENT_BYTES = 4
 """Gradients are accumulated in float32 whatever the weights are."""

@@ -24,8 +24,7 @@ from mstar_mega.recipe import evolve as loop
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.intervals import Interval, next_interval
-from mstar_mega.recipe.job import needs_prm
-from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.method import needs_prm, resolve_method
 from mstar_mega.training.batches import Examples, TrainGroup
 from mstar_mega.training.trainer import Trainer
 

@@ -26,7 +26,7 @@ from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
-from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.method import needs_prm, resolve_method
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
@@ -110,15 +110,6 @@ def _check_budget(budget: int, steps: int) -> None:
             f"evolve.max_steps {budget} includes the warm-up's {steps} steps, so nothing is left to evolve with; use "
             f"more than {steps}, or 0 and evolve.passes"
         )
-
-
-def needs_prm(config: Config) -> bool:
-    """Whether any setting uses process scores."""
-    return config.evolve.method != "sft" and (
-        config.selection.rule in ("top_k", "threshold")
-        or config.temperature.mode == "reward_pass_at_k"
-        or config.prompts.unlabelled == "voting"
-    )
 
 
 def finish(job: Job) -> None:
