@@ -91,7 +91,7 @@ def forward(checkpoint: Path) -> None:
 
     distributed.initialize(ParallelConfig(), 0)
     family = family_from_hf(checkpoint / MODEL_FILES, with_tokenizer=False)
-    model = build_model(Config(model=ModelConfig(precision="bfloat16")), family)
+    model = build_model(Config(model=ModelConfig(precision="bfloat16")), family, draw=False)
     started = time.monotonic()
     state, _ = load_checkpoint(checkpoint, {"model": model.sharded_state_dict()})
     model.load_state_dict(state["model"])

@@ -66,11 +66,12 @@ class DataConfig:
     images: str | None = None
     """Folder that the image paths begin in; None: the folder of ``data.path``."""
     warmup_file: str | None = None
-    """Written-out chains of thought (mathv360k): JSON lines of {id, response}."""
+    """Written-out chains of thought for the warm-up, JSON lines of {id, response}: one's own, or the set that
+    ``mstar warmup-data`` makes. None: those that come with the data (mathv360k has none)."""
     dir: str | None = None
     """Where images that are made and indices of files are written; None: ``<run.dir>/data``."""
     warmup_examples: int | None = 2000
-    """Questions with a written-out chain of thought, for the warm-up; null: all that a set on disk has."""
+    """Questions with a written-out chain of thought, for the warm-up: at most so many of a file; null: all."""
     labelled_queries: int | None = 2048
     """At most so many of a set on disk; null: all."""
     unlabelled_queries: int | None = 512
@@ -79,6 +80,9 @@ class DataConfig:
     test_queries: int = 750
     bad_rows: Literal["skip", "refuse"] = "skip"
     """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
+    max_prompt_tokens: int = 16_384
+    """A query of a set on disk with a longer prompt, image included, is left out like an unusable row, and so is one
+    that the model's context does not hold together with generation.max_new_tokens."""
     conflicts: Literal["drop", "first"] = "drop"
     """Which of the rows that answer one question about one image differently is used: none, or the first."""
     workers: int = 2
@@ -118,8 +122,6 @@ class WarmupConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: float = 1.0
-    set: str | None = None
-    """A warm-up set made by ``mstar warmup-data``; None: the chains of thought that come with the data."""
     queries: int = 0
     """For ``mstar warmup-data``: labelled queries that are asked for their reasoning; 0: all (the paper: 100K kept)."""
     responses: int = 4

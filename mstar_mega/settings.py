@@ -39,6 +39,13 @@ _FREE_TO_CHANGE = (
 """Settings, or groups of them, that a run may change between two starts without changing its results."""
 
 
+_REPLACED = {
+    "warmup.set": "it is now data.warmup_file: give the `mstar warmup-data` command that made the set once more, which "
+    "writes it anew as such a file without sampling again",
+}
+"""Settings that there were, and what to do instead."""
+
+
 def parse(
     argv: Sequence[str], prog: str = "mstar evolve", description: str | None = None, base: Config | None = None
 ) -> Config:
@@ -132,7 +139,8 @@ def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], 
         name, equals, value = token[2:].partition("=")
         # jsonargparse appends to a list setting under the name with a plus sign.
         if name != "config" and name.removesuffix("+") not in known:
-            raise ValueError(f"unknown setting '--{name}' on the command line; {_nearest(name, known, '--')}")
+            advice = _REPLACED.get(name) or _nearest(name, known, "--")
+            raise ValueError(f"unknown setting '--{name}' on the command line; {advice}")
         if not equals:
             if position + 1 == len(argv) or argv[position + 1].startswith("--"):
                 raise ValueError(f"--{name} on the command line has no value: give --{name} VALUE")
@@ -194,6 +202,10 @@ def _flat(tree: Mapping[Any, Any], prefix: str, known: set[str], file: Path) -> 
         if name in known:
             yield name, value
             continue
+        if name in _REPLACED:
+            if value is None:  # as settings files of older runs say
+                continue
+            raise ValueError(f"unknown setting '{name}' in {file}; {_REPLACED[name]}")
         if not any(full.startswith(f"{name}.") for full in known):
             raise ValueError(f"unknown setting '{name}' in {file}; {_nearest(name, known)}")
         # `evolve:` with every line below commented out is an empty group, not a mistake.

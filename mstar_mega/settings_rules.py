@@ -34,7 +34,8 @@ _NAMES_OF_RULE = (
         """
         run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
         data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
-        generation.max_new_tokens generation.slots generation.prefill_tokens generation.queries_per_block
+        data.max_prompt_tokens generation.max_new_tokens generation.slots
+        generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
         warmup.responses warmup.keep evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
         temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
@@ -65,7 +66,7 @@ _NAMES_OF_RULE = (
     (
         _TEXT,
         """
-        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file warmup.set
+        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file
         """,
     ),
     (_GRID, "temperature.grid"),

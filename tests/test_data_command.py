@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_data_sets import good_rows, picture, row
+from test_data_sets import config_of, good_rows, picture, row
 
 from mstar_mega import cli
+from mstar_mega.data import disk
 from mstar_mega.models.families.internvl2 import InternVL2
 
 SMALL = ("--data.validation_queries", "10", "--data.test_queries", "14")
@@ -75,6 +76,39 @@ def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.Captur
         "tokens a prompt",
     ):
         assert text in shown
+
+
+def test_show_says_why_a_query_is_in_no_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*good_rows(tmp_path), row("lost", "GEOS/images/lost.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert run("show", tmp_path / "rows.json", "lost", *SMALL) == 2
+    said = capsys.readouterr().err
+    assert "the query 'lost' is in no set (row 181: GEOS/images/lost.png: there is no such file)" in said
+
+
+def test_check_points_at_what_may_not_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = good_rows(tmp_path)
+    rows[4] = row("inline", "GEOS/images/1a.png", "which? Choices: (A) x (B) y", "B")
+    rows += [row(f"lost {i}", f"GEOS/images/lost{i}.png") for i in range(5)]
+    rows += [row(f"odd {i}", "GEOS/images/1a.png", f"{i}\nChoices:\n(A) x\n(B) y", f"odd {i}") for i in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = config_of(tmp_path)
+    labelled = disk.DiskQueries(disk.open_source(config, tmp_path / "index"), "labelled")
+    right, wrong = labelled[0], labelled[1]
+    answers = {right.id: right.answer, wrong.id: "many", "nobody": "1"}
+    lines = [{"id": id, "response": f"r\n\n# Answer\n\n{answer}"} for id, answer in answers.items()]
+    (tmp_path / "warmup.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    warmup = ("--data.warmup_file", tmp_path / "warmup.jsonl", "--data.warmup_examples", "1")
+    assert run("check", tmp_path / "rows.json", *SMALL, *warmup, "--out", tmp_path / "out.json") == 0
+    said = capsys.readouterr().out
+    assert "read as free form, with a letter as the answer: 1 (row 5 (id inline))" in said
+    assert f"warm-up file {tmp_path / 'warmup.jsonl'}: 2 usable responses" in said
+    assert '  left out: row 3 (id "nobody"): id: the training set has no usable query' in said
+    assert f"1 arrive at another answer than the gold one, and teach it: {wrong.id}: 'many', not" in said
+    assert "      11  for 11 other reasons" in said, "each odd answer is a reason of its own"
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert [each["row"] for each in facts["unusable_rows"]] == list(range(181, 226))
+    assert facts["unusable_rows"][0]["where"] == "GEOS/images/lost0.png"
 
 
 def test_check_of_a_file_too_small_for_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -145,16 +145,18 @@ def test_sources_of_paths() -> None:
         (row(image="../../etc/passwd"), "image", "leads out"),
         (row(image="/etc/passwd"), "image", "leads out"),
         (row(image=None), "image", "the text shows 1 images, the row names 0"),
-        (row("Question: q"), "image", "the text shows 0 images, the row names 1"),
+        (row("Question: q"), "image", "the text shows 0 images, the row names 1: write <image> where"),
         (row("<image><image>\nq"), "image", "the text shows 2 images"),
         (row("<image>\nHint: h\nQuestion: "), "question", "empty"),
         (row(conversations=None), "conversations", "not one question"),
-        (row(conversations=[{"from": "gpt", "value": "x"}] * 2), "conversations", "no text from 'human'"),
+        (row(conversations=[{"from": "gpt", "value": "x"}] * 2), "conversations", "where the turn from 'human' should"),
+        ({"id": "1", "image": "a.png", "conversation": []}, "conversations", "the row has id, image, conversation"),
+        (row(gpt=cast(Any, 7)), "conversations", "the value from 'gpt' is no text (it is of type int)"),
         (row("<image>\ud83d"), "conversations", "surrogate"),
         (row(gpt="The answer is "), "answer", "empty"),
         (row("<image>q\nChoices:\n(A) x\n(B) y", "The answer is E"), "answer", "'E' is none of the choices A, B"),
         (row("<image>q\nChoices:\n(A) x\n(C) y"), "choices", "A, C"),
-        (row("<image>q\nChoices:\nx"), "choices", "not at all"),
+        (row("<image>q\nChoices:\n(a) x"), "choices", "no line below 'Choices:' begins with (A)"),
     ],
 )
 def test_unusable_rows_say_which_field_and_why(bad: Any, field: str, reason: str) -> None:

@@ -151,7 +151,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     counted = [(each.what, each.reason[:29]) for each in made.skipped[disk.LISTED :]]
     left = GROUPS * PER_IMAGE - sum(map(len, (made.labelled, made.unlabelled, made.validation, made.test)))
     assert counted == [
-        ("150 further rows", "they are not one question and"),
+        ("150 further rows", "there is no such field (the r"),
         (f"{left} further rows", "it has enough questions witho"),
     ]
 
@@ -161,11 +161,15 @@ def test_warmup_rows_that_leak_or_are_unknown_are_left_out(tmp_path: Path) -> No
     made = make(tmp_path, rows)
     good = "r\n\n# Answer\n\n1"
     labelled, test, hidden = made.labelled[0].id, made.test[0].id, made.unlabelled[0].id
-    warmup = [{"id": id, "response": good} for id in (labelled, test, hidden, "none", labelled)]
-    made = make(tmp_path, rows, [*warmup, {"id": labelled, "response": "no marker"}, {"id": labelled}, 7])
-    assert [(query.id, text) for query, text in made.warmup] == [(labelled, good)] * 2
+    warmup: list[Any] = [{"id": id, "response": good} for id in (labelled, test, hidden, "none", labelled)]
+    digest = made.labelled[0].images[0].digest
+    warmup += [{"id": labelled, "response": "no marker"}, {"id": labelled}, 7]
+    warmup += [{"id": labelled, "response": good, "images": [image]} for image in (digest, "another")]
+    warmup += [{"id": labelled, "response": f"\ud83d{good}"}]
+    made = make(tmp_path, rows, warmup)
+    assert [(query.id, text) for query, text in made.warmup] == [(labelled, good)] * 3
     reasons = [each.reason for each in made.skipped if each.where.endswith("warmup.jsonl")]
-    words = ("test split", "unlabelled split", "no usable row", "'# Answer'", "texts", "texts")
+    words = ("test split", "unlabelled split", "no usable query", "'# Answer'", "texts", "texts", "image", "half a")
     assert all(word in reason for reason, word in zip(reasons, words, strict=True)), reasons
 
 
@@ -280,6 +284,14 @@ def test_the_settings_name_exactly_the_sets_that_can_be_built() -> None:
 def test_the_digits_task_has_no_end(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.labelled_queries is null: the digits task has no end"):
         task.build(DataConfig(labelled_queries=None), tmp_path, 0)
+
+
+def test_a_limit_that_cuts_a_set_is_said(tmp_path: Path) -> None:
+    whole = make(tmp_path, good_rows(tmp_path))
+    assert whole.cut == {}
+    config = config_of(tmp_path, labelled_queries=7, unlabelled_queries=900, warmup_examples=3)
+    cut = {"data.labelled_queries": (7, len(whole.labelled)), "data.warmup_examples": (3, 5)}
+    assert task.build(config, tmp_path / "index", 0).cut == cut
 
 
 def test_without_a_warmup_file_the_task_says_what_is_missing(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mstar_mega.data.prompts import ANSWER_MARKER, BENCHMARKS, LETTER_HINT, TRAINING_SETS, Template, letters, render
+from mstar_mega.data.prompts import ANSWER_MARKER, BENCHMARKS, LETTER_HINT, TRAINING_SETS, Template, lettered, render
 from mstar_mega.rewards.answers import extract_answer
 
 
 def test_multiple_choice_in_mathv360ks_shape() -> None:
-    text = render(TRAINING_SETS["mathv360k"], "What colour?", ("red", "{blue}"), instruct=False)
+    text = render(TRAINING_SETS["mathv360k"], "What colour?", lettered(["red", "{blue}"]), instruct=False)
     assert text == f"{LETTER_HINT}\nQuestion: What colour?\nChoices:\n(A) red\n(B) {{blue}}"
 
 
@@ -29,6 +29,6 @@ def test_the_instruction_names_the_marker_that_extraction_finds(name: str) -> No
 
 
 def test_too_many_choices() -> None:
-    assert letters(3) == ["A", "B", "C"]
+    assert lettered(["x", "y"]) == {"A": "x", "B": "y"}
     with pytest.raises(ValueError, match="27 choices"):
-        render(BENCHMARKS["ai2d"], "q", ["x"] * 27)
+        lettered(["x"] * 27)

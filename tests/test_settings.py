@@ -54,6 +54,7 @@ def test_the_command_line_goes_over_files_and_later_files_over_earlier(tmp_path:
         (["--optimizer.lr", "1"], "'--evolve.optimizer.lr' or '--prm.optimizer.lr' or '--warmup.optimizer.lr'?"),
         (["--frobnicate", "1"], "unknown setting '--frobnicate' on the command line; --help lists all settings"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--warmup.set", "x"], "unknown setting '--warmup.set' on the command line; it is now data.warmup_file"),
         (["--seed"], "--seed on the command line has no value"),
         (["--seed", "--run.dir", "x"], "--seed on the command line has no value"),
         (["--seed", "x"], "seed is 'x' on the command line: expected int"),
@@ -72,6 +73,7 @@ def test_a_mistake_on_the_command_line_is_named(argv: list[str], said: str) -> N
     [
         ("evolve:\n  intervall: 1\n", "unknown setting 'evolve.intervall' in {file}; did you mean 'evolve.interval'?"),
         ("evolv:\n  interval: 1\n", "unknown setting 'evolv' in {file}; "),
+        ("warmup: {set: x}\n", "unknown setting 'warmup.set' in {file}; it is now data.warmup_file"),
         ("evolve: 3\n", "evolve is 3 in {file}: expected a group of settings"),
         ("evolve:\n  responses: many\n", "evolve.responses is 'many' in {file}: expected int"),
         ("seed: {a: 1}\n", "seed is "),
@@ -84,6 +86,13 @@ def test_a_mistake_on_the_command_line_is_named(argv: list[str], said: str) -> N
 def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, said: str) -> None:
     file = write(tmp_path / "mine.yaml", text)
     assert said.format(file=file) in message(["--config", file])
+
+
+def test_a_setting_that_is_gone_may_stand_unused_in_an_older_file(tmp_path: Path) -> None:
+    assert (
+        settings.parse(["--config", write(tmp_path / "old.yaml", "warmup: {set: null, epochs: 3}\n")]).warmup.epochs
+        == 3
+    )
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from mstar_mega.data.splits import LEFT_OVER, SPLITS
 
 EXAMPLES = 3
 """So many rows are named for each problem and each leak."""
+REASONS = 30
+"""So many reasons have a line each."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class FileReport:
     """Usable rows by source and type: ``multiple choice``, ``free form``."""
     problems: dict[str, Found]
     """Unusable rows by reason; unreadable images, duplicates and conflicts are among them."""
+    letters_without_choices: Found
+    """Usable rows whose answer is a letter, and in which no choices were found."""
     left_over: int
     """Good rows that no split has, as their image is set aside with enough others."""
     images: dict[str, int]
@@ -87,6 +91,7 @@ def report_on(source: Source, evaluation: Iterable[EvaluationItem]) -> FileRepor
             usable=one("SELECT count(*) FROM places"),
             sources=_sources(index),
             problems=_problems(index),
+            letters_without_choices=_letters_without_choices(index),
             left_over=one(f"SELECT count(*) FROM rows WHERE field = '{LEFT_OVER}'"),
             images=_images(index, one),
             splits={split: _split(one, split) for split in SPLITS},
@@ -113,10 +118,27 @@ def _sources(index: sqlite3.Connection) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
+_UNUSABLE = f"FROM rows WHERE problem != '' AND field != '{LEFT_OVER}' ORDER BY number"
+
+
+def unusable_rows(source: Source) -> Iterator[dict[str, Any]]:
+    """Every unusable row: its number, id, where the problem is (a field or an image path) and what it is."""
+    with source.file.opened() as (index, _):
+        for row in index.execute(f"SELECT number, id, field, problem {_UNUSABLE}"):
+            yield dict(zip(("row", "id", "where", "problem"), row, strict=True))
+
+
+def _letters_without_choices(index: sqlite3.Connection) -> Found:
+    found = Found()
+    sql = "SELECT number, id FROM rows WHERE problem = '' AND choices = 0 AND answer GLOB '[A-Z]' ORDER BY number"
+    for number, id in index.execute(sql):
+        found.add(f"row {number} (id {id})")
+    return found
+
+
 def _problems(index: sqlite3.Connection) -> dict[str, Found]:
     found: dict[str, Found] = defaultdict(Found)
-    sql = "SELECT number, id, field, problem FROM rows WHERE problem != '' AND field != ? ORDER BY number"
-    for number, id, where, problem in index.execute(sql, (LEFT_OVER,)):
+    for number, id, where, problem in index.execute(f"SELECT number, id, field, problem {_UNUSABLE}"):
         is_path = "/" in where or "." in where
         kind = f"image: {problem}" if is_path else f"{where}: {problem}"
         found[kind].add(f"row {number}" + (f" (id {id})" if id else "") + (f" {where}" if is_path else ""))
@@ -200,14 +222,24 @@ def to_text(report: FileReport) -> str:
     shared = report.shared_between_splits
     lines.append(f"  in two splits   {shared['pictures']} pictures, {shared['questions']} questions with equal words")
     lines.append(f"unusable: {sum(found.count for found in report.problems.values())}")
-    lines += [f"  {found.count:>6}  {reason} ({_places(found)})" for reason, found in report.problems.items()]
+    shown = list(report.problems.items())
+    lines += [f"  {found.count:>6}  {reason} ({places(found)})" for reason, found in shown[:REASONS]]
+    if len(shown) > REASONS:
+        rest = sum(found.count for _, found in shown[REASONS:])
+        lines.append(f"  {rest:>6}  for {len(shown) - REASONS} other reasons")
+    if report.letters_without_choices.count:
+        lines.append(
+            f"read as free form, with a letter as the answer: {report.letters_without_choices.count} "
+            f"({places(report.letters_without_choices)}): are their choices below a line 'Choices:', a line each?"
+        )
     for name, kinds in report.leaks.items():
         lines.append(f"shared with {name}:")
-        lines += [f"  {found.count:>6}  the same {kind}{_dash(_places(found))}" for kind, found in kinds.items()]
+        lines += [f"  {found.count:>6}  the same {kind}{_dash(places(found))}" for kind, found in kinds.items()]
     return "\n".join(lines)
 
 
-def _places(found: Found) -> str:
+def places(found: Found) -> str:
+    """The examples, for a person."""
     return ", ".join(found.examples) + (", ..." if found.count > len(found.examples) else "")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -18,10 +17,32 @@ from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.rows import read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
+from mstar_mega.data.written_out import Named, name_of, problem_of
 
 ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
 """So many skipped rows are named one by one; the others are counted by their reason."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a row is, known without reading it."""
+
+    position: int
+    """In its split, or among the written-out examples."""
+    number: int
+    """Its row in the training file."""
+    id: str
+    bytes: int
+    """Of its JSON: more than its question has."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of its images in pixels."""
+    response_bytes: int = 0
+    """At most what the written-out response has."""
+
+
+_EXTENT = "rows.number, rows.id, rows.length, width, height"
+_WITH_IMAGES = "JOIN rows USING (number) LEFT JOIN images ON images.path = rows.image"
 
 
 @dataclass(frozen=True)
@@ -71,24 +92,50 @@ class Source:
             ).fetchone()
         return None if found is None else (int(found[0]), str(found[1]))
 
+    def why_not(self, id: str) -> str | None:
+        """Why the rows with this id are in no split; None where the file has none."""
+        sql = "SELECT number, field, problem FROM rows WHERE id = ? AND problem != '' ORDER BY number"
+        with self.file.opened() as (index, _):
+            found = [f"row {number}: {field}: {problem}" for number, field, problem in index.execute(sql, (id,))]
+        return "; ".join(found[:3]) or None
+
+    def named(self, id: str) -> Named | None:
+        """What a row of written-out responses may be compared with; None if no split has such a query."""
+        found = self.find(id)
+        if found is None:
+            return None
+        with self.file.opened() as (index, _):
+            sql = "SELECT image, digest FROM rows WHERE number = ?"
+            image, digest = index.execute(sql, (found[0],)).fetchone()
+        return Named(found[1], () if image is None else (digest,))
+
 
 class DiskQueries(Sequence[Query]):
     """A split of a source, in its fixed order; nothing but its size is in memory."""
 
     def __init__(self, source: Source, split: str, limit: int | None = None) -> None:
-        self._source, self._split = source, split
+        self.source, self._split = source, split
         size = source.size(split)
         self._size = size if limit is None else min(size, limit)
 
     def __len__(self) -> int:
         return self._size
 
+    def extents(self) -> Iterator[Extent]:
+        """How large each row is, in order."""
+        sql = (
+            f"SELECT position, {_EXTENT} FROM places {_WITH_IMAGES} WHERE split = ? AND position < ? ORDER BY position"
+        )
+        with self.source.file.opened() as (index, _):
+            for position, number, id, length, width, height in index.execute(sql, (self._split, self._size)):
+                yield Extent(position, number, id, length, _sizes(width, height))
+
     def find(self, id: str) -> Query | None:
         """The split's query of that id, without reading others."""
-        found = self._source.find(id)
+        found = self.source.find(id)
         if found is None or found[1] != self._split:
             return None
-        return self._source.query(found[0], hide=self._split == "unlabelled")
+        return self.source.query(found[0], hide=self._split == "unlabelled")
 
     @overload
     def __getitem__(self, position: int) -> Query: ...
@@ -99,7 +146,7 @@ class DiskQueries(Sequence[Query]):
         if isinstance(position, slice):
             return View(self, range(self._size)[position])
         place = range(self._size)[position]
-        return self._source.query(self._source.number_at(self._split, place), hide=self._split == "unlabelled")
+        return self.source.query(self.source.number_at(self._split, place), hide=self._split == "unlabelled")
 
 
 class DiskExamples(Sequence[tuple[Query, str]]):
@@ -108,8 +155,8 @@ class DiskExamples(Sequence[tuple[Query, str]]):
     def __init__(self, source: Source, file: IndexedFile, limit: int | None = None) -> None:
         self._source, self._file = source, file
         with file.opened() as (index, _):
-            size = int(index.execute("SELECT count(*) FROM examples").fetchone()[0])
-        self._size = size if limit is None else min(size, limit)
+            self.whole = int(index.execute("SELECT count(*) FROM examples").fetchone()[0])
+        self._size = self.whole if limit is None else min(self.whole, limit)
 
     def __len__(self) -> int:
         return self._size
@@ -129,6 +176,19 @@ class DiskExamples(Sequence[tuple[Query, str]]):
             response = read_row(data, offset, length)["response"]
         return self._source.query(number, hide=False), response
 
+    def extents(self) -> Iterator[Extent]:
+        """How large each example and its row are, in order."""
+        examples = "SELECT position, number, length FROM examples WHERE position < ? ORDER BY position"
+        row = f"SELECT {_EXTENT} FROM (SELECT ? AS number) {_WITH_IMAGES}"
+        with self._file.opened() as (index, _), self._source.file.opened() as (rows, _):
+            for position, number, response_bytes in index.execute(examples, (self._size,)):
+                _, id, length, width, height = rows.execute(row, (number,)).fetchone()
+                yield Extent(position, number, id, length, _sizes(width, height), response_bytes)
+
+
+def _sizes(width: int | None, height: int | None) -> tuple[tuple[int, int], ...]:
+    return () if width is None or height is None else ((width, height),)
+
 
 def build(config: DataConfig, dir: Path, seed: int) -> Task:
     """The task of a file in MathV360K's shape; its indices are written below ``dir``. The splits ignore ``seed``.
@@ -137,22 +197,27 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     first unusable row.
     """
     source = open_source(config, dir)
-    warmup, skipped = _examples(config, source, dir)
+    warmup, skipped = examples(config, source, dir)
     skipped = [*_skipped(source.file, "rows", str(source.file.source)), *skipped]
     bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
     if bad and config.bad_rows == "refuse":
         first = bad[0]
         raise ValueError(
             f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
-            "`mstar data check` lists all such rows"
+            "`mstar data check --out FILE.json` lists all such rows"
         )
+    sets = {name: DiskQueries(source, name, getattr(config, f"{name}_queries")) for name in ("labelled", "unlabelled")}
+    cut = {f"data.{name}_queries": (len(queries), source.size(name)) for name, queries in sets.items()}
+    if isinstance(warmup, DiskExamples):
+        cut["data.warmup_examples"] = (len(warmup), warmup.whole)
     return Task(
         warmup=warmup,
-        labelled=DiskQueries(source, "labelled", config.labelled_queries),
-        unlabelled=DiskQueries(source, "unlabelled", config.unlabelled_queries),
+        labelled=sets["labelled"],
+        unlabelled=sets["unlabelled"],
         validation=DiskQueries(source, "validation"),
         test=DiskQueries(source, "test"),
         skipped=skipped,
+        cut={name: counts for name, counts in cut.items() if counts[0] < counts[1]},
     )
 
 
@@ -171,12 +236,13 @@ def open_source(config: DataConfig, dir: Path) -> Source:
 
 
 def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that the settings name, by setting. Raises ValueError where one is missing."""
-    files = {"data.path": (config.path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
+    """Size and SHA-256 of the files that the settings train on, by setting. Raises ValueError where one is missing."""
+    path = config.path if config.name == "mathv360k" else None
+    files = {"data.path": (path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
     return {name: file_mark(existing(path, name), dir / index) for name, (path, index) in files.items() if path}
 
 
-def _examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
+def examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
     """The written-out chains of thought, and the rows of their file that cannot be used."""
     if not config.warmup_file:
         return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]
@@ -202,22 +268,11 @@ def _fill_examples(index: sqlite3.Connection, file: IndexedFile, source: Source)
     )
     position = 0
     for row in read_rows(file.source):
-        fields = row.value if isinstance(row.value, dict) else {}
-        id, response = fields.get("id"), fields.get("response")
-        found = source.find(id) if isinstance(id, str) else None
-        field, problem = "", ""
-        if row.problem or not isinstance(id, str) or not isinstance(response, str):
-            field, problem = "row", row.problem or "it is not an object with the texts id and response"
-        elif found is None:
-            field, problem = "id", "the training file has no usable row with this id"
-        elif found[1] != "labelled":
-            field, problem = "id", f"it is a query of the {found[1]} split, whose answers training must not see"
-        elif TRAINING_SETS[source.template].marker not in response:
-            field, problem = "response", f"it has no {TRAINING_SETS[source.template].marker!r}"
-        if problem:
-            shown = json.dumps(id)[:80] if id is not None else ""
-            index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, shown, field, problem))
+        problem = problem_of(row, source.named, TRAINING_SETS[source.template])
+        if problem is not None:
+            index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, name_of(row), *problem))
             continue
+        found = source.find(row.value["id"])
         assert found is not None
         index.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", (position, row.offset, row.length, found[0]))
         position += 1

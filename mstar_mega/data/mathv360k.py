@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mstar_mega.data.prompts import Template, letters, render
+from mstar_mega.data.prompts import Template, lettered, letters, render
 from mstar_mega.data.rows import has_surrogate
 from mstar_mega.data.types import ImageRef, Query
 
@@ -62,10 +62,13 @@ def parse_row(row: Any) -> Question:
     if not isinstance(id, str) or not id.strip():
         raise RowProblem("id", "it is missing or empty")
     image = _image(row.get("image"))
-    human, answer = _turns(row.get("conversations"))
+    if "conversations" not in row:
+        raise RowProblem("conversations", f"there is no such field (the row has {', '.join(map(str, row))[:100]})")
+    human, answer = _turns(row["conversations"])
     marks = human.count(IMAGE_MARK)
     if marks > 1 or (marks == 1) != (image is not None):
-        raise RowProblem("image", f"the text shows {marks} images, the row names {0 if image is None else 1}")
+        advice = f": write {IMAGE_MARK} where it belongs" if marks == 0 else ""
+        raise RowProblem("image", f"the text shows {marks} images, the row names {0 if image is None else 1}{advice}")
     hint, question, choices = split_question(human.replace(IMAGE_MARK, "").strip())
     if not question:
         raise RowProblem("question", "it is empty")
@@ -76,7 +79,7 @@ def to_query(question: Question, template: Template, images: tuple[ImageRef, ...
     """The query that the policy gets; ``hide`` its answer from training."""
     return Query(
         id=question.id,
-        question=render(template, question.question, question.choices, hint=question.hint, instruct=instruct),
+        question=render(template, question.question, lettered(question.choices), hint=question.hint, instruct=instruct),
         images=images,
         answer=None if hide else question.answer,
         choices=question.choices,
@@ -104,8 +107,10 @@ def split_question(text: str) -> tuple[str, str, tuple[str, ...]]:
     listed = text[heading.end() :]
     marks = list(_CHOICE.finditer(listed))
     names = [mark[1] or mark[2] for mark in marks]
-    if not names or names != letters(min(len(names), 26)):
-        raise RowProblem("choices", f"they are lettered {', '.join(names) or 'not at all'}, not A, B, C ...")
+    if not names:
+        raise RowProblem("choices", "no line below 'Choices:' begins with (A), A., A: or A)")
+    if names != letters(min(len(names), 26)):
+        raise RowProblem("choices", f"they are lettered {', '.join(names)}, not A, B, C ...")
     ends = [mark.start() for mark in marks[1:]] + [len(listed)]
     choices = tuple(listed[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
     return hint, text[: heading.start()].strip(), choices
@@ -128,8 +133,12 @@ def _turns(conversations: Any) -> tuple[str, str]:
         raise RowProblem("conversations", "they are not one question and one answer")
     texts = []
     for turn, speaker in zip(conversations, ("human", "gpt"), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise RowProblem("conversations", f"there is no text from {speaker!r}")
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            said = repr(turn.get("from"))[:40] if isinstance(turn, dict) else "no object"
+            raise RowProblem("conversations", f"where the turn from {speaker!r} should be is {said}")
+        if not isinstance(turn.get("value"), str):
+            kind = type(turn.get("value")).__name__
+            raise RowProblem("conversations", f"the value from {speaker!r} is no text (it is of type {kind})")
         if has_surrogate(turn["value"]):
             raise RowProblem("conversations", f"the text from {speaker!r} has a lone surrogate")
         texts.append(turn["value"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar, overload
 
 from mstar_mega.data.types import Query
@@ -65,6 +66,29 @@ class View(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         return (self[i] for i in range(len(self)))
+
+
+class Without(Sequence[T]):
+    """A sequence without the items at a few positions, which are all that is kept in memory."""
+
+    def __init__(self, items: Sequence[T], left_out: Iterable[int]) -> None:
+        self._items = items
+        # How many items stay before each that is left out.
+        self._before = [position - i for i, position in enumerate(sorted(left_out))]
+
+    def __len__(self) -> int:
+        return len(self._items) - len(self._before)
+
+    @overload
+    def __getitem__(self, position: int) -> T: ...
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[T]: ...
+    def __getitem__(self, position: int | slice) -> T | Sequence[T]:
+        """One item, or a view of a stretch."""
+        if isinstance(position, slice):
+            return View(self, range(len(self))[position])
+        place = range(len(self))[position]
+        return self._items[place + bisect_right(self._before, place)]
 
 
 class Joined(Sequence[T]):

@@ -102,24 +102,21 @@ BENCHMARKS = {
 def render(
     template: Template,
     question: str,
-    choices: Sequence[str] = (),
+    choices: Mapping[str, str] | None = None,
     *,
     hint: str = "",
     context: str = "",
     instruct: bool = True,
 ) -> str:
-    """The text of a question. ``hint`` is the row's own hint line; ``instruct`` asks for step-by-step reasons.
-
-    Raises ValueError for more than 26 choices, which letters cannot name.
+    """The text of a question. ``choices`` are texts by letter (:func:`lettered`); ``hint`` is the row's own hint line;
+    ``instruct`` asks for step-by-step reasons.
     """
+    choices = choices or {}
     fields = {
         "hint": hint or template.hints.get("choice" if choices else "", ""),
         "context": context,
         "question": question,
-        "choices": "\n".join(
-            template.choice.format(letter=letter, text=text)
-            for letter, text in zip(letters(len(choices)), choices, strict=True)
-        ),
+        "choices": "\n".join(template.choice.format(letter=letter, text=text) for letter, text in choices.items()),
         "instruction": template.instruction.format(marker=template.marker) if instruct else "",
     }
     return "\n".join(part.format(**fields) for part in template.parts if _is_wanted(part, fields))
@@ -130,6 +127,11 @@ def letters(count: int) -> list[str]:
     if count > 26:
         raise ValueError(f"{count} choices are more than the letters A to Z can name")
     return [chr(ord("A") + i) for i in range(count)]
+
+
+def lettered(texts: Sequence[str]) -> dict[str, str]:
+    """The texts by letter, ``A`` first. Raises ValueError for more than 26."""
+    return dict(zip(letters(len(texts)), texts, strict=True))
 
 
 def _is_wanted(part: str, fields: Mapping[str, str]) -> bool:

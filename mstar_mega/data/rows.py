@@ -100,7 +100,7 @@ def _parsed(number: int, offset: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8 (byte {offset + error.start})"
     except json.JSONDecodeError as error:
-        problem = f"it is not JSON ({error.msg} at character {error.pos})"
+        problem = f"it is not JSON ({error.msg.removesuffix(' at')} at character {error.pos})"
     except RecursionError:
         problem = "it is nested too deeply"
     return Row(number, offset, len(line), None, problem)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task, image_digest
 
@@ -57,7 +58,7 @@ def screen_task(task: Task) -> Task:
     warmup, dropped = screen([query for query, _ in task.warmup], "warm-up", check_image)
     skipped += dropped
     kept = set(map(id, warmup))
-    sets = {}
+    sets: dict[str, Any] = {}
     for name in ("labelled", "unlabelled", "validation", "test"):
         sets[name], dropped = screen(getattr(task, name), name, check_image, needs_answer=name != "unlabelled")
         skipped += dropped

@@ -8,8 +8,10 @@ from pathlib import Path
 from mstar_mega.config import DataConfig
 from mstar_mega.data import disk, easy_vqa
 from mstar_mega.data.digits import task as digits
+from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.screen import screen_task
 from mstar_mega.data.types import Task
+from mstar_mega.data.written_out import with_written_out
 
 Builder = Callable[[DataConfig, Path, int], Task]
 
@@ -23,11 +25,19 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
 
 
 def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
-    return screen_task(digits.build(config, dir, seed))
+    return _in_memory(config, digits.build(config, dir, seed))
 
 
 def _easy_vqa(config: DataConfig, dir: Path, seed: int) -> Task:
-    return screen_task(easy_vqa.build(config, dir, seed))
+    return _in_memory(config, easy_vqa.build(config, dir, seed))
+
+
+def _in_memory(config: DataConfig, task: Task) -> Task:
+    task = screen_task(task)
+    if not config.warmup_file:
+        return task
+    path = disk.existing(config.warmup_file, "data.warmup_file")
+    return with_written_out(task, path, TRAINING_SETS[config.name], config.warmup_examples)
 
 
 BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build, "easy_vqa": _easy_vqa}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -33,7 +33,8 @@ class Query:
     answer: str | None
     """Gold answer; None where it is hidden (unlabelled prompts)."""
     choices: tuple[str, ...] = ()
-    """Texts of the choices; empty for free-form questions. The answer of a multiple-choice query is a letter."""
+    """Texts of the choices, A's first; empty for free-form questions. The answer of a multiple-choice query is a
+    letter; a benchmark's letter without an option has an empty text."""
     kind: str = ""
     """Question type, for breakdowns."""
     hidden_answer: str | None = None
@@ -64,6 +65,8 @@ class Task:
     test: Sequence[Query]
     skipped: Sequence[Skipped] = ()
     """What was left out of the sets, and why."""
+    cut: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Settings that leave a part of a set out: how many are used, of how many."""
 
 
 @dataclass

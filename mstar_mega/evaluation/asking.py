@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
-from mstar_mega.data.prompts import BENCHMARKS, Template, letters, render
+from mstar_mega.data.prompts import BENCHMARKS, Template, render
 from mstar_mega.data.screen import readable_image
 from mstar_mega.data.types import ImageRef, Query, Skipped
 from mstar_mega.evaluation.problem import Picture, Problem
@@ -35,19 +35,13 @@ class Asked:
 
 
 def prompt_text(name: str, problem: Problem, instruct: bool) -> str:
-    """The question as the policy reads it.
-
-    Raises ValueError for options that are not lettered A, B, ... without a gap: the prompt could not name them.
-    """
+    """The question as the policy reads it, with the options that there are under their own letters."""
     template = BENCHMARKS[name]
     if problem.ready:
         return render(replace(template, parts=_READY), problem.question, instruct=instruct)
-    if list(problem.options) != letters(len(problem.options)):
-        raise ValueError(f"{problem.where}: its options are {', '.join(problem.options)}: there is a gap between them")
-    choices = list(problem.options.values())
     hint = problem.hint or _hint(template, problem)
     bare, asked = (
-        render(template, problem.question, choices, hint=hint, context=problem.context, instruct=wanted)
+        render(template, problem.question, problem.options, hint=hint, context=problem.context, instruct=wanted)
         for wanted in (False, instruct)
     )
     return bare.rstrip() + asked[len(bare) :]  # the benchmarks' own prompts end without white space
@@ -84,7 +78,7 @@ def ask(
         answer = problem.letter if problem.options else problem.answer
         kind = next((values[0] for values in problem.groups.values() if values), "")
         text = prompt_text(name, problem, instruct)
-        queries.append(Query(problem.id, text, images, answer, tuple(problem.options.values()), kind))
+        queries.append(Query(problem.id, text, images, answer, problem.choices, kind))
     if without and settings.without_image == "refuse":
         shown = "; ".join(f"{each.where}: {each.reason}" for each in without[:SHOWN])
         raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mstar_mega.data.mathv360k import RowProblem
-from mstar_mega.data.prompts import letters
+from mstar_mega.data.prompts import lettered
 from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
 
@@ -94,7 +94,7 @@ class Cells:
         """The texts of a list by letter."""
         texts = self.list(column)
         try:
-            return dict(zip(letters(len(texts)), texts, strict=True))
+            return lettered(texts)
         except ValueError as error:
             self.refuse(column, str(error))
 

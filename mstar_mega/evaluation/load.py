@@ -52,7 +52,7 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
     images = dict(problems)  # rows may refer to the image of one that is not asked
     circles = _circles(problems.values())
     for circle, passes in _incomplete(circles).items():
-        why = f"question {circle} has {len(passes)} of its {len(passes[0].options)} rotations"
+        why = f"question {circle} has {len(passes)} of its {_rotations(passes)} rotations"
         places = [problem.where.rpartition(", ") for problem in passes]
         skipped += [Skipped(row, file, f"index: {why}") for file, _, row in places]
         left_out += [problems.pop(problem.id).id for problem in passes]
@@ -61,6 +61,12 @@ def load(path: Path, read: Callable[[Cells], Problem], settings: BenchmarkConfig
     if not problems:
         raise ValueError(f"{path} has no problem that can be used ({_shown(skipped) or 'it is empty'})")
     notes = [ONE_PASS] if circles and _is_one_pass(circles) else []
+    gaps = [problem for problem in problems.values() if problem.has_gap]
+    if gaps:
+        first = f"{gaps[0].where}: {', '.join(gaps[0].options)}"
+        notes.append(
+            f"{len(gaps)} rows have no text for an option between others: asked with those they have ({first})"
+        )
     usable = [_with_picture(problem, images) for problem in problems.values()]
     return Loaded(usable, skipped, [id for id in left_out if id and id not in problems], notes)
 
@@ -83,7 +89,15 @@ def _incomplete(circles: Mapping[str, list[Problem]]) -> dict[str, list[Problem]
     """Questions that are not asked once for each of their options; none in a file of single passes."""
     if _is_one_pass(circles):
         return {}
-    return {circle: passes for circle, passes in circles.items() if len(passes) != len(passes[0].options)}
+    return {circle: passes for circle, passes in circles.items() if len(passes) != _rotations(passes)}
+
+
+def _rotations(passes: Sequence[Problem]) -> int:
+    """How often a question must be asked: once for each option, or, where an empty one is rotated with the others, for
+    each place."""
+    if len({tuple(problem.options) for problem in passes}) == 1:
+        return len(passes[0].options)
+    return max(len(problem.choices) for problem in passes)
 
 
 def _shown(skipped: Sequence[Skipped]) -> str:

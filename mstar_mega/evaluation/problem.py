@@ -27,7 +27,7 @@ class Problem:
     question: str
     """Without hint and choices, unless ``ready``."""
     options: Mapping[str, str]
-    """Text by letter, A first; empty for free-form questions. A letter without an option may be left out."""
+    """Text by letter, A first; empty for free-form questions. A letter without an option is left out."""
     answer: str
     """Gold answer as the benchmark compares it: a letter, or (MathVista) the choice's text or the value."""
     answer_type: AnswerType = "letter"
@@ -44,6 +44,17 @@ class Problem:
     picture: Picture | None = None
     where: str = ""
     """File and row, for messages."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Text by place, A's first, as ``Query`` has them; empty at the place of a letter without an option."""
+        last = max(map(ord, self.options), default=ord("A") - 1)
+        return tuple(self.options.get(chr(code), "") for code in range(ord("A"), last + 1))
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether a letter before the last option's has none."""
+        return len(self.choices) != len(self.options)
 
     @property
     def letter(self) -> str | None:

@@ -177,7 +177,7 @@ def read_reward(problem: Problem, prediction: Prediction, checker: AnswerChecker
     if answer is None and prediction.response is not None:
         answer = extract_answer(prediction.response)
     gold = problem.letter if problem.options else problem.answer
-    verdict = checker.check(answer, gold or problem.answer, list(problem.options.values()))
+    verdict = checker.check(answer, gold or problem.answer, problem.choices)
     return Reading(answer, answer, verdict.correct)
 
 

@@ -59,8 +59,12 @@ def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) 
         )
 
 
-def build_model(config: Config, family: Family, head: Head = "vocabulary") -> LMM:
-    """This rank's stage of the model with seeded random weights, on this rank's device."""
+def build_model(config: Config, family: Family, head: Head = "vocabulary", draw: bool = True) -> LMM:
+    """This rank's stage of the model with seeded random weights, on this rank's device.
+
+    ``draw`` is false where other weights are put over them: at published sizes drawing takes long. Until then they are
+    NaN.
+    """
     check_divisible(config, family.vision, family.language)
     dtype = DTYPES[config.model.precision]
     transformer = transformer_config(
@@ -72,5 +76,5 @@ def build_model(config: Config, family: Family, head: Head = "vocabulary") -> LM
         recompute=config.model.recompute,
     )
     model = LMM(family.vision, family.language, transformer, head)
-    initialize_weights(model, config.seed)
+    initialize_weights(model, config.seed, draw)
     return model.to(device=device(), dtype=dtype)

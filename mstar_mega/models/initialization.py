@@ -11,8 +11,8 @@ from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
 
 
-def initialize_weights(model: LMM, seed: int) -> None:
-    """Fill all parameters of this stage.
+def initialize_weights(model: LMM, seed: int, draw: bool = True) -> None:
+    """Fill all parameters of this stage; without ``draw`` those that are random with NaN, which cannot go unnoticed.
 
     Matrices and embeddings N(0, init_std), those that write into the language model's residual stream divided by
     sqrt(2 layers); biases 0; norms 1; layer scale 1 (InternVL's own factor). The score head's rows start at 0:
@@ -20,7 +20,10 @@ def initialize_weights(model: LMM, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.copy_(_shard_of(_whole_tensor(name, parameter, model, seed), name, parameter, model))
+            if not draw and _is_random(name):
+                parameter.fill_(torch.nan)
+            else:
+                parameter.copy_(_shard_of(_whole_tensor(name, parameter, model, seed), name, parameter, model))
 
 
 def canonical_name(name: str, model: LMM) -> str:
@@ -32,6 +35,11 @@ def canonical_name(name: str, model: LMM) -> str:
     return f"language.decoder.layers.{layer}.{match[2]}"
 
 
+def _is_random(name: str) -> bool:
+    is_constant = name in ("score_head", "likelihood_weights") or "norm" in name
+    return not is_constant and not name.endswith(("bias", ".ls1", ".ls2"))
+
+
 def _whole_tensor(name: str, parameter: Tensor, model: LMM, seed: int) -> Tensor:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
@@ -41,7 +49,7 @@ def _whole_tensor(name: str, parameter: Tensor, model: LMM, seed: int) -> Tensor
         return torch.tensor([0.3, 0.0])
     if name == "score_head" or name.endswith("bias"):
         return torch.zeros(shape)
-    if "norm" in name or name.endswith((".ls1", ".ls2")):
+    if not _is_random(name):
         return torch.ones(shape)
     std = model.size.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

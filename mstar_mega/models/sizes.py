@@ -79,6 +79,8 @@ class LanguageSize:
     eps: float = 1e-5
     init_std: float = 0.02
     rope_scaling: LongRope | DynamicNTK | None = None
+    context: int | None = None
+    """Tokens of the longest sequence that the weights are made for; None: nobody says."""
 
     @property
     def padded_vocab(self) -> int:

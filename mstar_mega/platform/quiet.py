@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 # Printed when megatron is imported or a model is built without CUDA.
@@ -22,3 +23,9 @@ def silence_normal_warnings() -> None:
     """
     for message in _NORMAL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_a_missing_driver)
+
+
+def _is_not_about_a_missing_driver(record: logging.LogRecord) -> bool:
+    # A CUDA build of torch says so on a machine that has a compiler for CUDA and no GPU.
+    return "No CUDA runtime is found" not in record.getMessage()

@@ -98,7 +98,7 @@ def settings_of(checkpoint: Path) -> Config:
 def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, LMM | None]:
     """The newest policy of a run directory, and its PRM where it has a finished one; or a converted checkpoint."""
     if (checkpoint / MODEL_FILES).is_dir():
-        model = build_model(job.config, job.family)
+        model = build_model(job.config, job.family, draw=False)
         load_start(job, model)
         return model, None
     run = replace(job, dir=checkpoint)

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,22 +15,28 @@ import torch
 from PIL import Image
 
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
-from mstar_mega.data.check import EvaluationItem, digest_of, report_on, to_text
+from mstar_mega.data import disk, lengths
+from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text, unusable_rows
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
+from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
-from mstar_mega.data.splits import question_key
+from mstar_mega.data.splits import SPLITS, question_key
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Query, Task
 from mstar_mega.evaluation import benchmarks
 from mstar_mega.models.build import FAMILIES, build_family
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.rewards.answers import WRONG, extract_answer, plain_verdict
 
 SAMPLE = 200
 """Prompts that are made to estimate what a set costs."""
 CHARACTERS_PER_TOKEN = 4
 """A rule of thumb for English prose; formulas and numbers take more tokens."""
+SHOWN = 5
+"""Unusable rows of the warm-up file that are shown."""
 AROUND = 6
 """Tokens shown before and after an image."""
 
@@ -51,6 +57,10 @@ class Cost:
     tiles: float
     characters: float = 0.0
     """Mean of the questions."""
+    limit: int = 0
+    """Tokens that a prompt may have."""
+    too_long: Found = field(default_factory=Found)
+    """Of all usable queries, those with more: training leaves them out."""
     problem: str = ""
 
     def to_text(self) -> str:
@@ -61,7 +71,7 @@ class Cost:
         return (
             f"{name}{self.tokens:.1f} tokens a prompt ({self.image_tokens:.1f} for images; longest {self.longest}), "
             f"{self.tiles:.2f} tiles; {self.tokens * self.queries / 1e6:.2f} M tokens and "
-            f"{self.tiles * self.queries:.0f} tiles in all"
+            f"{self.tiles * self.queries:.0f} tiles in all{_too_long_text(self.limit, self.too_long)}"
         )
 
 
@@ -75,13 +85,52 @@ class PublishedCost:
     """Features, without the marks around them."""
     text_tokens_estimate: int
     """Characters of the questions over ``CHARACTERS_PER_TOKEN``; no tokenizer is read."""
+    limit: int
+    """Tokens that a prompt may have, by the settings and the published model's context."""
+    too_long_estimate: Found
 
     def to_text(self) -> str:
         """One line."""
         return (
             f"  {self.family:<22}{self.tiles} tiles, {self.image_tokens / 1e6:.2f} M image tokens (exact); "
             f"about {self.text_tokens_estimate / 1e6:.2f} M text tokens (estimate)"
+            f"{_too_long_text(self.limit, self.too_long_estimate)}"
         )
+
+
+def _too_long_text(limit: int, found: Found) -> str:
+    """A line of its own for prompts that do not fit; empty where all do."""
+    if not found.count:
+        return ""
+    return (
+        f"\n    {found.count} prompts have more than {limit} tokens and are left out in training: {places(found)}. "
+        "Shorten them, or see data.max_prompt_tokens and generation.max_new_tokens"
+    )
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """The facts about a file of written-out responses."""
+
+    path: str
+    usable: int
+    skipped: list[str]
+    """Rows that cannot be used, as a job lists them."""
+    other_answers: Found
+    """Usable ones that arrive at another answer than the gold one, by plain comparison."""
+
+    def to_text(self) -> str:
+        """A few lines."""
+        lines = [f"warm-up file {self.path}: {self.usable} usable responses"]
+        lines += [f"  left out: {each}" for each in self.skipped[:SHOWN]]
+        if len(self.skipped) > SHOWN:
+            lines.append(f"  and {len(self.skipped) - SHOWN} more lines like these")
+        if self.other_answers.count:
+            lines.append(
+                f"  {self.other_answers.count} arrive at another answer than the gold one, and teach it: "
+                f"{places(self.other_answers)}"
+            )
+        return "\n".join(lines)
 
 
 def check(config: Config, against: Sequence[str], out: str | None) -> str:
@@ -92,16 +141,34 @@ def check(config: Config, against: Sequence[str], out: str | None) -> str:
     with tempfile.TemporaryDirectory() as work:
         source, note = _open(config.data, Path(config.data.dir or work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
-        costs = [_cost(source, model) for model in _models(config.model)]
-        published = _published_costs(source, costs[0].characters * costs[0].queries)
+        costs = [_cost(source, replace(config, model=model)) for model in _models(config.model)]
+        published = _published_costs(source, config, costs[0].characters * costs[0].queries)
+        warmup = _warmup(config, source, Path(config.data.dir or work)) if config.data.warmup_file else None
         if out is not None:
+            rows = {"unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
             costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
-            facts = {**report.to_json(), **costs_of}
+            facts = {**report.to_json(), **rows, **costs_of}
             write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    lines = [to_text(report), f"cost of all usable queries, from {costs[0].prompts} of them:"]
+    lines = [to_text(report), *([warmup.to_text()] if warmup else [])]
+    lines.append(f"cost of all usable queries, from {costs[0].prompts} of them:")
     lines += [cost.to_text() for cost in costs]
     lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
     return "\n".join([*note, *lines, *(cost.to_text() for cost in published)])
+
+
+def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
+    """What the warm-up file holds; it may still have to be made."""
+    path = str(config.data.warmup_file)
+    if not Path(path).is_file():
+        return WarmupReport(path, 0, ["there is no such file yet"], Found())
+    examples, skipped = disk.examples(replace(config.data, warmup_examples=None), source, work)
+    other = Found()
+    for query, response in examples:
+        answer = extract_answer(response)
+        verdict = WRONG if answer is None else plain_verdict(answer, query.answer or "", query.choices)
+        if verdict is not None and not verdict.correct:  # None: algebra would have to decide
+            other.add(f"{query.id}: {(answer or 'no answer')[:40]!r}, not {query.answer!r}")
+    return WarmupReport(path, len(examples), [f"{each.what}: {each.reason}" for each in skipped], other)
 
 
 def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
@@ -146,7 +213,7 @@ def _models(chosen: ModelConfig) -> Iterator[ModelConfig]:
         yield chosen
 
 
-def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
+def _published_costs(source: Source, config: Config, characters: float) -> list[PublishedCost]:
     """Every family, over the images of all usable queries; ``characters``: of all questions."""
     sql = (
         "SELECT width, height, count(*) FROM places JOIN rows USING (number) JOIN images ON images.path = rows.image "
@@ -158,29 +225,55 @@ def _published_costs(source: Source, characters: float) -> list[PublishedCost]:
     for name, family in FAMILIES.items():
         spent = [(count, *family.published_image_cost(width, height)) for width, height, count in sizes]
         tiles, tokens = (sum(each[0] * each[i] for each in spent) for i in (1, 2))
-        found.append(PublishedCost(name, tiles, tokens, round(characters / CHARACTERS_PER_TOKEN)))
+        limit = limits_of(config, family.published_context).prompt
+        too_long = _too_long_estimate(source, family, limit)
+        found.append(PublishedCost(name, tiles, tokens, round(characters / CHARACTERS_PER_TOKEN), limit, too_long))
     return found
 
 
-def _cost(source: Source, model: ModelConfig) -> Cost:
+def _too_long_estimate(source: Source, family: type[Family], limit: int) -> Found:
+    """Prompts that seem to have more tokens than ``limit`` at the published size."""
+    found = Found()
+    for queries in _usable(source):
+        for extent in queries.extents():
+            features = sum(family.published_image_cost(*size)[1] for size in extent.sizes)
+            if features + extent.bytes / CHARACTERS_PER_TOKEN <= limit:
+                continue
+            tokens = features + len(queries[extent.position].question) // CHARACTERS_PER_TOKEN
+            if tokens > limit:
+                found.add(f"row {extent.number} (id {extent.id}) about {tokens}")
+    return found
+
+
+def _usable(source: Source) -> list[DiskQueries]:
+    return [DiskQueries(source, split) for split in SPLITS]
+
+
+def _cost(source: Source, config: Config) -> Cost:
+    model = config.model
     name, size = model.family, "checkpoint" if model.checkpoint else model.size
-    usable = [DiskQueries(source, split) for split in ("labelled", "unlabelled", "validation", "test")]
+    usable = _usable(source)
     total = sum(map(len, usable))
     sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
     characters = statistics.fmean(len(query.question) for query in sample)
     try:
-        family = build_family(Config(model=model))
+        family = build_family(config)
         prompts = [family.prompt(query) for query in sample]
+        limits = limits_of(config, family.language.context)
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, characters, problem)
+        return Cost(name, size, total, len(sample), 0.0, 0, 0.0, 0.0, characters, problem=problem)
+    too_long = Found()
+    for queries in usable:
+        for each in lengths.too_long(queries, family, limits):
+            too_long.add(f"row {each.extent.number} (id {each.extent.id}) {each.tokens}")
     return Cost(
         name, size, total, len(prompts),
         tokens=statistics.fmean(len(prompt.tokens) for prompt in prompts),
         longest=max(len(prompt.tokens) for prompt in prompts),
         image_tokens=statistics.fmean(len(prompt.image_positions) for prompt in prompts),
         tiles=statistics.fmean(0 if prompt.pixels is None else prompt.pixels.size(0) for prompt in prompts),
-        characters=characters,
+        characters=characters, limit=limits.prompt, too_long=too_long,
     )  # fmt: skip
 
 
@@ -223,6 +316,8 @@ def find_query(task: Task, id: str) -> tuple[str, Query]:
     for query, _ in task.warmup:
         if query.id == id:
             return "warm-up", query
+    if isinstance(task.labelled, DiskQueries) and (why := task.labelled.source.why_not(id)):
+        raise ValueError(f"the query {id!r} is in no set ({why})")
     some = ", ".join(queries[0].id for queries in sets.values() if len(queries))
     raise ValueError(f"no set has a query {id!r}; there are {some} and others")
 

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data import disk
-from mstar_mega.data.index import file_mark
+from mstar_mega.data.lengths import without_too_long
+from mstar_mega.data.splits import LEFT_OVER
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Task
+from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 
@@ -133,9 +135,7 @@ def same_files(config: Config, directory: Path) -> Iterator[None]:
 
     Names and times do not matter. Raises ValueError, at once, naming a file whose bytes are others.
     """
-    now = disk.file_marks(config.data, data_directory(config, directory)) if config.data.name == "mathv360k" else {}
-    if config.warmup.set is not None and Path(config.warmup.set).is_file():
-        now["warmup.set"] = file_mark(Path(config.warmup.set))
+    now = disk.file_marks(config.data, data_directory(config, directory))
     path = directory / FILES_FILE
     try:
         before = json.loads(path.read_bytes()) if path.exists() else {}
@@ -164,17 +164,19 @@ def data_directory(config: Config, directory: Path) -> Path:
     return Path(config.data.dir) if config.data.dir else directory / "data"
 
 
-def build_task(config: Config, directory: Path, warms_up: bool = True) -> Task:
-    """The queries of all sets. Raises ValueError where a set that is needed has none that can be used."""
+def build_task(config: Config, directory: Path, family: Family, warms_up: bool = True) -> Task:
+    """The queries of all sets that the policy can read. Raises ValueError where a needed set has none of them."""
     task = build(config.data, data_directory(config, directory), config.seed)
+    task = without_too_long(task, family, config, family.language.context)
     needed: dict[str, Sequence[object]] = {"labelled": task.labelled, "validation": task.validation, "test": task.test}
-    if warms_up and config.warmup.set is None:
+    if warms_up:
         needed = {"warm-up": task.warmup, **needed}
     if config.prompts.unlabelled != "none":
         needed["unlabelled"] = task.unlabelled
     for name, queries in needed.items():
         if not queries:
-            ours = [each for each in task.skipped if each.what.endswith(f"{name} set")] or task.skipped
-            reasons = "; ".join(f"{each.where}: {each.reason}" for each in ours)
+            unusable = [each for each in task.skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
+            ours = [each for each in unusable if each.what.endswith(f"{name} set")] or unusable
+            reasons = "; ".join(dict.fromkeys(f"{each.where}: {each.reason}" for each in ours))
             raise ValueError(f"no query of the {name} set can be used ({reasons[:300] or 'it is empty'})")
     return task

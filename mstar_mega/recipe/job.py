@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
+from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
@@ -80,7 +81,7 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
-    model = build_model(job.config, job.family)
+    model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
     cut = job.config.parallel.distributed_optimizer
     policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
     with job.quiet(reached > 0):
@@ -143,8 +144,9 @@ def evaluate(config: Config) -> None:
 
 def warmup_data(config: Config) -> None:
     """Make a warm-up set from the labelled queries with the weights that a run would start from."""
+    config = replace(config, data=replace(config.data, warmup_file=None))  # it may name the set that is to be made
     with open_job(config, partial(build_task, warms_up=False)) as job, job.quiet(True):
-        model = build_model(job.config, job.family)
+        model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
         load_start(job, model)
         make_warmup_set(job, model)
 
@@ -165,7 +167,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
 
 @contextmanager
 def open_job(
-    config: Config, make_task: Callable[[Config, Path], Task] = build_task, trains: bool = True
+    config: Config, make_task: Callable[[Config, Path, Family], Task] = build_task, trains: bool = True
 ) -> Iterator[Job]:
     """Join the process group, take the run directory and prepare the queries; close everything in the end.
 
@@ -190,7 +192,7 @@ def open_job(
 
         def find_queries() -> Task:
             with same_files(config, directory) if trains else nullcontext():
-                return make_task(config, directory)
+                return make_task(config, directory, family)
 
         task = on_main(place.is_main, find_queries)
         progress = stack.enter_context(Progress(place.is_main))
@@ -212,6 +214,9 @@ def _log_start(job: Job) -> None:
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
+    for name, (used, whole) in job.task.cut.items():
+        if name != "data.unlabelled_queries" or job.config.prompts.unlabelled != "none":
+            job.say(f"NOTE: {name} takes {used} of {whole}; null: all")
     events = [{"event": "skipped", **asdict(skipped)} for skipped in job.task.skipped]
     for event in events:
         if event not in logged:  # damaged since an earlier start
@@ -223,7 +228,7 @@ def _log_start(job: Job) -> None:
 
 def newest_policy(job: Job) -> tuple[LMM, Position]:
     """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
-    model = build_model(job.config, job.family)
+    model = build_model(job.config, job.family, draw=False)
     position = restore_weights(job, model, "evolve")
     if position is None and restore_weights(job, model, "warmup") is None:
         raise ValueError(f"{job.dir} has no policy yet: run `mstar warmup` or `mstar evolve` with this run.dir first")

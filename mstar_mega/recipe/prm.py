@@ -20,7 +20,7 @@ from mstar_mega.training.trainer import Trainer
 
 def build_prm(job: Job, policy: LMM) -> LMM:
     """A PRM whose trunk is a copy of the policy's present weights."""
-    prm = build_model(job.config, job.family, job.config.prm.head)
+    prm = build_model(job.config, job.family, job.config.prm.head, draw=False)
     weights = policy.state_dict()
     own = {name: value for name, value in prm.state_dict().items() if name in ("score_head", "likelihood_weights")}
     prm.load_state_dict(own | {name: weights[name] for name in prm.state_dict() if name not in own})

@@ -8,7 +8,6 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_greedy
 from mstar_mega.recipe.fit import Position, fit, load_start, restore, save
 from mstar_mega.recipe.rollouts import Actors
-from mstar_mega.recipe.warmup_data import open_warmup_set
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import Trainer
 
@@ -16,12 +15,12 @@ from mstar_mega.training.trainer import Trainer
 def warmup_batches(job: Job) -> Batches:
     """All batches of the warm-up, epoch after epoch; a fractional epoch is cut short."""
     settings = job.config.warmup
-    examples = _written_out(job) if settings.set is None else open_warmup_set(job, settings.set)
-    return split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, (job.config.seed, "warmup"))
+    examples, key = _written_out(job), (job.config.seed, "warmup")
+    return split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
 
 
 def _written_out(job: Job) -> Examples:
-    """The chains of thought that come with the data."""
+    """The chains of thought that come with the data, or that a file brings."""
 
     def read(i: int) -> TrainGroup:
         query, text = job.task.warmup[i]

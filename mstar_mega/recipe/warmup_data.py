@@ -1,24 +1,23 @@
 """A warm-up set for a policy that answers without reasoning (paper section 3, 'CoT unlocking').
 
 The policy is given question, image and gold answer and asked for the reasoning that leads there; responses whose final
-answer is the gold one are kept, as responses to the plain question. Warm-up trains on them through ``warmup.set``.
+answer is the gold one are kept, as responses to the plain question: the set is a ``data.warmup_file``.
 """
 
 from __future__ import annotations
 
-from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mstar_mega.data.records import placed_groups, read_group, write_groups
-from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.data.types import Query, Response
+from mstar_mega.data.written_out import write
 from mstar_mega.models.lmm import LMM
-from mstar_mega.platform.distributed import barrier
+from mstar_mega.platform.distributed import all_gather_objects, barrier
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
-from mstar_mega.training.batches import Examples, TrainGroup
+from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 
 SET_FILE = "warmup_set.jsonl"
 NAME = "warmup_data"
@@ -57,14 +56,21 @@ def make_warmup_set(job: Job, policy: LMM) -> Path:
     actors = Actors(job, policy, None)
     sampling = Sampling(NAME, settings.temperature, settings.responses)
     asked = [with_gold_answer(query) for query in plain.values()]
-    groups = gather_groups(rollout(job, actors, asked, sampling))
-    kept = [Group(plain[group.query.id], kept_responses(group.responses, settings.keep)) for group in groups]
-    useful = [group for group in kept if group.responses]
+    mine: list[tuple[str, list[str]]] = []
+    counted: Counter[str] = Counter()
+    for group in rollout(job, actors, asked, sampling):
+        mine.append((group.query.id, [each.text for each in kept_responses(group.responses, settings.keep)]))
+        counted["drawn"] += len(group.responses)
+        counted["right"] += sum(bool(each.correct) for each in group.responses)
+        counted["cut"] += sum(each.truncated for each in group.responses)
+    everyone = all_gather_objects((mine, counted))
+    kept = sorted(each for part, _ in everyone for each in part)
+    counted = sum((counts for _, counts in everyone), Counter())
+    useful = [(plain[id], texts) for id, texts in kept if texts]
     path = job.dir / SET_FILE
-    drawn = [response for group in groups for response in group.responses]
     counts = (
-        f"{len(drawn)} responses to {len(groups)} queries: {sum(bool(r.correct) for r in drawn)} with the gold answer, "
-        f"{sum(r.truncated for r in drawn)} cut at the length limit"
+        f"{counted['drawn']} responses to {len(kept)} queries: {counted['right']} with the gold answer, "
+        f"{counted['cut']} cut at the length limit"
     )
     if not useful:
         raise ValueError(
@@ -72,39 +78,9 @@ def make_warmup_set(job: Job, policy: LMM) -> Path:
             "generation.max_new_tokens, or start from a policy that follows instructions"
         )
 
-    def write() -> None:
-        write_groups(path, useful)
-
-    on_main(job.layout.is_main, write)
+    examples = [(query, text) for query, texts in useful for text in texts]
+    on_main(job.layout.is_main, lambda: write(path, examples))
     barrier()
-    total = sum(len(group.responses) for group in useful)
-    job.progress.say(f"{counts}\nkept {total} of {len(useful)} queries; {len(groups) - len(useful)} queries have none")
-    job.progress.say(f"warm-up set: {path} (train on it with --warmup.set {path})")
+    job.progress.say(f"{counts}\nkept {len(examples)} of {len(useful)} queries; {len(kept) - len(useful)} have none")
+    job.progress.say(f"warm-up set: {path} (train on it with --data.warmup_file {path})")
     return path
-
-
-def open_warmup_set(job: Job, path: str) -> Examples:
-    """A warm-up set to train on. Raises ValueError where it is missing, damaged, or of another tokenizer."""
-    if not Path(path).is_file():
-        raise ValueError(f"warmup.set {path}: there is no such file; make it with `mstar warmup-data`")
-    ids: list[str] = []
-    sizes, offsets = array("i"), array("q")
-    for offset, group in placed_groups(path):
-        ids.append(group.query.id)
-        sizes.append(len(group.responses))
-        offsets.append(offset)
-        for response in group.responses:
-            if (
-                max(response.tokens) >= job.family.language.vocab
-                or job.family.tokenizer.decode(response.tokens) != response.text
-            ):
-                raise ValueError(
-                    f"warmup.set {path}: response {response.index} of query {group.query.id!r} was written with "
-                    "another tokenizer; make the set anew with this model"
-                )
-
-    def read(i: int) -> TrainGroup:
-        group = read_group(path, offsets[i])
-        return TrainGroup(group.query, [response.tokens for response in group.responses])
-
-    return Examples(ids, sizes, read)

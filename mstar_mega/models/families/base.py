@@ -28,6 +28,8 @@ class Family(ABC):
     """As in ``model.family``."""
     model_type: ClassVar[str]
     """As in the original's config.json."""
+    published_context: ClassVar[int]
+    """Tokens of the longest sequence that the published model is made for: ``LanguageSize.context`` there."""
     vision: VisionSize
     language: LanguageSize
     stop_tokens: frozenset[int]
@@ -73,6 +75,10 @@ class Family(ABC):
     @abstractmethod
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
+
+    @abstractmethod
+    def prompt_length(self, question: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens of the prompt of a question about images of these (width, height) in pixels; no image is read."""
 
     @abstractmethod
     def response_tokens(self, text: str) -> list[int]:

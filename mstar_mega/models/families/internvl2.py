@@ -6,6 +6,7 @@ newline after ``<|im_end|>``, unlike the chat template in its tokenizer_config.j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,6 +92,7 @@ class InternVL2(Family):
 
     name: ClassVar[str] = "internvl2"
     model_type: ClassVar[str] = "internvl_chat"
+    published_context: ClassVar[int] = 65_536
 
     def __init__(self, size: str | Size, tokenizer: Tokenizer | None = None) -> None:
         if isinstance(size, str):
@@ -145,13 +147,15 @@ class InternVL2(Family):
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         hidden, ffn, layers, heads, kv_heads = (number(llm, f"{where}, llm_config", key) for key in keys)
         scaling = llm.get("rope_scaling")
-        rope = None
+        rope, context = None, llm.get("max_position_embeddings")
         if scaling is not None:
             expect(scaling, f"{where}, llm_config.rope_scaling", type="dynamic")
             rope = DynamicNTK(float(scaling["factor"]), int(llm["max_position_embeddings"]))
+            context = int(rope.factor * rope.limit)
         language = LanguageSize(
             hidden, ffn, layers, heads, kv_heads, hidden // heads, number(llm, f"{where}, llm_config", "vocab_size"),
             float(llm.get("rope_theta", 10_000.0)), float(llm.get("rms_norm_eps", 1e-5)), rope_scaling=rope,
+            context=context,
         )  # fmt: skip
         return vision, language
 
@@ -202,6 +206,15 @@ class InternVL2(Family):
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
         pixels = [self.tiles(image) for image in query.images]
+        tokens, positions = self._layout(query.question, [tiles.size(0) for tiles in pixels])
+        return Prompt(tokens, positions, torch.cat(pixels) if pixels else None)
+
+    def prompt_length(self, question: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """See :meth:`Family.prompt_length`."""
+        return len(self._layout(question, [self.tile_count(*size) for size in sizes])[0])
+
+    def _layout(self, question: str, tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(token ids, where features go) of a question about images of so many tiles each."""
         encode = self.tokenizer.encode
         tokens = list(self._begin)
         if self.size.system:
@@ -210,14 +223,14 @@ class InternVL2(Family):
         positions: list[int] = []
         tokens.append(self._start)
         text = "user\n"
-        for tiles in pixels:
-            count = tiles.size(0) * self.tokens_per_tile
+        for of_image in tiles:
+            count = of_image * self.tokens_per_tile
             tokens += [*encode(text), begin]
             positions += range(len(tokens), len(tokens) + count)
             tokens += [*[context] * count, end]
             text = "\n"
-        tokens += [*encode(text + query.question), self._end, self._start, *encode("assistant\n")]
-        return Prompt(tokens, positions, torch.cat(pixels) if pixels else None)
+        tokens += [*encode(text + question), self._end, self._start, *encode("assistant\n")]
+        return tokens, positions
 
     def response_tokens(self, text: str) -> list[int]:
         """Token ids of a whole written-out response, stop token included."""
@@ -227,6 +240,11 @@ class InternVL2(Family):
         """Decode, tile and normalise one image: float32 [tiles, 3, S, S], thumbnail last when there are several."""
         with opened(image) as picture:
             return normalised(self.cut(picture), IMAGE_MEAN, IMAGE_STD)
+
+    def tile_count(self, width: int, height: int) -> int:
+        """Tiles of a picture of so many pixels, the thumbnail included."""
+        columns, rows = tile_grid(width, height, self.size.max_tiles, self.vision.image_size, self.size.min_tiles)
+        return columns * rows + (columns * rows > 1 and self.size.thumbnail)
 
     def cut(self, picture: Image.Image) -> list[Image.Image]:
         """The tiles of a picture, row by row, each S x S; the thumbnail last when there are several."""

@@ -9,7 +9,9 @@ query depends on what it is batched with: what the original gives for this query
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +74,7 @@ class MiniCPMV25(Family):
 
     name: ClassVar[str] = "minicpm_v2_5"
     model_type: ClassVar[str] = "minicpmv"
+    published_context: ClassVar[int] = 8192
 
     def __init__(
         self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None, slicing: Slicing | None = None
@@ -131,7 +134,7 @@ class MiniCPMV25(Family):
         language = LanguageSize(
             hidden, ffn, layers, heads, config.get("num_key_value_heads") or heads, hidden // heads,
             number(config, where, "vocab_size"), float(config.get("rope_theta", 10_000.0)),
-            float(config.get("rms_norm_eps", 1e-6)),
+            float(config.get("rms_norm_eps", 1e-6)), context=config.get("max_position_embeddings"),
         )  # fmt: skip
         return vision, language
 
@@ -174,17 +177,20 @@ class MiniCPMV25(Family):
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
         pictures = [self.slices(image) for image in query.images]
-        content, positions, pieces = self._content(query.question.strip(), pictures)
-        head = self._header("user")
-        tokens = [self._begin, *head, *content, self._end, *self._header("assistant")]
-        if not pieces:
+        grids = [(len(rows[0]), len(rows)) if rows else None for _, rows in pictures]
+        tokens, positions = self._layout(query.question, grids)
+        if not pictures:
             return Prompt(tokens, [], None)
+        pieces = [piece for source, rows in pictures for piece in (source, *chain(*rows))]
         patches = [to_patches(piece, self.slicing.patch) for piece in pieces]
         sizes = [(piece.height // self.slicing.patch, piece.width // self.slicing.patch) for piece in pieces]
         longest = max(rows * columns for rows, columns in sizes)
-        grids = torch.tensor([(rows, columns, longest) for rows, columns in sizes], device="cpu")
-        offset = 1 + len(head)
-        return Prompt(tokens, [offset + p for p in positions], torch.cat(patches), grids)
+        counts = torch.tensor([(rows, columns, longest) for rows, columns in sizes], device="cpu")
+        return Prompt(tokens, positions, torch.cat(patches), counts)
+
+    def prompt_length(self, question: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """See :meth:`Family.prompt_length`."""
+        return len(self._layout(question, [slice_grid(width, height, self.slicing) for width, height in sizes])[0])
 
     def response_tokens(self, text: str) -> list[int]:
         """Token ids of a whole written-out response, stop token included."""
@@ -195,34 +201,31 @@ class MiniCPMV25(Family):
         with opened(image) as picture:
             return cut(picture, self.slicing)
 
-    def _content(
-        self, question: str, pictures: list[tuple[Image.Image, list[list[Image.Image]]]]
-    ) -> tuple[list[int], list[int], list[Image.Image]]:
-        """(token ids of the user's turn, where features go in it, the pieces in feature order)."""
-        tokens: list[int] = []
+    def _layout(self, question: str, grids: Sequence[tuple[int, int] | None]) -> tuple[list[int], list[int]]:
+        """(token ids, where features go) of a question about images of so many (columns, rows) of slices each."""
+        tokens = [self._begin, *self._header("user")]
         positions: list[int] = []
-        pieces: list[Image.Image] = []
 
-        def place(piece: Image.Image) -> None:
-            pieces.append(piece)
+        def place() -> None:
             tokens.append(self._image)
             positions.extend(range(len(tokens), len(tokens) + self.vision.queries))
             tokens.extend([*[self._unknown] * self.vision.queries, self._image_end])
 
-        for place_in_turn, (source, rows) in enumerate(pictures, start=1):
-            place(source)
-            if rows:
+        for place_in_turn, grid in enumerate(grids, start=1):
+            place()
+            if grid is not None:
+                columns, rows = grid
                 tokens.append(self._slice)
-                for r, row in enumerate(rows):
+                for r in range(rows):
                     if r:
                         tokens.extend(self._newline)
-                    for piece in row:
-                        place(piece)
+                    for _ in range(columns):
+                        place()
                 tokens.append(self._slice_end)
-            if place_in_turn < len(pictures):
+            if place_in_turn < len(grids):
                 tokens.extend(self._newline)
-        tokens += self.tokenizer.encode(("\n" if pictures else "") + question)
-        return tokens, positions, pieces
+        tokens += self.tokenizer.encode(("\n" if grids else "") + question.strip())
+        return [*tokens, self._end, *self._header("assistant")], positions
 
     def _header(self, role: str) -> list[int]:
         encode = self.tokenizer.encode

@@ -9,6 +9,7 @@ sequence (``models/rope.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,6 +68,7 @@ class Phi35Vision(Family):
 
     name: ClassVar[str] = "phi3_5_vision"
     model_type: ClassVar[str] = "phi3_v"
+    published_context: ClassVar[int] = 131_072
 
     def __init__(
         self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None, num_crops: int = NUM_CROPS
@@ -116,7 +118,7 @@ class Phi35Vision(Family):
         language = LanguageSize(
             hidden, ffn, layers, heads, kv_heads, hidden // heads, number(config, where, "vocab_size"),
             float(config.get("rope_theta", 10_000.0)), float(config.get("rms_norm_eps", 1e-5)),
-            rope_scaling=cls._rope(config, where, hidden // heads),
+            rope_scaling=cls._rope(config, where, hidden // heads), context=config.get("max_position_embeddings"),
         )  # fmt: skip
         return vision, language
 
@@ -169,30 +171,36 @@ class Phi35Vision(Family):
     @staticmethod
     def published_image_cost(width: int, height: int) -> tuple[int, int]:
         """See :meth:`Family.published_image_cost`."""
-        long, _, short = hd_size(max(width, height), min(width, height), NUM_CROPS, 336)
-        columns, rows = (long // 336, short // 336) if width >= height else (short // 336, long // 336)
+        rows, columns = hd_grid(width, height, NUM_CROPS, 336)
         return 1 + rows * columns, features_of(rows, columns, 12)
 
     def prompt(self, query: Query) -> Prompt:
         """Chat template and pixels of a query. Raises OSError or ValueError naming an unreadable image."""
+        crops = [self.crops(image) for image in query.images]
+        grids = [(rows, columns) for _, rows, columns in crops]
+        tokens, positions = self._layout(query.question, grids)
+        if not crops:
+            return Prompt(tokens, [], None)
+        return Prompt(tokens, positions, torch.cat([x for x, _, _ in crops]), torch.tensor(grids, device="cpu"))
+
+    def prompt_length(self, question: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """See :meth:`Family.prompt_length`."""
+        grids = [hd_grid(width, height, self.num_crops, self.vision.image_size) for width, height in sizes]
+        return len(self._layout(question, grids)[0])
+
+    def _layout(self, question: str, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """(token ids, where features go) of a question about images of so many (rows, columns) of crops each."""
         tokens, positions = [self._begin, self._user], list[int]()
-        pixels: list[Tensor] = []
-        grids: list[tuple[int, int]] = []
         text = "\n"
-        for image in query.images:
-            crops, rows, columns = self.crops(image)
+        for rows, columns in grids:
             tokens += self.tokenizer.encode(text)
             count = self.image_tokens(rows, columns)
             positions += range(len(tokens), len(tokens) + count)
             tokens += [*[self._image] * count, self._begin]
-            pixels.append(crops)
-            grids.append((rows, columns))
-        tokens += self.tokenizer.encode(text + query.question)
+        tokens += self.tokenizer.encode(text + question)
         # The assistant's mark swallows the newline behind it.
         tokens += [self._end, *self._newline, self._assistant]
-        if not pixels:
-            return Prompt(tokens, [], None)
-        return Prompt(tokens, positions, torch.cat(pixels), torch.tensor(grids, device="cpu"))
+        return tokens, positions
 
     def response_tokens(self, text: str) -> list[int]:
         """Token ids of a whole written-out response, stop token included."""
@@ -233,6 +241,12 @@ def hd_size(width: int, height: int, num_crops: int, crop: int) -> tuple[int, in
     new_width = scale * crop
     new_height = int(new_width / ratio)
     return new_width, new_height, math.ceil(new_height / crop) * crop
+
+
+def hd_grid(width: int, height: int, num_crops: int, crop: int) -> tuple[int, int]:
+    """(rows, columns) of the crops of a picture of so many pixels."""
+    long, _, short = hd_size(max(width, height), min(width, height), num_crops, crop)
+    return (short // crop, long // crop) if width >= height else (long // crop, short // crop)
 
 
 def hd_image(picture: Image.Image, num_crops: int, crop: int) -> Image.Image:

@@ -1,0 +1,86 @@
+"""Written-out chains of thought: JSON lines ``{"id": ..., "response": ...}`` that name labelled queries of a set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mstar_mega.data.prompts import Template
+from mstar_mega.data.rows import Row, has_surrogate, read_rows
+from mstar_mega.data.types import Query, Skipped, Task
+from mstar_mega.platform.files import write_text_atomic
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a set says of a query that a row names."""
+
+    split: str
+    images: tuple[str, ...]
+    """Digests."""
+
+
+def write(path: Path, examples: Iterable[tuple[Query, str]]) -> None:
+    """Write queries with their responses as such a file (atomically).
+
+    The digests of the images are noted, as the ids of sets that are made anew for each seed name other queries then.
+    """
+    rows = (
+        {"id": query.id, "images": [image.digest for image in query.images], "response": response}
+        for query, response in examples
+    )
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def problem_of(row: Row, find: Callable[[str], Named | None], template: Template) -> tuple[str, str] | None:
+    """(field, what is wrong with it) of a row that cannot be used; None for one that can."""
+    fields = row.value if isinstance(row.value, dict) else {}
+    id, response = fields.get("id"), fields.get("response")
+    if row.problem or not isinstance(id, str) or not isinstance(response, str):
+        return "row", row.problem or "it is not an object with the texts id and response"
+    found = find(id)
+    if found is None:
+        return "id", "the training set has no usable query with this id"
+    if found.split != "labelled":
+        return "id", f"it is a query of the {found.split} split, whose answers training must not see"
+    if fields.get("images", list(found.images)) != list(found.images):
+        return "images", "the query of this id has another image: the file was made for another set, or another seed"
+    if has_surrogate(response):
+        return "response", "it has half a character (a lone surrogate)"
+    if template.marker not in response:
+        return "response", f"it has no {template.marker!r}"
+    return None
+
+
+def name_of(row: Row) -> str:
+    """The id that a row gives, for messages; empty where it gives none."""
+    id = row.value.get("id") if isinstance(row.value, dict) else None
+    return json.dumps(id)[:80] if id is not None else ""
+
+
+def with_written_out(task: Task, path: Path, template: Template, limit: int | None) -> Task:
+    """A task in memory whose warm-up examples are those of a file, at most ``limit`` of them."""
+    sets: dict[str, Sequence[Query]] = {
+        "warm-up": [query for query, _ in task.warmup],
+        **{name: getattr(task, name) for name in ("test", "validation", "unlabelled", "labelled")},
+    }
+    named = {query.id: (split, query) for split, queries in sets.items() for query in queries}
+
+    def find(id: str) -> Named | None:
+        if id not in named:
+            return None
+        split, query = named[id]
+        return Named(split, tuple(image.digest for image in query.images))
+
+    examples: list[tuple[Query, str]] = []
+    skipped: list[Skipped] = []
+    for row in read_rows(path):
+        problem = problem_of(row, find, template)
+        if problem is None:
+            examples.append((named[row.value["id"]][1], row.value["response"]))
+        else:
+            id = name_of(row)
+            skipped.append(Skipped(f"row {row.number}{f' (id {id})' if id else ''}", str(path), ": ".join(problem)))
+    return replace(task, warmup=examples[:limit], skipped=[*task.skipped, *skipped])
