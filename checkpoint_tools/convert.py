@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mstar_mega.checkpoint_tools.hf_files import HFWeights, HFWriter, TensorInfo, finish_shards
-from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
+from mstar_mega.checkpoint_tools.maps import ModelMap, head_of, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
 from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
@@ -141,7 +141,7 @@ def _to_hf(
 ) -> Converted:
     started = time.monotonic()
     config = read_config(files)
-    model = map_of(config, _head_of(weights), files / "config.json")
+    model = map_of(config, head_of(weights.parameters), files / "config.json")
     _check_parameters(checkpoint, model, weights)
     config.pop(HEAD_KEY, None)
     if model.head != "vocabulary":
@@ -238,12 +238,6 @@ def _check_layout(model: ModelMap, tensor: int, pipeline: int) -> None:
         cuts = {"column": mapping.shape[0], "gated": mapping.shape[0] // 2, "row": mapping.shape[-1]}
         if cuts.get(mapping.layout, tensor) % tensor:
             raise ValueError(f"--tensor {tensor} does not divide the {cuts[mapping.layout]} channels of {mapping.name}")
-
-
-def _head_of(weights: MegatronWeights) -> Any:
-    if "likelihood_weights" in weights.parameters:
-        return "likelihood"
-    return "linear" if "score_head" in weights.parameters else "vocabulary"
 
 
 def _model_files(checkpoint: Path, like: Path | None, made: Path) -> Path:

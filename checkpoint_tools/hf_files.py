@@ -74,7 +74,7 @@ class HFWeights:
         try:
             # Opening compares the file's length with what its header announces.
             with safe_open(file, "pt", device="cpu") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dictionary)
+                for name in shard.keys():  # not a dictionary
                     if name in self.tensors:
                         raise ValueError(f"{file}: tensor {name!r} is also in {self.tensors[name].file.name}")
                     part = shard.get_slice(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, TensorInfo
-from mstar_mega.checkpoint_tools.maps import map_of
+from mstar_mega.checkpoint_tools.maps import head_of, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
 from mstar_mega.models.description import MODEL_FILES, read_config
@@ -117,10 +117,7 @@ def _model_lines(folder: Path, tensors: Dictionary[str, Any]) -> list[tuple[str,
         return []
     config = read_config(folder)
     try:
-        head = "likelihood" if "likelihood_weights" in tensors else "vocabulary"
-        if any(name.startswith("score_head") for name in tensors) and head != "likelihood":
-            head = "linear"
-        model = map_of(config, head, folder / "config.json")
+        model = map_of(config, head_of(tensors), folder / "config.json")
     except ValueError as error:
         return [("family", f"not known ({error})"), ("model_type", json.dumps(config.get("model_type")))]
     v, t = model.vision, model.language

@@ -117,7 +117,7 @@ class MegatronWriter:
     def _append(self, file: int, entry: Any, value: Any) -> None:
         name = f"__{file}_{self.process}.distcp"
         if file not in self._files:
-            self._files[file] = open(self.directory / name, "wb")  # noqa: SIM115 (closed by close)
+            self._files[file] = open(self.directory / name, "wb")  # closed by close
         stream = self._files[file]
         offset = stream.tell()
         torch.save(value, stream)

@@ -14,11 +14,11 @@ from math import ceil, prod
 from mstar_mega.checkpoint_tools.maps import ModelMap
 from mstar_mega.checkpoint_tools.megatron_files import stage_of
 from mstar_mega.config import Config
+from mstar_mega.models.build import DTYPES
 from mstar_mega.models.mapping import score_heads
-from mstar_mega.models.sizes import LanguageSize, VisionSize
-from mstar_mega.recipe.job import needs_prm
+from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
+from mstar_mega.recipe.method import needs_prm
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 """Gradients are accumulated in float32 whatever the weights are."""
 TEXT_TOKENS = 256
@@ -73,14 +73,13 @@ class Layout:
 
 def is_possible(model: ModelMap, tensor: int, pipeline: int) -> bool:
     """Whether heads, channels and layers can be cut so."""
-    v, t = model.vision, model.language
-    cut = [t.heads, t.kv_heads, t.ffn, v.heads, v.ffn, *([v.connector_heads] if v.connector_heads else [])]
-    return t.layers % pipeline == 0 and not any(number % tensor for number in cut)
+    cut = cut_over_tensor_ranks(model.vision, model.language).values()
+    return model.layers % pipeline == 0 and not any(number % tensor for number in cut)
 
 
 def rank_memory(model: ModelMap, config: Config, layout: Layout) -> list[RankMemory]:
     """What a rank of each pipeline stage needs under these settings. All tensor ranks of a stage need the same."""
-    width = DTYPE_BYTES[config.model.precision]
+    width = DTYPES[config.model.precision].itemsize
     cut = (layout.tensor, layout.pipeline)
     counts = parameter_counts(model, *cut)
     scoring = parameter_counts(_prm(model, config), *cut, freeze_vision=config.prm.freeze_vision)

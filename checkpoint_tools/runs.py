@@ -27,6 +27,6 @@ def newest_policy(path: Path) -> Path:
 def run_config(checkpoint: Path) -> Config | None:
     """Settings of the run directory that a checkpoint lies in; None where it lies in none."""
     run = checkpoint.absolute().parents[2] if len(checkpoint.absolute().parents) > 2 else checkpoint
-    if checkpoint.absolute().parents[1].name != "checkpoints" or not (run / "config.yaml").is_file():
+    if checkpoint.absolute().parents[1].name != "checkpoints" or not (run / settings.CONFIG_FILE).is_file():
         return None
-    return settings.load(run / "config.yaml")
+    return settings.load(run)

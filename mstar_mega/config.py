@@ -110,6 +110,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    """On matrices and embeddings, not on norms and biases."""
     clip_grad: float = 1.0
     microbatch_tokens: int = 4096
     """Most tokens (prompts and responses, unpadded) in one microbatch of one rank."""

@@ -20,6 +20,8 @@ import yaml
 from mstar_mega.config import Config
 from mstar_mega.settings_tree import field_docs, flatten, leaves, shown
 
+CONFIG_FILE = "config.yaml"
+"""In a run directory: its settings, resolved."""
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
 _MEND = "restore it, or delete it and give the same command again, which writes it anew from the command's settings"
@@ -69,8 +71,11 @@ def parse(
 def load(path: str | Path) -> Config:
     """The settings of a run directory (or of its ``config.yaml``). Raises ValueError when missing or damaged."""
     file = Path(path)
-    file = file / "config.yaml" if file.is_dir() else file
-    if file.exists() and not file.read_bytes().endswith(END_OF_FILE.encode()):
+    if file.is_dir():
+        file = file / CONFIG_FILE
+    if not file.exists():
+        raise ValueError(f"{path} is not the directory of a run: there is no {file}. Give the run.dir of a started run")
+    if not file.read_bytes().endswith(END_OF_FILE.encode()):
         raise ValueError(f"{file} is cut off (its last line is not '...'): {_MEND}")
     flat = _read(file)
     parser = _parser("mstar", None)

@@ -182,7 +182,7 @@ def _work(rank: int, world_size: int, folder: str, connection: Connection) -> No
     import torch
     import torch.distributed as dist
 
-    stacks = open(_stack_file(Path(folder), rank), "w")  # noqa: SIM115 (kept open for the signal handler)
+    stacks = open(_stack_file(Path(folder), rank), "w")  # kept open for the signal handler
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 from mstar_mega.rewards.answers import (
     Verdict,
     answer_key,
-    answers_equal,
     extract_answer,
     normalize,
     plain_verdict,
@@ -20,6 +20,13 @@ from mstar_mega.rewards.answers import (
     to_latex,
 )
 from mstar_mega.rewards.quantities import Number, parse_number
+
+
+def answers_equal(answer: str, gold: str, choices: Sequence[str] = ()) -> bool:
+    """Whether plain comparison finds them equal: as text, as a number, or as a choice."""
+    verdict = plain_verdict(answer, gold, choices)
+    return verdict is not None and verdict.correct
+
 
 # ------------------------------------------------------------------------------------------------------ extraction
 

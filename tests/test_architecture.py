@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mstar_mega.config import Config, ParallelConfig
-from mstar_mega.models.build import build_model
+from mstar_mega.models.build import build_family, build_model
 from mstar_mega.models.connectors import pixel_shuffle
+from mstar_mega.models.fingerprint import fingerprint
 from mstar_mega.models.lmm import LMM, LanguageSize, VisionSize
 from mstar_mega.models.packing import Prompt, pack
 from mstar_mega.models.vision import VisionTower
+from mstar_mega.platform import distributed
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 
@@ -173,6 +175,28 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
             assert torch.equal(joined[name], value), (name, tensor, pipeline)
     matrices = [value for name, value in whole.items() if value.dim() == 2 and name != "score_head"]
     assert len({float(value.flatten()[0]) for value in matrices}) == len(matrices), "two tensors were drawn alike"
+
+
+def names_of_weights(tensor: int, pipeline: int) -> list[str]:
+    """Fingerprints of fresh weights, with one bit changed, and with that changed back."""
+    config = Config(parallel=ParallelConfig(tensor=tensor, pipeline=pipeline))
+    distributed.initialize(config.parallel, 0)
+    model = build_model(config, build_family(config))
+    names = [fingerprint(model)]
+    weight = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
+    bits = weight.data.view(-1).view(torch.int32)
+    for _ in range(2):
+        bits[5] ^= 1
+        names.append(fingerprint(model))
+    return names
+
+
+def test_equal_weights_have_one_name_in_every_layout() -> None:
+    (alone,) = run_parallel(1, "test_architecture:names_of_weights", 1, 1)
+    assert alone[0] == alone[2] != alone[1]
+    for tensor, pipeline in ((2, 1), (1, 2), (1, 1)):
+        for names in run_parallel(2, "test_architecture:names_of_weights", tensor, pipeline):
+            assert names[0] == names[2] == alone[0] != names[1]
 
 
 # -- the InternVL2 architecture --------------------------------------------------------------------------------------

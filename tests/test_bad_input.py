@@ -226,6 +226,12 @@ def test_impossible_sizes_stop_the_job_before_it_writes(tmp_path: Path, argument
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_that_the_warmup_uses_up_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    message = refusal(start(tmp_path / "run", "--evolve.max_steps", "3", command="evolve"))
+    assert "evolve.max_steps 3 includes the warm-up's 3 steps" in message and "use more than 3, or 0" in message
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_more_ranks_than_queries_in_a_step_is_no_mistake(tmp_path: Path) -> None:
     """A step of one response at two ranks: one of them has nothing to train on."""
     good(start(tmp_path / "run", "--warmup.optimizer.batch_size", "1", "--data.warmup_examples", "3", ranks=2))
@@ -249,7 +255,11 @@ def test_other_settings_are_shown_and_refused_unless_told(tmp_path: Path) -> Non
     changed = ("--warmup.optimizer.lr", "0.002", "--seed", "7")
     message = refusal(start(run_dir, *changed, ranks=2))
     assert "seed: 0 -> 7" in message and "warmup.optimizer.lr: 0.003 -> 0.002" in message
-    assert "--run.allow_changed_settings true" in message
+    assert f"--config {run_dir / 'config.yaml'}" in message and "--run.allow_changed_settings true" in message
+    everything = [f"--warmup.optimizer.{name}=0.125" for name in ("lr", "decay_share", "beta1", "beta2", "eps")]
+    everything += [f"--evolve.optimizer.{name}=0.125" for name in ("lr", "decay_share", "beta1", "beta2", "eps")]
+    message = refusal(start(run_dir, *everything))
+    assert message.count(" -> ") == 6 and "; and 4 others. " in message
     assert files_of(run_dir) == before
     good(start(run_dir, "--evolve.responses", "3", "--run.allow_changed_settings", "true"))
     assert "responses: 3" in (run_dir / "config.yaml").read_text()

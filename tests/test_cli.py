@@ -88,7 +88,7 @@ def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir:
         (["evaluate"], "the following arguments are required: RUN_DIR ('mstar evaluate --help' shows"),
         (["evaluate", "--seed", "1", "{run}"], "RUN_DIR comes first: mstar evaluate RUN_DIR ..."),
         (["evaluate", "{run}", "--sed", "1"], "unknown setting '--sed'"),
-        (["evaluate", "{run}/none"], "none: No such file or directory"),
+        (["evaluate", "{run}/none"], "none is not the directory of a run"),
         (["evaluate", "--checkpoint", "{run}"], "required: --benchmark, --data, --out"),
         (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--limit", "0"], "--limit is 0: it must be at least 1"),
         (["evaluate", "--checkpoint", "{run}", *BENCHMARK, "--responses", "0"], "--responses is 0: it must be"),
@@ -189,6 +189,37 @@ def test_the_launcher_says_what_to_do_without_an_environment(tmp_path: Path) -> 
         ["bash", str(copy)], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 2 and "run 'make setup' first" in done.stderr
+
+
+@pytest.mark.parametrize("task", [None, "2"])
+def test_the_slurm_script_starts_torchrun_on_every_node(task: str | None, tmp_path: Path) -> None:
+    """SLURM runs a copy of it, in place of srun a stub that shows its arguments; %a is an array task's number."""
+    stubs = {"srun": 'printf "%s\\n" "$@"', "scontrol": 'printf "node%s\\n" $(seq 7 5000)'}
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "slurm_script"
+    script.write_text((LAUNCHER.parent / "slurm" / "mstar.sbatch").read_text())
+    (tmp_path / "env/bin").mkdir(parents=True)
+    (tmp_path / "env/bin/activate").write_text("")
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPO), "MSTAR_ENV": str(tmp_path / "env"),
+        "SLURM_JOB_NODELIST": "node[7-5000]", "SLURM_JOB_NUM_NODES": "4994", "SLURM_JOB_ID": "41234",
+        "SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "1", **({"SLURM_ARRAY_TASK_ID": task} if task else {}),
+    }  # fmt: skip
+    command = ["bash", str(script), "--seed", "%a", "--run.dir", "a b/%a"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    of_torchrun = arguments[arguments.index("torchrun") + 1 :]
+    assert of_torchrun == [
+        "--nnodes", "4994", "--nproc-per-node", "8", "--max-restarts", "0", "--rdzv-id", "41234-1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "node7:21234", str(LAUNCHER),
+        "--seed", task or "%a", "--run.dir", f"a b/{task or '%a'}",
+    ]  # fmt: skip
+    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
+    refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "submit from there or set MSTAR_REPO" in refused.stderr
 
 
 def test_top_level_rooms_import_under_the_packages_name() -> None:

@@ -18,9 +18,9 @@ from PIL import Image
 from mstar_mega.config import DataConfig
 from mstar_mega.data.digits import make_tokenizer, task
 from mstar_mega.data.digits.questions import KINDS, ORDINALS, Problem, draw_problem
-from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, Digit, Handwriting, digest, handwriting_split, render
+from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, Digit, Handwriting, handwriting_split, render
 from mstar_mega.data.tokenizer import SentencePieceTokenizer
-from mstar_mega.data.types import Query
+from mstar_mega.data.types import Query, image_digest
 
 SMALL = DataConfig(warmup_examples=12, labelled_queries=12, unlabelled_queries=4, validation_queries=6, test_queries=6)
 TOKENIZER = SentencePieceTokenizer(make_tokenizer.MODEL_PATH)
@@ -193,7 +193,7 @@ def test_sets_have_the_asked_sizes_and_hide_answers(tmp_path: Path) -> None:
     ids = [q.id for q in [*(q for q, _ in made.warmup), *made.labelled, *made.unlabelled, *made.test]]
     assert len(set(ids)) == len(ids)
     for query in made.labelled:
-        assert digest(Path(query.images[0].path).read_bytes()) == query.images[0].digest
+        assert image_digest(Path(query.images[0].path).read_bytes()) == query.images[0].digest
 
 
 def test_build_rewrites_only_what_is_missing_or_damaged(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_damaged_manifest_is_made_again(tmp_path: Path, text: str) -> None:
 def test_another_seed_in_the_same_place_replaces_the_pictures(tmp_path: Path) -> None:
     task.build(SMALL, tmp_path, 0)
     second = task.build(SMALL, tmp_path, 1)
-    assert all(digest(Path(q.images[0].path).read_bytes()) == q.images[0].digest for q in second.test)
+    assert all(image_digest(Path(q.images[0].path).read_bytes()) == q.images[0].digest for q in second.test)
     assert json.loads((tmp_path / task.MANIFEST).read_text())["settings"]["seed"] == 1
 
 

@@ -16,7 +16,8 @@ from mstar_mega.config import GenerationConfig
 from mstar_mega.generation import engine as engine_module
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.generation.slots import group_table
-from mstar_mega.kernels.noise import key_of
+from mstar_mega.kernels.noise import counters, key_of
+from mstar_mega.kernels.sampling import sample_with_logprob
 from mstar_mega.models.inference import inference
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, pack
@@ -121,6 +122,25 @@ def test_log_probs_are_those_of_the_training_forward(model: LMM) -> None:
     with torch.no_grad():
         colder = model.log_probs(tiny.hidden(model, batch)[source], target, 0.5)
     assert (generated - colder).abs().max() > 0.1, "the temperature must matter"
+
+
+def test_a_tokens_random_numbers_are_those_of_its_sample_and_position(model: LMM) -> None:
+    """Each token drawn again by itself, from the full forward; a continued start counts its positions on."""
+    requests = make_requests()
+    for i, request in enumerate(requests):
+        request.drafts = tiny.tokens(i, 5)
+        request.samples.append(SampleSpec(key_of("continued", i), 0, 3))
+    engine = make_engine(model, slots=6)
+    for request, samples in zip(requests, engine.generate(requests, 0.9), strict=True):
+        for spec, sample in zip(request.samples, samples, strict=True):
+            start = request.drafts[0][: spec.length]
+            logits = next_logits(model, request.prompt, start + sample.tokens)[len(start) : -1]
+            positions = torch.arange(len(sample.tokens)) + len(start)
+            again = sample_with_logprob(
+                logits, temperature=0.9, banned=torch.tensor(VOCABULARY.banned_tokens), seed=engine.seed,
+                counters=counters(torch.full_like(positions, spec.key), positions),
+            )  # fmt: skip
+            assert again.token.tolist() == sample.tokens
 
 
 def test_samples_and_seeds_differ(model: LMM) -> None:

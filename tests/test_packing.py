@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.kernels.logprob import target_logprob_reference
 from mstar_mega.models.attention import GroupPlan
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import Prompt, next_token_targets, pack, step_index
+from mstar_mega.models.packing import Prompt, cut_by_size, next_token_targets, pack, step_index
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 
@@ -211,3 +212,17 @@ def test_features_stand_where_the_prompt_says_whatever_the_ids_are(policy: LMM) 
     others = [i for i in range(len(words)) if i not in places]
     assert 5 + 12 in others
     torch.testing.assert_close(embedded[others], words[others], rtol=0, atol=0)
+
+
+def test_cuts_hold_as_much_as_fits_and_ask_for_nothing_too_early() -> None:
+    asked: list[int] = []
+
+    def sizes() -> Iterator[int]:
+        for size in (3, 4, 9, 2, 5, 1, 1):
+            asked.append(size)
+            yield size
+
+    cuts = cut_by_size(sizes(), lambda size: size, 7)
+    assert next(cuts) == [3, 4] and asked == [3, 4, 9], "the one that did not fit, and no further"
+    assert list(cuts) == [[9], [2, 5], [1, 1]]
+    assert list(cut_by_size([], lambda size: size, 7)) == []

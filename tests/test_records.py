@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mstar_mega.data.records import DamagedFileError, is_complete, read_groups, write_groups
+from mstar_mega.data.records import DamagedFileError, read_groups, write_groups
 from mstar_mega.data.types import Group, ImageRef, Query, Response, Step
 from mstar_mega.platform import files
 
@@ -70,17 +70,15 @@ def test_a_line_is_what_asdict_gives(tmp_path: Path) -> None:
 
 def test_no_groups_are_a_whole_file(tmp_path: Path) -> None:
     write_groups(tmp_path / "a.jsonl", [])
-    assert read_groups(tmp_path / "a.jsonl") == [] and is_complete(tmp_path / "a.jsonl")
+    assert read_groups(tmp_path / "a.jsonl") == []
 
 
 def test_a_file_cut_at_any_byte_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_groups(path, make_groups(2))
-    assert is_complete(path)
     whole = path.read_bytes()
     for end in [*range(0, 160), *range(160, len(whole), 41), len(whole) - 1]:
         path.write_bytes(whole[:end])
-        assert not is_complete(path)
         with pytest.raises(DamagedFileError, match=r"a\.jsonl"):
             read_groups(path)
 
@@ -94,7 +92,8 @@ def test_a_changed_bit_is_damage(tmp_path: Path) -> None:
         with pytest.raises(DamagedFileError, match="checksum"):
             read_groups(path)
     path.write_bytes(whole + whole.splitlines(keepends=True)[-1])
-    assert not is_complete(path)
+    with pytest.raises(DamagedFileError, match="checksum"):
+        read_groups(path)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +124,7 @@ def test_groups_of_another_shape_are_named(tmp_path: Path) -> None:
         read_groups(path)
 
 
-def test_a_missing_file_is_not_complete(tmp_path: Path) -> None:
-    assert not is_complete(tmp_path / "none.jsonl")
+def test_a_missing_file_is_not_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_groups(tmp_path / "none.jsonl")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from jobs import (
     ROOT,
     SMALLER,
@@ -30,8 +29,10 @@ from jobs import (
     go_back,
     outcome,
 )
-from parallel import run_parallel
 
+from mstar_mega import settings
+from mstar_mega.data.records import read_groups, read_seconds
+from mstar_mega.data.types import Group
 from mstar_mega.report.metrics import read_metrics
 from mstar_mega.report.samples import collect_samples
 from mstar_mega.report.summary import load_run
@@ -70,6 +71,80 @@ def assert_equal(run_dir: Path, expected: Path) -> None:
         del summary["seconds"], summary["peak_memory_bytes"]
     assert summaries[0] == summaries[1]
     assert not list(run_dir.rglob(".*.tmp")), "leftovers"
+
+
+# ------------------------------------------------------------------------------- a whole run, held against the recipe
+
+
+def groups_of(directory: Path) -> list[Group]:
+    return [group for path in sorted(directory.glob("block_*.jsonl")) for group in read_groups(path)]
+
+
+def check_policies(rollouts: Path, sweep: float) -> None:
+    """Who drew what, and at which temperature, by the notes beside the blocks."""
+    policies: dict[str, str] = {}
+    for directory in rollouts.iterdir():
+        origin = json.loads((directory / "origin.json").read_text())
+        name = directory.name
+        policies[name] = origin["drawn_by"].partition(",")[0]
+        temperature = {"annotate": 1.0, "evaluation": 0.0, "iteration": sweep}.get(name.split("_")[0])
+        if temperature is not None:
+            assert origin["temperature"] == (1.0 if name.endswith("_sampled") else temperature), name
+    # Each iteration is drawn by the policy that the one before it left, which was measured there.
+    for number in (1, 2):
+        measured = {policy for name, policy in policies.items() if name.startswith(f"evaluation_{number - 1:04d}")}
+        assert {policies[f"iteration_{number:04d}"]} == measured
+    assert policies["annotate"] == policies["temperature_0001_0.50"] == policies["iteration_0001"]
+    assert len(set(policies.values())) == 3
+
+
+def test_a_whole_run_is_the_recipe(whole: Callable[[int], Path]) -> None:
+    """What a run leaves on disk, worked out from its settings and its responses a second time."""
+    rollouts, config, events = whole(1) / "rollouts", settings.load(whole(1)), events_of(whole(1))
+
+    def of(name: str, **fields: Any) -> list[dict[str, Any]]:
+        return [event for event in events if event["event"] == name and fields.items() <= event.items()]
+
+    check_policies(rollouts, of("temperature")[0]["temperature"])
+    asked: list[str] = []
+    for number in (1, 2):
+        directory = rollouts / f"iteration_{number:04d}"
+        groups = groups_of(directory)
+        asked += [group.query.id for group in groups]
+        best = {}
+        for group in groups:
+            assert len(group.responses) == config.evolve.responses
+            assert all(r.score == min(step.score or 0.0 for step in r.steps) for r in group.responses)
+            correct = sorted((r for r in group.responses if r.correct), key=lambda r: (-(r.score or 0.0), r.index))
+            if correct:
+                best[group.query.id] = sorted(response.index for response in correct[:2])
+        assert json.loads((directory / "selected.json").read_text()) == best
+        responses = [response for group in groups for response in group.responses]
+        (counted,) = of("generation", iteration=number)
+        assert (counted["queries"], counted["responses"]) == (len(groups), len(responses))
+        assert counted["queries_without_correct"] == len(groups) - len(best)
+        assert counted["correct"] == sum(bool(r.correct) for r in responses)
+        assert (counted["tokens"], counted["truncated"]) == (
+            sum(len(r.tokens) for r in responses), sum(r.truncated for r in responses),
+        )  # fmt: skip
+        steps = of("step", iteration=number)
+        assert sum(step["responses"] for step in steps) == config.evolve.epochs * sum(map(len, best.values()))
+        assert {step["learning_rate"] for step in steps} == {config.evolve.optimizer.lr}
+        (improved,) = of("improve", iteration=number)
+        assert improved["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps))
+        for split in ("validation", "test"):
+            right = [g.responses[0].correct for g in groups_of(rollouts / f"evaluation_{number:04d}_{split}_greedy")]
+            (measured,) = of("evaluation", iteration=number, split=split)
+            share = sum(map(bool, right)) / len(right)
+            assert (measured["queries"], measured["greedy_accuracy"]) == (len(right), pytest.approx(share))
+            assert measured["standard_error"] == pytest.approx((share * (1 - share) / len(right)) ** 0.5)
+    assert sorted(asked) == [f"digits-train-{i:06d}" for i in range(config.data.labelled_queries or 0)], "one pass"
+    assert of("annotation")[0]["queries"] == len(groups_of(rollouts / "annotate")) == config.annotate.queries
+    warmup = of("step", stage="warmup")
+    rates = [step["learning_rate"] for step in warmup]
+    assert max(rates) == pytest.approx(config.warmup.optimizer.lr) and rates[-1] < rates[5], "warmed up, then a cosine"
+    seen = sum(step["responses"] for step in warmup)
+    assert seen == (config.data.warmup_examples or 0) * config.warmup.epochs
 
 
 # ---------------------------------------------------------------------------------------------------- kill -9, anywhere
@@ -227,33 +302,6 @@ def test_every_damaged_file_is_named_and_made_again(tmp_path: Path, whole: Calla
     assert_equal(run_dir, whole(1))
 
 
-def names_of_weights(tensor: int, pipeline: int) -> list[str]:
-    """Fingerprints of fresh weights, with one bit changed, and with that changed back."""
-    from mstar_mega.config import Config, ParallelConfig
-    from mstar_mega.models.build import build_family, build_model
-    from mstar_mega.models.fingerprint import fingerprint
-    from mstar_mega.platform import distributed
-
-    config = Config(parallel=ParallelConfig(tensor=tensor, pipeline=pipeline))
-    distributed.initialize(config.parallel, 0)
-    model = build_model(config, build_family(config))
-    names = [fingerprint(model)]
-    weight = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
-    bits = weight.data.view(-1).view(torch.int32)
-    for _ in range(2):
-        bits[5] ^= 1
-        names.append(fingerprint(model))
-    return names
-
-
-def test_equal_weights_have_one_name_in_every_layout() -> None:
-    (alone,) = run_parallel(1, "test_resume:names_of_weights", 1, 1)
-    assert alone[0] == alone[2] != alone[1]
-    for tensor, pipeline in ((2, 1), (1, 2), (1, 1)):
-        for names in run_parallel(2, "test_resume:names_of_weights", tensor, pipeline):
-            assert names[0] == names[2] == alone[0] != names[1]
-
-
 def test_lost_responses_take_the_run_back_to_the_iterations_start(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     """Inside an iteration the weights that drew its responses are gone: others must not draw the lost ones."""
     run_dir = copy_run(whole(1), tmp_path / "run")
@@ -311,12 +359,19 @@ def test_a_damaged_line_in_the_log_is_named_and_costs_no_work(tmp_path: Path, wh
 
 def test_selected_responses_and_times_outlive_a_resume(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     run_dir = copy_run(whole(1), tmp_path / "run")
-    first = json.loads((run_dir / "summary.json").read_text())
     shutil.rmtree(run_dir / "checkpoints" / "evolve")
     finish(run_dir)
     again = json.loads((run_dir / "summary.json").read_text())
-    for phase in ("annotate", "generate", "score", "temperature"):
-        assert again["seconds"][phase] >= 0.9 * first["seconds"][phase], f"{phase} was not sampled again, but read back"
+
+    def took(directories: str, part: str) -> float:
+        """What the blocks say of themselves; none was sampled again."""
+        blocks = run_dir.glob(f"rollouts/{directories}/block_*")
+        return sum(read_seconds(block)[part] for block in blocks)
+
+    scoring = took("iteration_*", "score")
+    sampled = {"annotate": took("annotate", "all"), "generate": took("iteration_*", "all") - scoring}
+    for phase, seconds in {**sampled, "score": scoring, "temperature": took("temperature_*", "all")}.items():
+        assert again["seconds"][phase] > seconds - 0.01 > 0, phase
     run = load_run(run_dir)
     run.settings["report"]["samples_per_iteration"] = 1000
     samples = collect_samples(run).iterations

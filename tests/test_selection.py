@@ -1,8 +1,7 @@
-"""Selection rules, what they refuse, and the summary of a selection."""
+"""Selection rules, and what they refuse."""
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -11,7 +10,7 @@ from groups import make_group, make_response
 from mstar_mega.config import SelectionConfig
 from mstar_mega.data.types import Group
 from mstar_mega.kernels.dispatch import turn_off
-from mstar_mega.rewards.selection import SelectionSummary, select
+from mstar_mega.rewards.selection import select
 
 
 def picked(group: Group, rule: str, k: int = 2, threshold: float = 0.5, seed: int = 0) -> list[int]:
@@ -83,22 +82,3 @@ def test_selection_refuses_what_it_cannot_judge() -> None:
     with pytest.raises(ValueError, match="selection.rule"):
         picked(make_group([make_response(0, 0.5, True)]), "best")
     assert picked(make_group([make_response(0, None, True)]), "all_correct") == [0], "needs no scores"
-
-
-def test_summary_adds_merges_and_survives_json() -> None:
-    rng = random.Random(2)
-    groups = [
-        make_group([make_response(i, rng.random(), rng.random() < 0.3) for i in range(4)], f"q{n}") for n in range(40)
-    ]
-    whole, left, right = SelectionSummary(), SelectionSummary(), SelectionSummary()
-    for number, group in enumerate(groups):
-        picked(group, "threshold", threshold=0.4)
-        whole.add(group)
-        (left if number % 3 else right).add(group)
-    left.merge(right)
-    assert left == whole == SelectionSummary.from_json(json.loads(json.dumps(whole.to_json())))
-    everything = [response for group in groups for response in group.responses]
-    assert (whole.queries, whole.responses) == (40, 160)
-    assert whole.correct == sum(bool(r.correct) for r in everything) > whole.selected
-    assert whole.selected == sum(r.selected for r in everything) == sum(k * n for k, n in whole.kept_per_query.items())
-    assert whole.kept_per_query[0] == whole.queries_without_selection > whole.queries_without_correct > 0

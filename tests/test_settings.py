@@ -132,8 +132,9 @@ def test_a_damaged_run_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'seeed' in .*config.yaml; did you mean 'seed'"):
         settings.load(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match="config.yaml: No such file"):
-        settings.load(file)
+    for path, missing in ((tmp_path, file), (tmp_path / "none", tmp_path / "none")):
+        with pytest.raises(ValueError, match=f"^{path} is not the directory of a run: there is no {missing}"):
+            settings.load(path)
 
 
 def test_every_number_and_text_has_a_rule_and_every_rule_a_setting() -> None:

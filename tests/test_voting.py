@@ -8,11 +8,21 @@ import pytest
 from groups import make_group, make_response
 
 from mstar_mega.data.types import Response
-from mstar_mega.rewards.voting import apply_pseudo_answers, best_of_n, majority_vote, vote
+from mstar_mega.rewards.voting import apply_pseudo_answers, best_winner, majority_winner, vote
 
 
 def ballots(*pairs: tuple[str | None, float | None]) -> list[Response]:
     return [make_response(i, score, answer=answer) for i, (answer, score) in enumerate(pairs)]
+
+
+def majority_vote(responses: list[Response]) -> str | None:
+    winner = majority_winner(responses)
+    return None if winner is None else winner.answer
+
+
+def best_of_n(responses: list[Response]) -> str | None:
+    winner = best_winner(responses)
+    return None if winner is None else winner.answer
 
 
 def test_votes() -> None:

@@ -75,8 +75,8 @@ def build(parallel: ParallelConfig, seed: int = 0, hidden: int = 32, precision: 
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.pipeline_rank == 0,
+        post_process=layout.pipeline_rank == layout.pipeline_size - 1,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )

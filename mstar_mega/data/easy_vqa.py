@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from mstar_mega.config import DataConfig
 from mstar_mega.data.prompts import EASY_VQA, render
-from mstar_mega.data.types import ImageRef, Query, Task
+from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.kernels.noise import key_of
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -126,9 +125,7 @@ def _load(split: str) -> tuple[list[Asked], dict[int, str]]:
 
 
 def _refs(paths: dict[int, str]) -> dict[int, ImageRef]:
-    return {
-        image: ImageRef(path, sha256(Path(path).read_bytes()).hexdigest()[:16]) for image, path in sorted(paths.items())
-    }
+    return {image: ImageRef(path, image_digest(Path(path).read_bytes())) for image, path in sorted(paths.items())}
 
 
 def _query(asked: Asked, split: str, image: ImageRef, instruct: bool, hide: bool) -> Query:

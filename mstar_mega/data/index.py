@@ -123,4 +123,4 @@ class IndexedFile:
         return {"index": self.index, "source": self.source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        IndexedFile.__init__(self, **state)

@@ -126,16 +126,6 @@ def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
     return found
 
 
-def is_complete(path: str | Path) -> bool:
-    """Whether ``path`` exists and is whole; its groups are not parsed."""
-    try:
-        for _ in _verified_lines(Path(path)):
-            pass
-    except (DamagedFileError, FileNotFoundError):
-        return False
-    return True
-
-
 def _verified_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(first byte, content) of every line after the header, once the checksum has been compared."""
     with open(path, "rb") as file:

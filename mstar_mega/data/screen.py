@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mstar_mega.data.types import ImageRef, Query, Skipped, Task
+from mstar_mega.data.types import ImageRef, Query, Skipped, Task, image_digest
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
@@ -68,10 +68,8 @@ def screen_task(task: Task) -> Task:
 
 def check_image(image: ImageRef) -> None:
     """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
-    from hashlib import sha256
-
     content = Path(image.path).read_bytes()
-    if sha256(content).hexdigest()[:16] != image.digest:
+    if image_digest(content) != image.digest:
         raise ValueError("the file is not the one that the data name (its digest differs)")
     readable_image(content)
 

@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,6 +21,7 @@ from typing import Literal, TypeVar
 from mstar_mega.data.mathv360k import RowProblem, parse_row
 from mstar_mega.data.rows import Row, read_rows
 from mstar_mega.data.screen import problem_of, readable_image
+from mstar_mega.data.types import image_digest
 from mstar_mega.kernels.noise import key_of
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def _read_images(index: sqlite3.Connection, folder: Path) -> None:
 def look_at(path: Path) -> tuple[str, int, int]:
     """(digest, width, height) of an image file. Raises OSError or ValueError when it cannot be decoded to its end."""
     content = path.read_bytes()
-    return (sha256(content).hexdigest()[:16], *readable_image(content))
+    return (image_digest(content), *readable_image(content))
 
 
 def _mark_duplicates(index: sqlite3.Connection, conflicts: Literal["drop", "first"]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 
@@ -14,6 +15,11 @@ class ImageRef:
     path: str
     digest: str
     """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
+
+
+def image_digest(content: bytes) -> str:
+    """``ImageRef.digest`` of a file's bytes."""
+    return sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from mstar_mega.data.types import Group, Response
 from mstar_mega.rewards.selection import is_correct
 from mstar_mega.rewards.voting import best_winner, majority_winner, rank_by_score, weighted_winner
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """Exactly rounded; None where there is nothing to measure."""
     return math.fsum(values) / len(values) if values else None
 
 
 def _correct_count(group: Group) -> int:
     return sum(is_correct(response, group.query.id) for response in group.responses)
+
+
+def _correct_share(group: Group) -> float:
+    return _correct_count(group) / max(len(group.responses), 1)
 
 
 def _need(group: Group, k: int) -> None:
@@ -43,7 +47,7 @@ def greedy_accuracy(groups: Sequence[Group]) -> float | None:
 
 def sample_accuracy(groups: Sequence[Group]) -> float | None:
     """Mean share of correct responses (Pass@1 of the sampling policy). A query without responses counts as 0."""
-    return _mean([_correct_count(group) / max(len(group.responses), 1) for group in groups])
+    return mean([_correct_share(group) for group in groups])
 
 
 def pass_at_k(groups: Sequence[Group], k: int) -> float | None:
@@ -52,7 +56,7 @@ def pass_at_k(groups: Sequence[Group], k: int) -> float | None:
     With n > k samples the unbiased estimate 1 - C(n - c, k) / C(n, k), c of them correct (Chen et al. 2021, arXiv
     2107.03374), which is the plain share when n = k. Raises ValueError when a query has fewer than k responses.
     """
-    return _mean(pass_at_k_of_each(groups, k))
+    return mean(pass_at_k_of_each(groups, k))
 
 
 def pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
@@ -71,7 +75,7 @@ def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
     The ranking is over all samples, without an answer filter; ties by sample index, responses without a score last.
     Raises ValueError when a query has fewer than k responses.
     """
-    return _mean(reward_pass_at_k_of_each(groups, k))
+    return mean(reward_pass_at_k_of_each(groups, k))
 
 
 def reward_pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
@@ -88,7 +92,7 @@ def _picked_accuracy(groups: Sequence[Group], picks: Sequence[Response | None]) 
     hits = [
         float(pick is not None and is_correct(pick, group.query.id)) for group, pick in zip(groups, picks, strict=True)
     ]
-    return _mean(hits)
+    return mean(hits)
 
 
 def best_of_n_accuracy(groups: Sequence[Group]) -> float | None:
@@ -106,77 +110,39 @@ def majority_vote_accuracy(groups: Sequence[Group]) -> float | None:
     return _picked_accuracy(groups, [majority_winner(group.responses, group.query.choices) for group in groups])
 
 
-@dataclass
-class KindAccuracy:
-    """Sample accuracy on the queries of one kind."""
-
-    queries: int
-    accuracy: float
-
-
-def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, KindAccuracy]:
+def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, float]:
     """:func:`sample_accuracy` by ``Query.kind``, in alphabetical order."""
-    by_kind: dict[str, list[Group]] = {}
+    shares: dict[str, list[float]] = {}
     for group in groups:
-        by_kind.setdefault(group.query.kind, []).append(group)
-    result = {}
-    for kind, members in sorted(by_kind.items()):
-        accuracy = sample_accuracy(members)
-        assert accuracy is not None
-        result[kind] = KindAccuracy(len(members), accuracy)
-    return result
+        shares.setdefault(group.query.kind, []).append(_correct_share(group))
+    return {kind: math.fsum(of_kind) / len(of_kind) for kind, of_kind in sorted(shares.items())}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exploration:
-    """All measures of one policy at one temperature. None: not measured (no greedy responses, no process scores)."""
+    """What one policy's samples at one temperature offer, as the event ``evaluation`` has it. None: no process scores,
+    or nothing to measure."""
 
-    queries: int
-    responses: int
-    k: int
-    reward_k: int
-    greedy: float | None
-    sample_accuracy: float | None
     pass_at_k: float | None
-    headroom: float | None
-    """Pass@K minus greedy accuracy: what exploration still offers."""
+    k: int
     reward_pass_at_k: float | None
+    reward_k: int
     best_of_n: float | None
     weighted_vote: float | None
     majority_vote: float | None
-    by_kind: dict[str, KindAccuracy] = field(default_factory=dict)
-    """Of the greedy responses where there are any, otherwise of the samples."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict for ``json.dumps``."""
-        return asdict(self)
 
 
-def measure(groups: Sequence[Group], k: int, reward_k: int, greedy: Sequence[Group] | None = None) -> Exploration:
-    """All measures over sampled ``groups``, and over the ``greedy`` ones of the same queries if given.
-
-    The measures that rank by process score are None when no response at all has a score. Raises ValueError when greedy
-    and sampled groups are of different queries.
-    """
-    if greedy is not None and {g.query.id for g in greedy} != {g.query.id for g in groups}:
-        raise ValueError("greedy and sampled groups are of different queries; their difference would mean nothing")
+def measure(groups: Sequence[Group], k: int, reward_k: int) -> Exploration:
+    """All measures over sampled groups. Those that rank by process score are None when no response at all has one."""
     scored = any(response.score is not None for group in groups for response in group.responses)
-    greedy_share = greedy_accuracy(greedy) if greedy is not None else None
-    passed = pass_at_k(groups, k)
     return Exploration(
-        queries=len(groups),
-        responses=sum(len(group.responses) for group in groups),
+        pass_at_k=pass_at_k(groups, k),
         k=k,
-        reward_k=reward_k,
-        greedy=greedy_share,
-        sample_accuracy=sample_accuracy(groups),
-        pass_at_k=passed,
-        headroom=None if passed is None or greedy_share is None else passed - greedy_share,
         reward_pass_at_k=reward_pass_at_k(groups, reward_k) if scored else None,
+        reward_k=reward_k,
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,
         majority_vote=majority_vote_accuracy(groups),
-        by_kind=accuracy_by_kind(groups if greedy is None else greedy),
     )
 
 
@@ -195,7 +161,7 @@ def accuracy(scores: Sequence[float], labels: Sequence[int], threshold: float = 
     Raises ValueError for unequal lengths, labels other than 0 and 1, and NaN.
     """
     _check_scores(scores, labels)
-    return _mean([float((score >= threshold) == bool(label)) for score, label in zip(scores, labels, strict=True)])
+    return mean([float((score >= threshold) == bool(label)) for score, label in zip(scores, labels, strict=True)])
 
 
 def auc(scores: Sequence[float], labels: Sequence[int]) -> float | None:

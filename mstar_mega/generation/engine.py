@@ -22,7 +22,7 @@ from mstar_mega.kernels.noise import counters
 from mstar_mega.kernels.sampling import sample_with_logprob
 from mstar_mega.models.inference import from_last_stage, inference, run_packed, run_stages
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import PackedBatch, Prompt, pack
+from mstar_mega.models.packing import PackedBatch, Prompt, cut_by_size, pack
 
 
 class Vocabulary(Protocol):
@@ -194,27 +194,19 @@ class _Run:
         """Give free slots to waiting samples and draw their first tokens."""
         taken = [self.queue.popleft() for _ in range(min(self.slots.free, len(self.queue)))]
         missing = dict.fromkeys(self.work[i].request for i in taken if self.work[i].request not in self.prefilled)
-        for batch in self._by_tokens(list(missing)):
+        for batch in cut_by_size(missing, self._tokens_of, self.config.prefill_tokens):
             self._prefill(batch)
         new = range(self.slots.count, self.slots.count + len(taken))
         self.slots.count += len(taken)
-        hidden_rows = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
+        started = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
         self._forget_prefills()
-        self._draw(new, torch.stack(hidden_rows) if self.model.post_process else None)  # type: ignore[arg-type]
+        rows = [row for row in started if row is not None]  # all of them on the last stage, none elsewhere
+        self._draw(new, torch.stack(rows) if rows else None)
 
-    def _by_tokens(self, requests: list[int]) -> list[list[int]]:
-        """Cut requests into prefill batches of about ``prefill_tokens``."""
-        batches: list[list[int]] = []
-        room = 0
-        for i in requests:
-            request = self.requests[i]
-            tokens = len(request.prompt.tokens) + sum(map(len, request.drafts))
-            if not batches or room < tokens:
-                batches.append([])
-                room = self.config.prefill_tokens
-            batches[-1].append(i)
-            room -= tokens
-        return batches
+    def _tokens_of(self, i: int) -> int:
+        """What a request's prefill reads."""
+        request = self.requests[i]
+        return len(request.prompt.tokens) + sum(map(len, request.drafts))
 
     def _prefill(self, requests: list[int]) -> None:
         chosen = [self.requests[i] for i in requests]
@@ -271,8 +263,7 @@ class _Run:
         tokens = slots.tokens[torch.arange(B), plan.lengths]
         tokens = torch.nn.functional.pad(tokens, (0, padding))
         positions = torch.nn.functional.pad(slots.prompt_length[:B] + plan.lengths, (0, padding))
-        embed = model.language.embedding.word_embeddings if model.pre_process else None
-        hidden = run_stages(model, lambda: embed(tokens[None]).squeeze(0), positions, plan)  # type: ignore[misc]
+        hidden = run_stages(model, lambda: model.embed_tokens(tokens), positions, plan)
         return None if hidden is None else hidden[:B]
 
     def _draw(self, rows: range, hidden: Tensor | None) -> None:

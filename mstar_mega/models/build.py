@@ -15,7 +15,7 @@ from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.models.initialization import initialize_weights
 from mstar_mega.models.lmm import LMM, transformer_config
 from mstar_mega.models.mapping import Head
-from mstar_mega.models.sizes import LanguageSize, VisionSize
+from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
 from mstar_mega.platform.distributed import device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,15 +45,7 @@ def build_family(config: Config) -> Family:
 def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) -> None:
     """Raise ValueError, with the numbers, where a size cannot be cut over the tensor or pipeline ranks."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    cut = {
-        "attention heads": language.heads,
-        "key-value heads": language.kv_heads,
-        "feed-forward channels": language.ffn,
-        "vision heads": vision.heads,
-        "vision feed-forward channels": vision.ffn,
-    }
-    if vision.connector_heads:
-        cut["resampler heads"] = vision.connector_heads
+    cut = cut_over_tensor_ranks(vision, language)
     for what, number in cut.items():
         if number % tensor:
             raise ValueError(

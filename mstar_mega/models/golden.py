@@ -70,16 +70,6 @@ def logits(model: LMM, case: Case) -> Tensor:
         return from_last_stage(out)[..., : model.size.vocab]
 
 
-def greedy_without_cache(model: LMM, case: Case, count: int) -> Tensor:
-    """Greedy tokens, int64 [rows, count], the whole sequence computed anew for each. Collective."""
-    prompts = [Prompt(list(p.tokens), p.image_positions, p.pixels, p.grids) for p in case.prompts]
-    for _ in range(count):
-        values = logits(model, Case(prompts, case.pixels, case.grids, case.kept))
-        for row, prompt in enumerate(prompts):
-            prompt.tokens.append(int(values[row, len(prompt.tokens) - 1].argmax()))
-    return torch.tensor([prompt.tokens[-count:] for prompt in prompts])
-
-
 def greedy_settings(count: int) -> GenerationConfig:
     """Settings of the generation engine for ``count`` greedy tokens."""
     return GenerationConfig(max_new_tokens=count, slots=4)

@@ -89,9 +89,14 @@ class LMM(MegatronModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language.set_input_tensor(tensor)
 
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden] (first stage only)."""
+        embedded: Tensor = self.language.embedding.word_embeddings(tokens[None]).squeeze(0)
+        return embedded
+
     def embed(self, batch: PackedBatch) -> Tensor:
         """Token embeddings [T, hidden] with image features written over their positions (first stage only)."""
-        embedded = self.language.embedding.word_embeddings(batch.tokens[None]).squeeze(0)
+        embedded = self.embed_tokens(batch.tokens)
         if batch.pixels is None:
             return embedded
         features = self.image_features(batch.pixels.to(embedded.device, embedded.dtype), batch.grids)

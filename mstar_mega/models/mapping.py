@@ -7,7 +7,7 @@ functions only move values: the dtype is kept, and ``to_hf(to_ours(x))`` is ``x`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -140,10 +140,6 @@ class Mapping:
         if self.layout == "gated":
             return torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
         return torch.cat(list(parts), dim=0 if self.layout == "column" else 1)
-
-
-WeightMap = Callable[[dict, Head], list[Mapping]]
-"""A family's map: from the content of config.json and the head of the model."""
 
 
 def same(ours: str, theirs: str, *shape: int, layout: Layout = "replicated") -> Mapping:

@@ -8,13 +8,16 @@ whole sequence (``Rope``), only responses of one regime share a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mstar_mega.models.attention import GroupPlan
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,6 +38,24 @@ def prompt_bytes(prompt: Prompt) -> int:
     """About how much memory a prompt takes."""
     pixels = 0 if prompt.pixels is None else prompt.pixels.numel() * prompt.pixels.element_size()
     return pixels + 16 * (len(prompt.tokens) + len(prompt.image_positions)) + 1024
+
+
+def cut_by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items in their order, in lists whose sizes add up to at most ``limit``; a larger item stands alone.
+
+    An item is asked for only when those of the lists before it are used up.
+    """
+    part: list[T] = []
+    room = limit
+    for item in items:
+        size = size_of(item)
+        if part and size > room:
+            yield part
+            part, room = [], limit
+        part.append(item)
+        room -= size
+    if part:
+        yield part
 
 
 @dataclass

@@ -86,3 +86,15 @@ class LanguageSize:
     def padded_vocab(self) -> int:
         """Rows of the embedding: a multiple of 128, so that the layout does not change a checkpoint's shapes."""
         return -(-self.vocab // 128) * 128
+
+
+def cut_over_tensor_ranks(vision: VisionSize, language: LanguageSize) -> dict[str, int]:
+    """What tensor-parallel ranks share among them, by its name: their number must divide each."""
+    shared = {
+        "attention heads": language.heads,
+        "key-value heads": language.kv_heads,
+        "feed-forward channels": language.ffn,
+        "vision heads": vision.heads,
+        "vision feed-forward channels": vision.ffn,
+    }
+    return shared | ({"resampler heads": vision.connector_heads} if vision.connector_heads else {})

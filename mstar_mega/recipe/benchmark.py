@@ -28,7 +28,7 @@ from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
 from mstar_mega.recipe.blocks import in_blocks
 from mstar_mega.recipe.context import Job
-from mstar_mega.recipe.directory import CONFIG_FILE, on_main
+from mstar_mega.recipe.directory import on_main
 from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.job import newest_policy, open_job
 from mstar_mega.recipe.prm import load_prm
@@ -36,7 +36,7 @@ from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_g
 from mstar_mega.report.benchmark_page import write_page
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner
-from mstar_mega.settings import load
+from mstar_mega.settings import CONFIG_FILE, load
 
 PREDICTIONS, SCORES, PAGE = "predictions.jsonl", "scores.json", "index.html"
 

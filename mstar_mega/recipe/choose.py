@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from mstar_mega.data.records import write_selected
 from mstar_mega.kernels.noise import key_of
@@ -14,7 +16,7 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
-from mstar_mega.rewards.selection import SelectionSummary, select
+from mstar_mega.rewards.selection import select
 from mstar_mega.training.batches import Examples, TrainGroup
 
 
@@ -28,8 +30,6 @@ class Chosen:
     positions: array[int] = field(default_factory=lambda: array("q"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
     """Together with the position the :data:`Place` of its group."""
-    ends: array[int] = field(default_factory=lambda: array("q"))
-    """Where each query's part of ``indices`` ends."""
     indices: array[int] = field(default_factory=lambda: array("i"))
     """Sample indices of the selected responses, one query's after another's."""
 
@@ -40,60 +40,53 @@ class Chosen:
         self.positions.append(place[0])
         self.offsets.append(place[1])
         self.indices.extend(indices)
-        self.ends.append(len(self.indices))
 
     def extend(self, other: Chosen) -> None:
         """Another rank's queries behind these."""
-        before = len(self.indices)
         self.ids += other.ids
         self.sizes += other.sizes
         self.positions += other.positions
         self.offsets += other.offsets
         self.indices += other.indices
-        self.ends.extend(before + end for end in other.ends)
-
-    def indices_of(self, i: int) -> array[int]:
-        """Sample indices of query ``i``'s selected responses."""
-        return self.indices[self.ends[i] - self.sizes[i] : self.ends[i]]
-
-    def items(self) -> Iterator[tuple[str, array[int]]]:
-        """Every query's id and sample indices."""
-        return ((id, self.indices_of(i)) for i, id in enumerate(self.ids))
 
 
 def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
     """Apply the selection to this rank's groups and gather what was selected: the same examples on every rank."""
     settings = job.config.selection
-    summary, chosen = SelectionSummary(), Chosen()
+    mine, chosen = Chosen(), Chosen()
     key = key_of(job.config.seed, "select", now.number)
     for block, places in groups.read_blocks():
         for group, place, selected in zip(block, places, select(block, settings, key), strict=True):
-            summary.add(group)
             if selected:
-                chosen.add(group.query.id, place, [response.index for response in selected])
-    total, everyone = SelectionSummary(), Chosen()
-    for of_rank, summary_of_rank in all_gather_objects((chosen, summary)):
-        everyone.extend(of_rank)
-        total.merge(summary_of_rank)
+                mine.add(group.query.id, place, [response.index for response in selected])
+    for of_rank in all_gather_objects(mine):
+        chosen.extend(of_rank)
+    ends = array("q", accumulate(chosen.sizes))
+
+    def indices_of(i: int) -> array[int]:
+        return chosen.indices[ends[i] - chosen.sizes[i] : ends[i]]
+
     if job.layout.is_main:
-        write_selected(job.rollouts / iteration_directory(now.number), everyone.items())
+        selected_of = ((id, indices_of(i)) for i, id in enumerate(chosen.ids))
+        write_selected(job.rollouts / iteration_directory(now.number), selected_of)
+    kept = Counter(chosen.sizes) + Counter({0: len(groups.queries) - len(chosen.ids)})
     job.log(
         "selection",
         iteration=now.number,
         rule=settings.rule,
-        selected=total.selected,
-        queries_with_selection=total.queries - total.queries_without_selection,
-        kept_per_query=total.to_json()["kept_per_query"],
+        selected=len(chosen.indices),
+        queries_with_selection=len(chosen.ids),
+        kept_per_query={str(size): queries for size, queries in sorted(kept.items())},
     )
-    if not total.selected:
+    if not chosen.ids:
         job.say(f"   iteration {now.number}: NO RESPONSE SELECTED, nothing is trained in this iteration")
 
     def read(i: int) -> TrainGroup:
-        group = groups.read((everyone.positions[i], everyone.offsets[i]))
+        group = groups.read((chosen.positions[i], chosen.offsets[i]))
         tokens = {response.index: response.tokens for response in group.responses}
-        return TrainGroup(group.query, [tokens[index] for index in everyone.indices_of(i)])
+        return TrainGroup(group.query, [tokens[index] for index in indices_of(i)])
 
-    return Examples(everyone.ids, everyone.sizes, read)
+    return Examples(chosen.ids, chosen.sizes, read)
 
 
 def gold_examples(job: Job, now: Interval) -> Examples:

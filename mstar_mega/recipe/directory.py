@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mstar_mega import settings
 from mstar_mega.config import Config
@@ -24,10 +24,11 @@ from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 
-CONFIG_FILE = "config.yaml"
 FILES_FILE = "files.json"
 """Size and SHA-256 of the files that the run is trained on, by setting."""
 LOCK_FILE = ".lock"
+SHOWN = 6
+"""So many changed settings are named; where there are more, a forgotten --config is behind them."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def on_main(is_main: bool, action: Callable[[], T]) -> T:
     """Rank 0's result of ``action``, on every rank; its ValueError or OSError is raised on all of them. Collective."""
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    outcome: tuple[Any, Exception | None] = (None, None)
     if is_main:
         try:
             outcome = (action(), None)
@@ -44,7 +45,8 @@ def on_main(is_main: bool, action: Callable[[], T]) -> T:
     result, problem = broadcast_object(outcome)
     if problem is not None:
         raise problem
-    return result  # type: ignore[return-value]
+    received: T = result
+    return received
 
 
 @contextmanager
@@ -105,15 +107,17 @@ def _lock(directory: Path, descriptor: int) -> None:
 
 
 def _check_settings(config: Config, directory: Path) -> None:
-    path = directory / CONFIG_FILE
+    path = directory / settings.CONFIG_FILE
     if path.exists():
         changed = settings.differences(settings.load(path), config)
         if not changed:
             return
         if not config.run.allow_changed_settings:
+            others = f"; and {len(changed) - SHOWN} others" if len(changed) > SHOWN else ""
             raise ValueError(
-                f"{directory} was made with other settings: {'; '.join(changed)}. Use another --run.dir, or continue "
-                "with the new ones by --run.allow_changed_settings true (finished work stays as it is)"
+                f"{directory} was made with other settings: {'; '.join(changed[:SHOWN])}{others}. Go on with its own "
+                f"by --config {path}, use another --run.dir, or continue with the new ones by "
+                "--run.allow_changed_settings true (finished work stays as it is)"
             )
     write_text_atomic(path, settings.dump(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from mstar_mega.data.types import Group, Query
@@ -42,19 +43,9 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
     greedy = _greedy(job, actors, iteration, "validation", at)
     sampling = Sampling(f"evaluation_{iteration:04d}{at}_validation_sampled", 1.0, settings.k)
     sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
-    result = measure(sampled, settings.k, settings.reward_k, greedy)
-    job.log(
-        "evaluation",
-        **_greedy_fields(stage, iteration, "validation", greedy),
-        pass_at_k=result.pass_at_k,
-        k=result.k,
-        reward_pass_at_k=result.reward_pass_at_k,
-        reward_k=result.reward_k,
-        best_of_n=result.best_of_n,
-        weighted_vote=result.weighted_vote,
-        majority_vote=result.majority_vote,
-        seconds=timer.seconds,
-    )
+    result = measure(sampled, settings.k, settings.reward_k)
+    fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result)}
+    job.log("evaluation", **fields, seconds=timer.seconds)
     return result
 
 
@@ -74,5 +65,5 @@ def _greedy_fields(stage: str, iteration: int, split: Split, groups: list[Group]
         "greedy_accuracy": accuracy,
         "standard_error": None if not count or accuracy is None else (accuracy * (1 - accuracy) / count) ** 0.5,
         "queries": count,
-        "by_kind": {kind: value.accuracy for kind, value in sorted(accuracy_by_kind(groups).items())},
+        "by_kind": accuracy_by_kind(groups),
     }

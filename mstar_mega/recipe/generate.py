@@ -30,7 +30,8 @@ def iteration_directory(number: int) -> str:
 
 def iteration_sampling(job: Job, number: int, temperature: float | None) -> Sampling:
     """How the responses of an iteration are drawn."""
-    temperature = temperature if temperature is not None else job.config.temperature.value
+    if temperature is None:  # no sweep has been yet: sft has none, and a run may go on from it with another method
+        temperature = job.config.temperature.value
     return Sampling(iteration_directory(number), temperature, job.config.evolve.responses)
 
 
@@ -106,7 +107,7 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Iterable[Group
     Raises ValueError with the gap and what it means.
     """
     settings = job.config.generation
-    temperature = temperature if temperature is not None else job.config.temperature.value
+    temperature = iteration_sampling(job, now.number, temperature).temperature
     limit = settings.log_prob_gap_limit
     if limit is None:
         # bfloat16 rounds logits, and a low temperature spreads them: what is rounding at 1 is more below.

@@ -11,7 +11,7 @@ from pathlib import Path
 from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
-from mstar_mega.data.types import ImageRef, Query, Task
+from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
 from mstar_mega.models.families.base import Family
@@ -19,7 +19,6 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
-from mstar_mega.platform.files import sha256_file
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
@@ -28,7 +27,7 @@ from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
-from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.method import needs_prm, resolve_method
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
@@ -114,15 +113,6 @@ def _check_budget(budget: int, steps: int) -> None:
         )
 
 
-def needs_prm(config: Config) -> bool:
-    """Whether any setting uses process scores."""
-    return config.evolve.method != "sft" and (
-        config.selection.rule in ("top_k", "threshold")
-        or config.temperature.mode == "reward_pass_at_k"
-        or config.prompts.unlabelled == "voting"
-    )
-
-
 def finish(job: Job) -> None:
     """Write summary.json and report.html and say where they are."""
     if job.layout.is_main:
@@ -166,7 +156,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
-        refs = tuple(ImageRef(path, sha256_file(Path(path))[:16]) for path in images)
+        refs = tuple(ImageRef(path, image_digest(Path(path).read_bytes())) for path in images)
         query = Query("question", question, refs, None)
         request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):

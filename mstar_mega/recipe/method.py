@@ -1,10 +1,11 @@
-"""The four training methods that the paper compares, as settings of one loop (arXiv 2412.17451, section 3)."""
+"""The four training methods that the paper compares, as settings of one loop (arXiv 2412.17451, section 3), and what
+the settings need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mstar_mega.config import EvolveConfig
+from mstar_mega.config import Config, EvolveConfig
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,12 @@ def resolve_method(evolve: EvolveConfig) -> ResolvedMethod:
 def gold_response(answer: str) -> str:
     """The response that SFT trains on: the gold answer in the answer block, without a rationale."""
     return f"# Answer\n\n{answer}"
+
+
+def needs_prm(config: Config) -> bool:
+    """Whether any setting uses process scores."""
+    return config.evolve.method != "sft" and (
+        config.selection.rule in ("top_k", "threshold")
+        or config.temperature.mode == "reward_pass_at_k"
+        or config.prompts.unlabelled == "voting"
+    )

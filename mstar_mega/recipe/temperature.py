@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from mstar_mega.evaluation.passk import pass_at_k_of_each, reward_pass_at_k_of_each
+from mstar_mega.evaluation.passk import mean, pass_at_k_of_each, reward_pass_at_k_of_each
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
@@ -30,14 +30,15 @@ def tune_temperature(job: Job, actors: Actors, iteration: int) -> float:
         measures = {"pass_at_k": pass_at_k_of_each(groups, settings.k)}
         if actors.prm is not None:
             measures["reward_pass_at_k"] = reward_pass_at_k_of_each(groups, settings.k)
-        grid.append({"temperature": temperature, "reward_pass_at_k": None} | _means(measures))
+        means = {name: mean(values) for name, values in measures.items()}
+        grid.append({"temperature": temperature, "reward_pass_at_k": None, **means})
         criterion[temperature] = measures[settings.mode]
     chosen = choose_temperature(criterion, settings.tolerance)
     job.log(
         "temperature", iteration=iteration, temperature=chosen, mode=settings.mode, k=settings.k, grid=grid,
         seconds=timer.seconds,
     )  # fmt: skip
-    job.say(f"   temperature {chosen} is chosen by {settings.mode} ({100 * (_mean(criterion[chosen]) or 0.0):.1f}%)")
+    job.say(f"   temperature {chosen} is chosen by {settings.mode} ({100 * (mean(criterion[chosen]) or 0.0):.1f}%)")
     return chosen
 
 
@@ -55,11 +56,3 @@ def choose_temperature(criterion: Mapping[float, Sequence[float]], tolerance: fl
 
     best = max(criterion.values(), key=math.fsum)
     return max(temperature for temperature, values in criterion.items() if is_as_good(values))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _means(measures: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    return {name: _mean(values) for name, values in measures.items()}

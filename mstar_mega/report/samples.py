@@ -17,7 +17,7 @@ from typing import Any
 
 from mstar_mega.config import ReportConfig
 from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
-from mstar_mega.data.types import Group, ImageRef, Response
+from mstar_mega.data.types import Group, ImageRef, Response, image_digest
 from mstar_mega.report.summary import Run
 
 MOST_SIDE = 448
@@ -174,7 +174,7 @@ def data_url(image: ImageRef, directory: Path) -> str:
 
     path = Path(image.path)
     content = (path if path.exists() else directory / path).read_bytes()
-    if hashlib.sha256(content).hexdigest()[:16] != image.digest:
+    if image_digest(content) != image.digest:
         raise ValueError("the file has changed since the run used it")
     try:
         with Image.open(io.BytesIO(content)) as picture:

@@ -13,8 +13,8 @@ import yaml
 
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.report.metrics import METRICS_FILE, Event, number, scan_metrics, standard_json
+from mstar_mega.settings import CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 
 

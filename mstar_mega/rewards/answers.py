@@ -265,12 +265,6 @@ def plain_verdict(answer: str, gold: str, choices: Sequence[str] = ()) -> Verdic
     return None
 
 
-def answers_equal(answer: str, gold: str, choices: Sequence[str] = ()) -> bool:
-    """Whether ``answer`` equals ``gold`` by plain comparison: as text, as a number, or as a choice."""
-    verdict = plain_verdict(answer, gold, choices)
-    return verdict is not None and verdict.correct
-
-
 def answer_key(answer: str, choices: Sequence[str] = ()) -> str:
     """A canonical form: two answers with the same key are the same vote.
 

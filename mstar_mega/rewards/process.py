@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -13,7 +13,7 @@ from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import Prompt, pack, step_index
+from mstar_mega.models.packing import Prompt, cut_by_size, pack, step_index
 from mstar_mega.rewards.steps import check_finite, reduce_scores
 
 
@@ -28,9 +28,10 @@ def score_groups(
 
     A response without any step keeps the score None. At most about ``max_tokens`` tokens go through the PRM at once.
     """
+    pairs = ((group, prompt_of(group.query)) for group in groups)  # each prompt is made when its turn comes
     with inference(prm):
-        for part, prompts in _by_tokens(groups, prompt_of, max_tokens):
-            _score(prm, part, prompts)
+        for part in cut_by_size(pairs, _tokens_of, max_tokens):
+            _score(prm, [group for group, _ in part], [prompt for _, prompt in part])
     reduce_groups(groups, reduction)
 
 
@@ -67,20 +68,6 @@ def _score(prm: LMM, groups: list[Group], prompts: list[Prompt]) -> None:
         step.score = score
 
 
-def _by_tokens(
-    groups: Sequence[Group], prompt_of: Callable[[Query], Prompt], max_tokens: int
-) -> Iterator[tuple[list[Group], list[Prompt]]]:
-    part: list[Group] = []
-    prompts: list[Prompt] = []
-    room = max_tokens
-    for group in groups:
-        prompt = prompt_of(group.query)
-        size = len(prompt.tokens) + sum(len(r.tokens) for r in group.responses)
-        if part and size > room:
-            yield part, prompts
-            part, prompts, room = [], [], max_tokens
-        part.append(group)
-        prompts.append(prompt)
-        room -= size
-    if part:
-        yield part, prompts
+def _tokens_of(pair: tuple[Group, Prompt]) -> int:
+    group, prompt = pair
+    return len(prompt.tokens) + sum(len(response.tokens) for response in group.responses)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import torch
 
@@ -104,50 +101,3 @@ def _top_k(correct: list[list[Response]], query_ids: list[str], k: int) -> list[
         k,
     )
     return [[pool[place] for place in places if place >= 0] for places in best.index.tolist()]
-
-
-@dataclass
-class SelectionSummary:
-    """What the selection kept, over the groups added to it."""
-
-    queries: int = 0
-    responses: int = 0
-    correct: int = 0
-    selected: int = 0
-    queries_without_correct: int = 0
-    queries_without_selection: int = 0
-    kept_per_query: Counter[int] = field(default_factory=Counter)
-    """Number of queries by their number of selected responses."""
-
-    def add(self, group: Group) -> None:
-        """Count a group after :func:`select`."""
-        correct = sum(is_correct(response, group.query.id) for response in group.responses)
-        selected = sum(response.selected for response in group.responses)
-        self.queries += 1
-        self.responses += len(group.responses)
-        self.correct += correct
-        self.selected += selected
-        self.queries_without_correct += correct == 0
-        self.queries_without_selection += selected == 0
-        self.kept_per_query[selected] += 1
-
-    def merge(self, other: SelectionSummary) -> None:
-        """Add another summary's counts, for example another rank's."""
-        self.queries += other.queries
-        self.responses += other.responses
-        self.correct += other.correct
-        self.selected += other.selected
-        self.queries_without_correct += other.queries_without_correct
-        self.queries_without_selection += other.queries_without_selection
-        self.kept_per_query.update(other.kept_per_query)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict for ``json.dumps``; the histogram's keys are strings, in rising order."""
-        histogram = {str(kept): count for kept, count in sorted(self.kept_per_query.items())}
-        return {**vars(self), "kept_per_query": histogram}
-
-    @staticmethod
-    def from_json(obj: dict[str, Any]) -> SelectionSummary:
-        """Inverse of :meth:`to_json`. Raises KeyError or TypeError on a malformed object."""
-        histogram = Counter({int(kept): count for kept, count in obj["kept_per_query"].items()})
-        return SelectionSummary(**{**obj, "kept_per_query": histogram})

@@ -68,28 +68,15 @@ def best_winner(responses: Sequence[Response]) -> Response | None:
     return ranked[0] if ranked else None
 
 
-def _answer_of(response: Response | None, choices: Sequence[str]) -> str | None:
-    if response is None or response.answer is None:
-        return None
-    return (resolve_choice(response.answer, choices) if choices else None) or response.answer
-
-
 def vote(responses: Sequence[Response], choices: Sequence[str] = ()) -> str | None:
     """Pseudo answer by PRM-weighted voting (paper section 5); a choice's letter where ``choices`` has it.
 
     None when no response has an answer. Raises ValueError when a response that votes has no process score.
     """
-    return _answer_of(weighted_winner(responses, choices), choices)
-
-
-def majority_vote(responses: Sequence[Response], choices: Sequence[str] = ()) -> str | None:
-    """The most frequent answer (ties: first seen); None when no response has an answer."""
-    return _answer_of(majority_winner(responses, choices), choices)
-
-
-def best_of_n(responses: Sequence[Response], choices: Sequence[str] = ()) -> str | None:
-    """The answer of the response with the best process score; None when that response has no answer."""
-    return _answer_of(best_winner(responses), choices)
+    winner = weighted_winner(responses, choices)
+    if winner is None or winner.answer is None:
+        return None
+    return (resolve_choice(winner.answer, choices) if choices else None) or winner.answer
 
 
 def apply_pseudo_answers(group: Group) -> Group:

@@ -14,7 +14,16 @@ from torch import Tensor
 from mstar_mega.data.types import Query
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import PackedBatch, Prompt, Regimes, StepIndex, next_token_targets, pack, step_index
+from mstar_mega.models.packing import (
+    PackedBatch,
+    Prompt,
+    Regimes,
+    StepIndex,
+    cut_by_size,
+    next_token_targets,
+    pack,
+    step_index,
+)
 
 
 @dataclass
@@ -177,14 +186,7 @@ def microbatches(
     sizes = [len(p.tokens) + sum(map(len, g.responses)) for p, g in zip(prompts, groups, strict=True)]
     # Neighbours of like length waste less padding inside attention.
     order = sorted(range(len(groups)), key=lambda i: (sizes[i], i))
-    cuts: list[list[int]] = []
-    room = 0
-    for i in order:
-        if not cuts or room < sizes[i]:
-            cuts.append([])
-            room = max_tokens
-        cuts[-1].append(i)
-        room -= sizes[i]
+    cuts = cut_by_size(order, sizes.__getitem__, max_tokens)
     return [_microbatch([groups[i] for i in cut], [prompts[i] for i in cut], multiple, regimes) for cut in cuts]
 
 

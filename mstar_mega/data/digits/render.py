@@ -7,7 +7,6 @@ the test handwriting of one run is never the training handwriting of another.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
 from dataclasses import dataclass
@@ -156,8 +155,3 @@ def render(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def digest(data: bytes) -> str:
-    """First 16 hexadecimal digits of the SHA-256, as in ``ImageRef.digest``."""
-    return hashlib.sha256(data).hexdigest()[:16]

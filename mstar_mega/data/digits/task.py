@@ -14,8 +14,8 @@ from typing import Any
 
 from mstar_mega.config import DataConfig
 from mstar_mega.data.digits.questions import Problem, draw_problem
-from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, digest, render
-from mstar_mega.data.types import ImageRef, Query, Task
+from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, render
+from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -107,7 +107,7 @@ def _write_images(problems: dict[str, Problem], dir: Path, seed: int) -> dict[st
         whole = known.get(id)
         if whole is None or whole != _file_digest(path):
             data = render(made.scene)
-            whole = digest(data)
+            whole = image_digest(data)
             _write(path, data)
         digests[id] = whole
     if {**known, **digests} != known:
@@ -130,13 +130,14 @@ def _known_digests(path: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 def _file_digest(path: Path) -> str | None:
     try:
-        return digest(path.read_bytes())
+        return image_digest(path.read_bytes())
     except FileNotFoundError:
         return None
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Atomic: a reader sees the old file or the whole new one."""
+    """Atomic: a reader sees the old file or the whole new one. None is forced to the disk, for they are thousands: what
+    a power cut spoils differs from its digest and is written again."""
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         part.write_bytes(data)

@@ -33,7 +33,6 @@ class Family(ABC):
     vision: VisionSize
     language: LanguageSize
     stop_tokens: frozenset[int]
-    pad_token: int
     banned_tokens: list[int]
     """Never drawn: a sampled media token would claim image features."""
 

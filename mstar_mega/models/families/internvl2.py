@@ -34,10 +34,7 @@ from mstar_mega.models.sizes import DynamicNTK, LanguageSize, VisionSize
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-SYSTEM = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "  # noqa: RUF001
-    "是一个有用无害的人工智能助手。"
-)
+SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 """The system message that the original's chat() always sends."""
 
 
@@ -110,7 +107,6 @@ class InternVL2(Family):
         if tokenizer is None:
             return
         piece = tokenizer.id
-        self.pad_token = piece("<|im_end|>")
         self._image_tokens = [piece("<img>"), piece("<IMG_CONTEXT>"), piece("</img>")]
         self._start, self._end = piece("<|im_start|>"), piece("<|im_end|>")
         self._begin = [piece("<s>")] if size.begin else []

@@ -90,7 +90,6 @@ class MiniCPMV25(Family):
         self._unknown = piece("<unk>")
         self._image, self._image_end = piece("<image>"), piece("</image>")
         self._slice, self._slice_end = piece("<slice>"), piece("</slice>")
-        self.pad_token = self._end
         self._newline = tokenizer.encode("\n")
         self._set_stop([self._end, piece("<|end_of_text|>")])
 

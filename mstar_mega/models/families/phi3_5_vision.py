@@ -83,7 +83,6 @@ class Phi35Vision(Family):
         )
         # Image places hold this id; features replace its embedding.
         self._image = piece("<unk>")
-        self.pad_token = piece("<|endoftext|>")
         self._newline = tokenizer.encode("\n")
         self._set_stop([piece(name) for name in STOP])
 

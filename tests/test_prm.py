@@ -1,0 +1,154 @@
+"""PRM training by itself: what it starts from, what it is taught, what is kept out to measure it, what its score is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from scripted import Events, make_job, make_task
+from torch import Tensor
+
+from mstar_mega.config import AnnotateConfig, Config, OptimizerConfig, PRMConfig
+from mstar_mega.data.types import Group, Query, Response, Step
+from mstar_mega.models.packing import pack, step_index
+from mstar_mega.recipe import prm as stage
+from mstar_mega.recipe.context import Job
+from mstar_mega.recipe.fit import Position
+from mstar_mega.rewards.process import score_groups
+from mstar_mega.training.batches import Batches, TrainGroup
+from mstar_mega.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("job_of_one")
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+def annotated(count: int) -> list[Group]:
+    """Queries with a response of two labelled steps, one of a single step, and one without any."""
+
+    def group(number: int) -> Group:
+        first, second = SHARES[number % 4], SHARES[number // 4 % 4]
+        two = Response(
+            0, [5 + number, 6, 7, 8, 9], "", steps=[Step(0, 2, "", label=first), Step(2, 5, "", label=second)]
+        )
+        one = Response(1, [20 + number, 21], "", steps=[Step(0, 2, "", label=second)])
+        return Group(Query(f"q{number:02d}", "?", (), "1"), [two, one, Response(2, [3], "")])
+
+    return [group(number) for number in range(count)]
+
+
+@dataclass
+class Taught:
+    """What reached the optimizer."""
+
+    groups: list[TrainGroup]
+    weights: dict[str, Tensor]
+    trained: dict[str, bool]
+    """Which parameters have a gradient."""
+    lengths: int
+    events: list[dict[str, Any]]
+    policy: dict[str, Tensor]
+    prm: Any
+
+
+def train(directory: Path, monkeypatch: pytest.MonkeyPatch, settings: PRMConfig, count: int = 20) -> Taught:
+    """The stage with everything but the optimizer steps, which are only looked at."""
+    seen: dict[str, Any] = {}
+
+    def fit(job: Job, trainer: Trainer, stage: str, batches: Batches, position: Position) -> None:
+        seen.update(groups=[group for batch in batches for group in batch], lengths=len(batches))
+        seen["weights"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        seen["trained"] = {name: p.requires_grad for name, p in trainer.model.named_parameters()}
+
+    monkeypatch.setattr(stage, "fit", fit)
+    policy = tiny.randomize(tiny.build()[0], seed=4)
+    config = Config(seed=1, prm=settings, annotate=AnnotateConfig(held_out=0.25))
+    with make_job(directory, config, make_task(), tiny.family()) as job:
+        prm = stage.train_prm(job, policy, annotated(count))
+        assert isinstance(job.metrics, Events)
+        return Taught(**seen, events=job.metrics.all, policy=dict(policy.named_parameters()), prm=prm)
+
+
+def settings(**changes: Any) -> PRMConfig:
+    return PRMConfig(optimizer=OptimizerConfig(batch_size=4), **{"epochs": 1, **changes})
+
+
+def test_a_quarter_of_the_queries_is_kept_out_and_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = train(tmp_path, monkeypatch, settings())
+    asked = [group.query.id for group in taught.groups]
+    assert len(asked) == len(set(asked)) == 15 and taught.lengths == round(15 * 2 / 4)
+    (quality,) = [event for event in taught.events if event["event"] == "prm_quality"]
+    held_out = [group for group in annotated(20) if group.query.id not in asked]
+    assert len(held_out) == 5 and quality["steps"] == sum(len(r.steps) for g in held_out for r in g.responses)
+    good = [float((step.label or 0) > 0) for g in held_out for r in g.responses for step in r.steps]
+    assert quality["positive_share"] == pytest.approx(sum(good) / len(good))
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_a_steps_label_stands_at_its_last_token(labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = train(tmp_path, monkeypatch, settings(labels=labels))
+    known = {group.query.id: group for group in annotated(20)}
+    for group in taught.groups:
+        two, one, _ = known[group.query.id].responses
+        assert group.responses == [two.tokens, one.tokens], "a response without steps teaches nothing"
+        assert group.step_ends == [[2, 5], [2]]
+        shares = [[step.label or 0.0 for step in response.steps] for response in (two, one)]
+        wanted = shares if labels == "soft" else [[float(share > 0) for share in each] for each in shares]
+        assert group.step_labels == wanted
+    if labels == "soft":
+        (quality,) = [event for event in taught.events if event["event"] == "prm_quality"]
+        asked = {group.query.id for group in taught.groups}
+        held_out = [step for id, g in known.items() if id not in asked for r in g.responses for step in r.steps]
+        share = sum((step.label or 0) >= 0.5 for step in held_out) / len(held_out)
+        assert quality["positive_share"] == pytest.approx(share) and 0 < share < 1
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_it_starts_as_the_policy_with_a_new_head(
+    head: Any, freeze: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = train(tmp_path, monkeypatch, settings(head=head, freeze_vision=freeze))
+    own = {"score_head", "likelihood_weights"} & taught.weights.keys()
+    assert own == ({"score_head"} if head == "linear" else {"score_head", "likelihood_weights"})
+    left_out = {"language.output_layer.weight"} if head == "linear" else set()
+    assert taught.weights.keys() - own == taught.policy.keys() - left_out
+    for name in taught.weights.keys() - own:
+        assert torch.equal(taught.weights[name], taught.policy[name]), name
+    frozen = {name for name, trained in taught.trained.items() if not trained}
+    eyes = {name for name in taught.weights if name.startswith(("vision.", "connector."))}
+    assert eyes and frozen == (eyes if freeze else set())
+    after = dict(taught.prm.named_parameters())
+    assert after.keys() == taught.weights.keys() and not any(p.requires_grad for p in after.values())
+    assert all(torch.equal(after[name], value) for name, value in taught.weights.items()), "what was saved"
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood"])
+def test_a_score_is_the_probability_that_the_step_is_good(head: Any) -> None:
+    prm = tiny.randomize(tiny.build(head=head)[0], seed=3)
+    groups = annotated(3)
+
+    def prompt_of(query: Query) -> Any:
+        return tiny.prompt(int(query.id[1:]), 9)
+
+    score_groups(prm, prompt_of, groups, "min", max_tokens=20)
+    seen = []
+    for group in groups:
+        for response in group.responses:
+            if not response.steps:
+                assert response.score is None
+                continue
+            batch = pack([prompt_of(group.query)], [[response.tokens]])
+            steps = step_index(batch, [[response.tokens]], [[[step.end for step in response.steps]]])
+            with torch.no_grad():
+                logits = prm.step_logits(tiny.hidden(prm, batch), steps).tolist()
+            expected = [1 / (1 + math.exp(-logit)) for logit in logits]
+            assert [step.score for step in response.steps] == pytest.approx(expected, abs=1e-5)
+            assert response.score == pytest.approx(min(expected), abs=1e-5)
+            seen += expected
+    assert max(seen) - min(seen) > 0.01

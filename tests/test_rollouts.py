@@ -1,0 +1,212 @@
+"""What becomes of drawn responses: labels, answer reward, temperature, selection, and the check of log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from scripted import Asked, Events, Scripted, make_job, make_task
+
+from mstar_mega.config import (
+    AnnotateConfig,
+    Config,
+    GenerationConfig,
+    PromptsConfig,
+    SelectionConfig,
+    TemperatureConfig,
+)
+from mstar_mega.data.types import Group, Query
+from mstar_mega.recipe import rollouts
+from mstar_mega.recipe.annotate import annotate
+from mstar_mega.recipe.choose import choose
+from mstar_mega.recipe.generate import check_log_probs
+from mstar_mega.recipe.intervals import Interval
+from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
+from mstar_mega.recipe.temperature import tune_temperature
+
+pytestmark = pytest.mark.usefixtures("job_of_one")
+
+
+def query(id: str, answer: str | None = "7", **fields: Any) -> Query:
+    return Query(id, f"question {id}", (), answer, **fields)
+
+
+def score_by_text(prm: Any, prompt: Any, groups: list[Group], reduction: str, tokens: int) -> None:
+    """In place of a PRM: a response begins with its score."""
+    for group in groups:
+        for response in group.responses:
+            response.score = float(response.text.split()[0])
+
+
+# ------------------------------------------------------------------------------------------------- annotation
+
+RIGHT, WRONG = "# Answer\n\n7", "# Answer\n\n8"
+RESPONSES = {
+    "q": [f"good\n\nso\n\n{RIGHT}", f"good\n\nbad\n\n{WRONG}", f"half\n\nso\n\n{RIGHT}", "nothing"],
+    # The beginning holds an answer already: the continuation that adds nothing leaves it the last one.
+    "twice": [f"see\n\n{RIGHT}\n\nno\n\n{WRONG}"],
+}
+
+
+def continue_or_begin(asked: Asked) -> str:
+    if not asked.start:
+        return RESPONSES[asked.id][asked.number % len(RESPONSES[asked.id])]
+    last = asked.start.split()[-1]
+    if last == "7":
+        return ""
+    is_right = {"good": True, "half": asked.number % 2 == 0, "so": asked.number == 0}.get(last, False)
+    return RIGHT if is_right else WRONG
+
+
+def test_a_steps_label_is_its_share_of_right_continuations(tmp_path: Path) -> None:
+    config = Config(annotate=AnnotateConfig(queries=9, responses=4, rollouts=4, temperature=0.8))
+    with make_job(tmp_path, config, make_task(labelled=[query("q"), query("twice")])) as job:
+        actors = Scripted(job, continue_or_begin)
+        groups = {group.query.id: group for group in annotate(job, actors)}
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("annotation")
+    labels = [[step.label for step in response.steps] for response in groups["q"].responses]
+    # so: 1 of 4, half: 2 of 4; a last step's label is the answer's verdict.
+    assert labels == [[1.0, 0.25, 1.0], [1.0, 0.0, 0.0], [0.5, 0.25, 1.0], [0.0]]
+    labels = [[step.label for step in response.steps] for response in groups["twice"].responses]
+    assert labels == 4 * [[0.0, 0.0, 1.0, 0.0, 0.0]]
+    assert {asked.temperature for asked in actors.asked} == {0.8}
+    continued = [asked.start for asked in actors.asked if asked.id == "q" and asked.start]
+    assert len(continued) == 4 * 5, "the beginning 'good', which two responses share, is continued once"
+    assert (event["steps"], event["rollouts"]) == (10 + 4 * 5, 4 * 5 + 4 * 4)
+    assert event["positive_share"] == pytest.approx((7 + 4) / 30)
+
+
+# ------------------------------------------------------------------------------------------------- the answer reward
+
+
+def test_a_truncated_response_has_not_answered(tmp_path: Path) -> None:
+    with make_job(tmp_path, Config(), make_task()) as job:
+        actors = Scripted(job, lambda asked: f"so\n\n{RIGHT}{'<cut>' if asked.number else ''}")
+        (group,) = rollout(job, actors, [query("q")], Sampling("a", 1.0, 2))
+    assert [(r.correct, r.truncated, r.answer) for r in group.responses] == [(True, False, "7"), (False, True, "7")]
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "answer", "right"), [("oracle", "8", [False, False, True]), ("voting", "7", [True, True, False])]
+)
+def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
+    unlabelled: Any, answer: str, right: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
+    texts = [f"0.3\n\n{RIGHT}", f"0.4\n\n{RIGHT}", f"0.6\n\n{WRONG}"]  # 7 has the larger sum
+    with make_job(tmp_path, config, make_task()) as job:
+        actors = Scripted(job, lambda asked: texts[asked.number], prm="a PRM")
+        hidden, known = query("hidden", None, hidden_answer="8"), query("known")
+        first, second = rollout(job, actors, [hidden, known], Sampling("a", 1.0, 3))
+    assert first.query.answer == answer and [r.correct for r in first.responses] == right
+    assert second.query == known and [r.correct for r in second.responses] == [True, True, False]
+
+
+# ------------------------------------------------------------------------------------------------- blocks on disk
+
+
+def test_responses_are_taken_from_disk_only_if_the_same_policy_drew_them_so(tmp_path: Path) -> None:
+    config = Config(generation=GenerationConfig(queries_per_block=2))
+    with make_job(tmp_path, config, make_task()) as job:
+        actors = Scripted(job, lambda asked: f"{actors.weights} at {asked.temperature}\n\n{RIGHT}")
+
+        def drawn(ids: str = "abcde", temperature: float = 1.0) -> tuple[str, set[str]]:
+            """Who was asked anew, and how the texts begin."""
+            actors.asked.clear()
+            groups = list(rollout(job, actors, [query(id) for id in ids], Sampling("a", temperature, 2)))
+            assert [group.query.id for group in groups] == list(ids)
+            return "".join(each.id for each in actors.asked[::2]), {g.responses[1].text.split("\n")[0] for g in groups}
+
+        assert drawn() == ("abcde", {"scripted at 1.0"})
+        assert drawn() == ("", {"scripted at 1.0"})
+        (tmp_path / "rollouts/a/block_00001.jsonl").unlink()
+        assert drawn() == ("cd", {"scripted at 1.0"})
+        assert drawn("abcdx") == ("x", {"scripted at 1.0"})
+        assert drawn(temperature=0.5) == ("abcde", {"scripted at 0.5"})
+        actors.weights = "trained"
+        assert drawn(temperature=0.5) == ("abcde", {"trained at 0.5"})
+
+
+# ------------------------------------------------------------------------------------------------- the sweep
+
+
+@pytest.mark.parametrize(("mode", "chosen"), [("reward_pass_at_k", 0.5), ("pass_at_k", 1.0), ("fixed", 0.9)])
+def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
+    mode: Any, chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold: one right response of three, which the PRM prefers. Hot: two, which it does not."""
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    texts = {
+        0.5: [f"0.9\n\n{RIGHT}", f"0.1\n\n{WRONG}", f"0.1\n\n{WRONG}"],
+        1.0: [f"0.1\n\n{RIGHT}", f"0.2\n\n{RIGHT}", f"0.9\n\n{WRONG}"],
+    }
+    settings = TemperatureConfig(mode=mode, value=0.9, grid=[0.5, 1.0], k=1, responses=3, queries=2)
+    with make_job(tmp_path, Config(temperature=settings), make_task(validation=[query(i) for i in "abc"])) as job:
+        actors = Scripted(job, lambda asked: texts[asked.temperature][asked.number], prm="a PRM")
+        assert tune_temperature(job, actors, 3) == chosen
+        assert isinstance(job.metrics, Events)
+        events = job.metrics.of("temperature")
+    if mode == "fixed":
+        assert not events and not actors.asked
+        return
+    (event,) = events
+    assert (event["iteration"], event["temperature"]) == (3, chosen)
+    measured = {row["temperature"]: (row["pass_at_k"], row["reward_pass_at_k"]) for row in event["grid"]}
+    assert measured == {0.5: (pytest.approx(1 / 3), 1.0), 1.0: (pytest.approx(2 / 3), 0.0)}
+    asked = {t: sorted((each.id, each.number) for each in actors.asked if each.temperature == t) for t in texts}
+    assert asked[0.5] == asked[1.0] and len(asked[0.5]) == 2 * 3, "the same two queries at each temperature"
+
+
+# ------------------------------------------------------------------------------------------------- the selection
+
+
+def test_what_is_trained_on_is_what_was_selected(tmp_path: Path) -> None:
+    """Random choices differ between iterations; responses that are wrong never are among them."""
+    texts = [f"{i}\n\n{WRONG if i == 2 else RIGHT}" for i in range(6)]
+    queries = [query(id) for id in "abcdefgh"] + [query("nobody knows", "9"), query("nor this", "9")]
+    config = Config(selection=SelectionConfig("random_k", 2), generation=GenerationConfig(queries_per_block=3))
+    with make_job(tmp_path, config, make_task()) as job:
+        # Where all are wrong nothing can be chosen; "h" has one right response only.
+        actors = Scripted(job, lambda asked: texts[2 if asked.id == "h" and asked.number else asked.number])
+        groups = rollout(job, actors, queries, Sampling("iteration_0001", 1.0, 6))
+        trained = []
+        for number in (1, 1, 2):
+            examples = choose(job, Interval(number, queries, [], False), groups)
+            assert list(examples.ids) == list("abcdefgh") and list(examples.sizes) == [2] * 7 + [1]
+            read = [examples.read(i) for i in range(8)]
+            assert [group.query for group in read] == queries[:8]
+            decode = job.family.tokenizer.decode
+            trained.append([[decode(tokens).split()[0] for tokens in group.responses] for group in read])
+        assert isinstance(job.metrics, Events)
+        event = job.metrics.of("selection")[-1]
+    assert trained[0] == trained[1] != trained[2]
+    assert all("2" not in chosen and len(set(chosen)) == 2 for chosen in trained[0][:7] + trained[2][:7])
+    assert trained[0][7] == trained[2][7] == ["0"]
+    assert (event["selected"], event["queries_with_selection"]) == (15, 8)
+    assert list(event["kept_per_query"].items()) == [("0", 2), ("1", 1), ("2", 7)]
+
+
+# ------------------------------------------------------------------------------------------------- engine and training
+
+
+def test_responses_of_another_policy_stop_the_run(tmp_path: Path) -> None:
+    """The log-probs of what was drawn are computed again by the training forward."""
+    policy, family = tiny.build()
+    config = Config(generation=GenerationConfig(max_new_tokens=6, log_prob_gap_queries=2))
+    with make_job(tmp_path, config, make_task(), family) as job:
+        groups = list(rollout(job, Actors(job, policy, None), [query(id) for id in "abc"], Sampling("a", 0.7, 3)))
+        now = Interval(1, [group.query for group in groups], [], False)
+        check_log_probs(job, policy, now, groups, 0.7)
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("log_prob_gap")
+        assert event["tokens"] == sum(len(r.tokens) for group in groups[:2] for r in group.responses)
+        assert event["mean"] <= event["largest"] < 1e-4
+        groups[1].responses[2].log_probs[-1] += 0.01
+        with pytest.raises(ValueError, match="iteration 1: the log-prob of a generated token differs by 1.00e-02"):
+            check_log_probs(job, policy, now, groups, 0.7)
+        with pytest.raises(ValueError, match="log-prob"):
+            check_log_probs(job, policy, now, groups[:1], 1.0)  # another temperature is another distribution
