@@ -1,7 +1,7 @@
 """Kernels, each beside its plain-PyTorch reference; imported as ``mstar_mega.kernels``. See docs/kernels.md."""
 
 from mstar_mega.kernels.dispatch import backend, configure, force_backend, forced_backend
-from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
+from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logits, linear_logprob
 from mstar_mega.kernels.logprob import vocab_parallel_logprob
 from mstar_mega.kernels.norms import layer_norm, rms_norm
 from mstar_mega.kernels.prefix_attention import decode_attention, prefix_attention
@@ -17,6 +17,7 @@ __all__ = [
     "forced_backend",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_logits",
     "linear_logprob",
     "prefix_attention",
     "reduce_steps",

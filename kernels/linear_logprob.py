@@ -45,6 +45,14 @@ _SMALL = 32 * 2**20
 """Bytes for which it is not worth it: no more than the hidden states of 4,096 tokens of 4,096 channels."""
 
 
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [N, H], weight [V, H] of one dtype -> float32 logits [N, V], never rounded to that dtype: bfloat16 logits
+    would put errors of 0.02 to 0.06 into log-probabilities, and ties into samples."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return torch.nn.functional.linear(hidden.float(), weight.float())
+
+
 @dataclass(frozen=True)
 class _Head:
     """What turns hidden rows into this rank's logits, and how they are read."""
@@ -80,11 +88,7 @@ class _Head:
             yield slice(i * rows // parts, (i + 1) * rows // parts)
 
     def logits(self, x: Tensor) -> Tensor:
-        """float32 [n, V_local], exact products: never rounded to the weight's dtype."""
-        if x.is_cuda and x.dtype != torch.float32:
-            z = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
-        else:
-            z = torch.nn.functional.linear(x.float(), self.weight.float())
+        z = linear_logits(x, self.weight)
         return z if self.bias is None else z.add_(self.bias.float())
 
     def stats(self, z: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:

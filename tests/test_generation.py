@@ -124,6 +124,18 @@ def test_log_probs_are_those_of_the_training_forward(model: LMM) -> None:
     assert (generated - colder).abs().max() > 0.1, "the temperature must matter"
 
 
+def test_sampling_and_training_read_the_same_logits_in_bfloat16() -> None:
+    """Rounded to bfloat16, logits would make differences of 0.01 and more, and ties."""
+    model = tiny.randomize(tiny.build(precision="bfloat16")[0])
+    with torch.no_grad():
+        hidden = tiny.hidden(model, pack([tiny.prompt(1, 40)], [[]]))
+        target = torch.arange(len(hidden)) % model.size.vocab
+        logits = model.logits(hidden)
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        drawn = logits[:, : model.size.vocab].log_softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+        torch.testing.assert_close(drawn, model.log_probs(hidden, target), rtol=1e-6, atol=1e-5)
+
+
 def test_a_tokens_random_numbers_are_those_of_its_sample_and_position(model: LMM) -> None:
     """Each token drawn again by itself, from the full forward; a continued start counts its positions on."""
     requests = make_requests()

@@ -60,7 +60,7 @@ def logits(model: LMM, case: Case) -> Tensor:
         longest = max(len(prompt.tokens) for prompt in case.prompts)
         out = torch.zeros(len(case.prompts), longest, model.size.padded_vocab)
         if hidden is not None:
-            local = model.logits(hidden).float()
+            local = model.logits(hidden)
             parts = [torch.empty_like(local) for _ in range(model.tensor_group.size())]
             torch.distributed.all_gather(parts, local.contiguous(), group=model.tensor_group)
             whole = torch.cat(parts, dim=1)

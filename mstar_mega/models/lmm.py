@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
+from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logits, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
 from mstar_mega.models.attention import AttentionPlan, PlannedAttention
 from mstar_mega.models.connectors import build_connector
@@ -149,8 +149,8 @@ class LMM(MegatronModule):
         return self.trunk(embedded, batch.positions, batch.plan, batch.lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[K, hidden] from :meth:`trunk` -> this rank's slice of the logits [K, padded_vocab / tensor] (last stage)."""
-        return nn.functional.linear(hidden, self.language.output_layer.weight)
+        """[K, hidden] from :meth:`trunk` -> this rank's float32 logits [K, padded_vocab / tensor] (last stage)."""
+        return linear_logits(hidden, self.language.output_layer.weight)
 
     def log_probs(self, hidden: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of target ids, float32 [K], for selected rows [K, hidden] (last stage)."""
