@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton" if DEVICE == "cuda" else "interpreter")
+
+
+def _older(package: str, *wanted: int) -> bool:
+    try:
+        return tuple(int(part) for part in version(package).split(".")[:2]) < wanted
+    except PackageNotFoundError:
+        return True
+
+
+needs_interpreter = pytest.mark.skipif(
+    _older("triton", 3, 7) and not _older("numpy", 2, 4),
+    reason="triton 3.6 interprets with numpy below 2.4 only",
+)
+"""For what Triton's interpreter runs, on machines with a GPU too: ranks of a group never see it."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, randn, relative_error
+from kernel_cases import DTYPES, needs_interpreter, randn, relative_error
 from parallel import run_parallel
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size, group
@@ -55,7 +55,7 @@ def rows_of_a_rank(backend: str) -> list[Tensor]:
         return list(torch.autograd.grad(total.sum(), (weight, bias)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "interpreter"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("interpreter", marks=needs_interpreter)])
 def test_parameters_shared_by_sequence_parallel_ranks(backend: str) -> None:
     whole = run_parallel(1, "test_norm_kernels:rows_of_a_rank", "torch")[0]
     for rank in run_parallel(2, "test_norm_kernels:rows_of_a_rank", backend):

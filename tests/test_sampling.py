@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, DEVICE
+from kernel_cases import BACKENDS, DEVICE, needs_interpreter
 from parallel import run_parallel
 from tensors import randn
 from torch import Tensor
@@ -186,6 +186,7 @@ def triton_shards(case: str) -> Sampled:
         return sample_case(case_logits().chunk(size, dim=1)[rank], case, group.WORLD)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("case", ["top_k", "padded shard"])
 def test_triton_draws_the_same_from_vocabulary_shards(case: str) -> None:
     whole = sample_case(case_logits(), case)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, DEVICE, DTYPES, randn
+from kernel_cases import BACKENDS, DEVICE, DTYPES, needs_interpreter, randn
 from parallel import run_parallel
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size, group
@@ -204,7 +204,10 @@ def draw_shards(backend: str, count: int) -> list[Sampled]:
         return [draw(z, group.WORLD, **settings) for settings in DRAWS[-1 if backend == "interpreter" else 0 :]]
 
 
-@pytest.mark.parametrize(("size", "backend", "count"), [(2, "torch", 40), (4, "torch", 40), (2, "interpreter", 2)])
+SHARDS = [(2, "torch", 40), (4, "torch", 40), pytest.param(2, "interpreter", 2, marks=needs_interpreter)]
+
+
+@pytest.mark.parametrize(("size", "backend", "count"), SHARDS)
 def test_a_draw_from_shards_is_the_draw_from_the_whole(size: int, backend: str, count: int) -> None:
     settings = DRAWS[-1 if backend == "interpreter" else 0 :]
     wanted = [draw(whole_logits()[:count].cpu(), **setting) for setting in settings]
