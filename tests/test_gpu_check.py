@@ -85,7 +85,7 @@ def test_one_failure_keeps_no_other_step_from_running(tmp_path: Path, monkeypatc
     names = iter(["kernel tests", "bfloat16 run", "kernel benchmark"])
     commands = ["raise SystemExit(1)", "pass", "pass"]
     planned = [Step(next(names), [sys.executable, "-c", code], 60, nothing) for code in commands]
-    monkeypatch.setattr(gpu_check, "steps", lambda arguments: planned)
+    monkeypatch.setattr(gpu_check, "steps", lambda arguments, patience: planned)
     monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse"])
     monkeypatch.setenv("MSTAR_TEST_GPU", "0")
