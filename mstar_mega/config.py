@@ -39,7 +39,8 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallelism of the language model's norms and residuals (needs tensor > 1)."""
     distributed_optimizer: bool = False
-    """Share the optimizer's state (12 bytes a parameter in bfloat16) out over the data-parallel ranks."""
+    """Share the optimizer's state (12 bytes a parameter in bfloat16) out over the data-parallel ranks. Sums are then
+    taken in another order: results are equal but for rounding."""
 
 
 @dataclass

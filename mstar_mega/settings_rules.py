@@ -19,6 +19,7 @@ class _Rule:
 
 _COUNT = _Rule("at least 1", lambda x: x >= 1)
 _COUNT_OR_ZERO = _Rule("at least 0", lambda x: x >= 0)
+_SEED = _Rule("at least 0 and below 2^63", lambda x: 0 <= x < 2**63)
 _POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
 _NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 _SHARE = _Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -44,10 +45,11 @@ _NAMES_OF_RULE = (
     (
         _COUNT_OR_ZERO,
         """
-        seed warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
+        warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
         optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
         """,
     ),
+    (_SEED, "seed"),
     (
         _POSITIVE,
         """

@@ -201,7 +201,7 @@ def test_the_slurm_script_starts_torchrun_on_every_node(task: str | None, tmp_pa
     script = tmp_path / "slurm_script"
     script.write_text((LAUNCHER.parent / "slurm" / "mstar.sbatch").read_text())
     (tmp_path / "env/bin").mkdir(parents=True)
-    (tmp_path / "env/bin/activate").write_text("")
+    (tmp_path / "env/bin/torchrun").touch(mode=0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPO), "MSTAR_ENV": str(tmp_path / "env"),
         "SLURM_JOB_NODELIST": "node[7-5000]", "SLURM_JOB_NUM_NODES": "4994", "SLURM_JOB_ID": "41234",
@@ -217,6 +217,10 @@ def test_the_slurm_script_starts_torchrun_on_every_node(task: str | None, tmp_pa
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "node7:21234", str(LAUNCHER),
         "--seed", task or "%a", "--run.dir", f"a b/{task or '%a'}",
     ]  # fmt: skip
+    assert arguments[0] == "mstar.sbatch: 4994 nodes x 8 processes"
+    elsewhere = environment | {"MSTAR_ENV": str(tmp_path)}
+    refused = subprocess.run(command, env=elsewhere, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "run make setup in" in refused.stderr
     environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
     refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "submit from there or set MSTAR_REPO" in refused.stderr

@@ -159,7 +159,13 @@ def test_many_skipped_items_are_counted(tmp_path: Path) -> None:
     for i in range(250):
         log.append("skipped", what="image", where=f"{i}.png", reason="cut off")
     page = Page(write_report(tmp_path))
-    assert "250 × image" in page.text and "199.png" in page.text and "50 more are listed" in page.text
+    assert "250 × cut off" in page.text and "199.png" in page.text and "50 more are listed" in page.text
+
+
+def test_a_prm_whose_labels_are_all_alike_was_trained_all_the_same(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl").append("prm_quality", accuracy=1.0, auc=None, steps=9, positive_share=0.0)
+    page = Page(write_report(tmp_path))
+    assert "step accuracy 100.0%; undefined" in page.text
 
 
 def test_the_sample_does_not_depend_on_the_blocks(tmp_path: Path) -> None:

@@ -89,6 +89,14 @@ def test_a_quarter_of_the_queries_is_kept_out_and_measured_on(tmp_path: Path, mo
     assert quality["positive_share"] == pytest.approx(sum(good) / len(good))
 
 
+def test_labels_that_are_all_alike_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "warn", lambda job, text: job.log("warned", text=text))
+    assert not [event for event in train(tmp_path / "a", monkeypatch, settings()).events if event["event"] == "warned"]
+    monkeypatch.setattr("test_prm.SHARES", (0.0,) * 4)
+    (warned,) = [e for e in train(tmp_path / "b", monkeypatch, settings()).events if e["event"] == "warned"]
+    assert "every held-out step is labelled bad" in warned["text"]
+
+
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_a_steps_label_stands_at_its_last_token(labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taught = train(tmp_path, monkeypatch, settings(labels=labels))

@@ -35,6 +35,13 @@ def test_a_task_that_ends_early_says_how_far_it_came(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1].startswith("train: 4 steps in ")
 
 
+def test_an_interrupted_task_does_not_look_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), Progress(True) as progress, progress.task("train", 9, "steps") as task:
+        task.advance(4)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out.splitlines()[-1].startswith("train: interrupted after 4 of 9 steps in ")
+
+
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

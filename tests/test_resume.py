@@ -236,6 +236,7 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, whole: Callable[[in
     go_back(run_dir, "evolve", "iteration_0001_step_000004")
     output = finish(run_dir, 2)
     assert "Resuming" in output and "WARNING" not in output, output  # iteration 1's responses are taken as they are
+    assert "the layout is tensor 1, pipeline 1, data 2, sequence False" in output
 
     def names(run_dir: Path) -> list[tuple[Any, ...]]:
         keys = ("event", "stage", "iteration", "step")

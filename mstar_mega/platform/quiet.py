@@ -12,6 +12,8 @@ _NORMAL_WARNINGS = (
     r"full scope is deprecated\. Use empty cuda_graph_scope",
     # megatron-core 0.16 calls collectives by the names that torch 2.13 replaces.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    # The distributed optimizer trains views of the weights.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     r"When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -209,11 +209,14 @@ def _log_start(job: Job) -> None:
     """The first event of a run and of each start in another layout, and an event for every query that is left out."""
     place = job.layout
     parallel = {"tensor": place.tensor_size, "pipeline": place.pipeline_size, "data": place.data_size}
+    parallel |= {name: getattr(job.config.parallel, name) for name in ("sequence", "distributed_optimizer")}
     before = read_metrics(job.dir / METRICS_FILE) if place.is_main else []
     logged = comparable(event for event in before if event["event"] in ("run", "skipped"))
     starts = [event["parallel"] for event in logged if event["event"] == "run"]
     if starts[-1:] != [parallel]:
         job.log("run", world_size=place.world_size, parallel=parallel)
+    if starts and starts[-1] != parallel:
+        job.say(f"NOTE: the layout is {_layout_words(parallel)}; the start before it had {_layout_words(starts[-1])}")
     for name, (used, whole) in job.task.cut.items():
         if name != "data.unlabelled_queries" or job.config.prompts.unlabelled != "none":
             job.say(f"NOTE: {name} takes {used} of {whole}; null: all")
@@ -224,6 +227,10 @@ def _log_start(job: Job) -> None:
     if events:
         shown = "; ".join(f"{each.what} ({each.where}: {each.reason})" for each in job.task.skipped[:3])
         job.warn(f"{len(events)} queries are left out: {shown}{' ...' if len(events) > 3 else ''}")
+
+
+def _layout_words(parallel: Mapping[str, object]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in parallel.items())
 
 
 def newest_policy(job: Job) -> tuple[LMM, Position]:

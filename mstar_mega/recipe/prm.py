@@ -105,5 +105,10 @@ def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
     quality = {"accuracy": accuracy(scores, labels, threshold), "auc": auc(scores, labels)}
     positive = sum(labels) / max(1, len(labels))
     job.log("prm_quality", **quality, steps=len(steps), positive_share=positive, threshold=threshold)
+    if labels and positive in (0.0, 1.0):
+        job.warn(
+            f"every held-out step is labelled {'good' if positive else 'bad'}: the PRM has learnt nothing that tells "
+            "responses apart. More or longer rollouts (annotate.rollouts, annotate.queries), or a better warm-up, help"
+        )
     shown = ", ".join(f"{name} {value:.3f}" for name, value in quality.items() if value is not None)
     job.say(f"   PRM on {len(steps)} held-out steps, {100 * positive:.1f}% good: {shown or 'nothing to measure on'}")

@@ -152,7 +152,9 @@ def _tiles(run: Run, summary: dict[str, Any]) -> str:
     generated, selected = summary["responses_generated"], summary["responses_selected"]
     share = f" ({percent(selected / generated)})" if generated and selected else ""
     of_all = "none generated yet" if generated is None else f"of {count(generated)} generated{share}"
-    quality = "not trained yet" if prm["auc"] is None else f"step accuracy {percent(prm['accuracy'])}"
+    quality = "not trained yet" if prm["accuracy"] is None else f"step accuracy {percent(prm['accuracy'])}"
+    if prm["accuracy"] is not None and prm["auc"] is None:
+        quality += "; undefined, for all held-out steps have one label"
     tiles = [
         _change_tile("Test accuracy, greedy", accuracy["warmup"], accuracy["final"]),
         _change_tile(f"Pass@{ks[0]}", summary["pass_at_k"]["start"], summary["pass_at_k"]["end"]),
@@ -309,8 +311,10 @@ def _skipped(run: Run) -> str:
     events = run.of("skipped")
     if not events:
         return _empty("Nothing was skipped.")
-    kinds = Counter(str(event.get("what")) for event in events)
-    totals = ", ".join(f"{count(n)} × {escape(kind)}" for kind, n in kinds.most_common())
+    reasons = Counter(str(event.get("reason")) for event in events).most_common()
+    totals = ", ".join(f"{count(n)} × {escape(reason)}" for reason, n in reasons[:MOST_NOTICES])
+    if len(reasons) > MOST_NOTICES:
+        totals += f", and {count(len(reasons) - MOST_NOTICES)} more reasons"
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(event.get(key, '–'))}</td>" for key in ("what", "where", "reason")) + "</tr>"
         for event in events[:MOST_SKIPPED]

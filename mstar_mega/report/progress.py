@@ -42,14 +42,15 @@ class Task:
         if self._done >= self._total:
             self.close()
 
-    def close(self) -> None:
+    def close(self, interrupted: bool = False) -> None:
         """End the task with one line that stays. Does nothing when it has ended already."""
         if self._closed:
             return
         self._closed = True
         if self._owner.bars is not None and self._bar is not None:
             self._owner.bars.remove_task(self._bar)
-        parts = [f"{self._done} {self._unit} in {clock(time.monotonic() - self._start)}", *self._details(ended=True)]
+        did = f"interrupted after {self._done} of {self._total}" if interrupted else str(self._done)
+        parts = [f"{did} {self._unit} in {clock(time.monotonic() - self._start)}", *self._details(ended=True)]
         self._owner.say(f"{self._description}: {', '.join(parts)}")
 
     def _note(self) -> str:
@@ -68,8 +69,8 @@ class Task:
     def __enter__(self) -> Task:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(interrupted=kind is not None)
 
 
 class _NullTask(Task):
@@ -81,7 +82,7 @@ class _NullTask(Task):
     def advance(self, n: int = 1, **fields: object) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, interrupted: bool = False) -> None:
         pass
 
 
