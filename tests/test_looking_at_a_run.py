@@ -10,6 +10,7 @@ import pytest
 from jobs import Job, events_of
 
 from mstar_mega import cli
+from mstar_mega.data.records import read_groups
 from mstar_mega.platform import distributed
 
 
@@ -61,6 +62,19 @@ def test_evaluate_with_other_settings_keeps_its_responses_apart(
     after = files_of(run_dir)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() and all("_changed_" in name for name in after.keys() - before.keys())
+
+
+def test_other_settings_draw_the_same_samples(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer test questions, or fewer samples: those that there are stay what they were."""
+    for arguments in ([], ["--evaluation.k", "2", "--data.test_queries", "3"]):
+        assert cli.main(["evaluate", str(run_dir), *arguments]) == 0
+    (whole,) = run_dir.glob("rollouts/evaluation_0000_validation_sampled")
+    (changed,) = run_dir.glob("rollouts/evaluation_0000_changed_validation_sampled")
+    drawn = []
+    for folder in (whole, changed):
+        groups = [group for path in sorted(folder.glob("block_*.jsonl")) for group in read_groups(path)]
+        drawn.append({group.query.id: [r.tokens for r in group.responses[:2]] for group in groups})
+    assert drawn[0] == drawn[1] and drawn[0]
 
 
 def test_generate_shows_responses_to_a_question_of_ones_own(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,12 +36,14 @@ def measure_greedy(job: Job, actors: Actors, stage: str, iteration: int, split: 
 def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at: str = "") -> Exploration:
     """Greedy accuracy, Pass@K and (with a PRM) Reward-Pass@K on the validation queries, sampled at temperature 1.
 
-    ``at`` becomes part of the responses' directory, so that a policy inside its iteration leaves those of others alone.
+    ``at`` becomes part of the responses' directory, so that a policy inside its iteration, or other settings, leave
+    those of others alone. The random numbers are the same for all.
     """
     timer = Timer(job)
     settings = job.config.evaluation
     greedy = _greedy(job, actors, iteration, "validation", at)
-    sampling = Sampling(f"evaluation_{iteration:04d}{at}_validation_sampled", 1.0, settings.k)
+    name = "evaluation_{:04d}{}_validation_sampled"
+    sampling = Sampling(name.format(iteration, at), 1.0, settings.k, key=name.format(iteration, ""))
     sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
     result = measure(sampled, settings.k, settings.reward_k)
     fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result)}

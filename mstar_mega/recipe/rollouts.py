@@ -28,10 +28,12 @@ class Sampling:
     """How responses are drawn."""
 
     name: str
-    """Directory under ``rollouts``; with the query id and the sample index it names the random numbers."""
+    """Directory under ``rollouts``."""
     temperature: float
     """0: greedy."""
     responses: int
+    key: str = ""
+    """Names the random numbers, with the query id and the sample index; empty: ``name`` does."""
 
 
 class Actors:
@@ -94,7 +96,8 @@ def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
 
 def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: Sampling) -> list[Group]:
     """Sample responses and split them into steps; not judged, not scored."""
-    requests = [Request(job.prompt(query), sample_specs(sampling.name, query, sampling.responses)) for query in queries]
+    key = sampling.key or sampling.name
+    requests = [Request(job.prompt(query), sample_specs(key, query, sampling.responses)) for query in queries]
     drawn = engine.generate(requests, sampling.temperature)
     return [
         Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
