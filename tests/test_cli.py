@@ -61,11 +61,16 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "until"), [("evolve", None), ("warmup", "warmup"), ("annotate", "annotate"), ("train-prm", "prm")]
 )
-def test_the_jobs_commands_run_it_until_their_stage(job: FakeJob, command: str, until: str | None) -> None:
+def test_the_jobs_commands_run_it_until_their_stage(
+    job: FakeJob, command: str, until: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main([command, "--seed", "3", "--evolve.method", "rest_em"]) == 0
     config = Config(seed=3)
     config.evolve.method = "rest_em"
-    assert job.calls == [(config, until)]
+    assert job.calls == [(config, until)] and "without --config" in capsys.readouterr().err
+    (tmp_path / "a.yaml").write_text("seed: 3\n")
+    assert cli.main([command, "--config", str(tmp_path / "a.yaml"), "--evolve.method", "rest_em"]) == 0
+    assert job.calls[1] == job.calls[0] and "without --config" not in capsys.readouterr().err
 
 
 def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir: Path) -> None:
