@@ -77,10 +77,11 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
 
     def command(name: str, rest: list[str]) -> None:
         config = _config_of_job(name, rest)
-        if not any(argument.partition("=")[0] == "--config" for argument in rest):
-            _report(
+        if _rank() == 0 and not any(argument.partition("=")[0] == "--config" for argument in rest):
+            print(
                 "NOTE: without --config every setting is the paper's, for models of billions of parameters; "
-                "examples/configs/digits.yaml has those of the built-in task"
+                "examples/configs/digits.yaml has those of the built-in task",
+                file=sys.stderr,
             )
         from mstar_mega.recipe import job
 
