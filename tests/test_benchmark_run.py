@@ -97,6 +97,11 @@ def test_a_killed_evaluation_goes_on_and_every_layout_draws_the_same(policy: Pat
     assert all("extraction" not in row for row in rows), "other rules than these would score that, not the response"
     assert scores["evaluated"]["limit"] == 4 and list(scores["evaluated"]["data_sha256"]) == ["mmbench.tsv"]
 
+    kept = (killed / "scores.json").read_bytes()
+    job = evaluate(policy, data, killed, 1, "--limit", "4")
+    assert job.wait() == 2 and "has the scores of another evaluation (responses 2, now 1)" in job.output, job.output
+    assert (killed / "scores.json").read_bytes() == kept
+
     page = (straight / "index.html").read_text()
     assert "only the first 4 questions" in page
     assert "http" not in re.sub(r"http-equiv", "", page), "self-contained"

@@ -65,6 +65,7 @@ def evaluate(config: Config, request: Request) -> None:
     benchmark = find(request.benchmark)
     if request.out.resolve() == request.checkpoint.resolve():
         raise ValueError(f"--out {request.out} is the checkpoint's own directory: choose another")
+    _check_out(request)
     config = replace(config, run=replace(config.run, dir=str(request.out)))
     with open_job(config, lambda *_: Task([], [], [], [], [])) as job, job.quiet(True):
         asked = on_main(job.layout.is_main, lambda: prepare(benchmark, request, config.data.instruct))
@@ -80,6 +81,33 @@ def evaluate(config: Config, request: Request) -> None:
         if job.layout.is_main:
             job.progress.say(write_results(job, benchmark, request, asked, groups, weights))
         barrier()
+
+
+def _evaluated(request: Request) -> dict[str, Any]:
+    """What tells one evaluation from another."""
+    names = ("responses", "temperature") if request.settings.responses > 1 else ("responses",)
+    return {
+        "benchmark": request.benchmark,
+        "checkpoint": str(request.checkpoint),
+        "data": str(request.data),
+        "limit": request.limit,
+        **{name: getattr(request.settings, name) for name in names},
+    }
+
+
+def _check_out(request: Request) -> None:
+    """Raise ValueError where the results of another evaluation would be written over."""
+    try:
+        before = json.loads((request.out / SCORES).read_text())["evaluated"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = _evaluated(request)
+    other = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+    if other:
+        raise ValueError(
+            f"--out {request.out} has the scores of another evaluation ({'; '.join(other)}): choose another folder, or "
+            f"delete its {SCORES}"
+        )
 
 
 def settings_of(checkpoint: Path) -> Config:
@@ -175,13 +203,7 @@ def write_results(
     firsts = Predictions({group.query.id: Prediction(group.query.id, group.responses[0].text) for group in groups})
     scores = score(benchmark, asked.problems, firsts, rules, notes=asked.notes)
     result = scores.to_json() | {
-        "evaluated": {
-            "checkpoint": str(request.checkpoint),
-            "weights": weights,
-            "data": str(request.data),
-            "data_sha256": _digests(request.data),
-            "limit": request.limit,
-        },
+        "evaluated": _evaluated(request) | {"weights": weights, "data_sha256": _digests(request.data)},
         "scored": "greedy response" if request.settings.responses == 1 else "first response",
         "truncated": sum(response.truncated for group in groups for response in group.responses),
         "left_out": [asdict(each) for each in asked.skipped],
