@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,6 +129,7 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
     base = benchmark.settings_of(options.checkpoint)
     config = settings.parse(overrides, prog=parser.prog, base=base)
     validate(config)
+    _fit_layout(config, overrides)
     request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
     benchmark.evaluate(config, request)
 
@@ -302,7 +304,28 @@ def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace
     base.run.dir = options.run_dir
     config = settings.parse(overrides, prog=parser.prog, base=base)
     validate(config)
+    _fit_layout(config, overrides)
     return options, config
+
+
+def _fit_layout(config: Config, overrides: Sequence[str]) -> None:
+    """Where only the run, not the user, asks for a layout that the job's ranks cannot have: whole copies instead.
+
+    Any layout loads a run's weights, and looking at a policy needs less memory than the training that it was cut for.
+    """
+    parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    needed = parallel.tensor * parallel.pipeline
+    if ranks % needed == 0 or any(argument.startswith("--parallel.") for argument in overrides):
+        return
+    config.parallel = replace(parallel, tensor=1, pipeline=1, sequence=False)
+    if _rank() == 0:
+        was = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+        print(
+            f"mstar: the run's {was} needs a multiple of {needed} ranks and this job has {ranks}: taking tensor 1 x "
+            "pipeline 1 for this command",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _rank() -> int:
