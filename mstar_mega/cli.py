@@ -224,14 +224,20 @@ _DATA_ACTIONS = {
 }
 
 
-def _tool(module: str) -> Callable[[str, list[str]], None]:
-    """A command whose arguments and code are those of a module of ``checkpoint_tools``."""
+def _tool(module: str, takes_settings: bool = False) -> Callable[[str, list[str]], None]:
+    """A command whose arguments and code are those of a module of ``checkpoint_tools``.
+
+    ``takes_settings``: its other arguments are settings, as those of ``mstar evolve``, for the module to read.
+    """
 
     def command(name: str, rest: list[str]) -> None:
         tool = importlib.import_module(f"mstar_mega.checkpoint_tools.{module}")
         parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
         tool.add_arguments(parser)
-        tool.run(parser.parse_args(rest))
+        if takes_settings:
+            tool.run(*parser.parse_known_args(rest))
+        else:
+            tool.run(parser.parse_args(rest))
 
     return command
 
@@ -255,7 +261,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "report": ("Rebuild report.html of a run directory.", _report_page),
     "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
     "verify": ("Compare a checkpoint with recorded outputs of the original model.", _tool("verify")),
-    "plan": ("Predict memory by part and recommend a layout.", _tool("plan")),
+    "plan": ("Predict memory by part and recommend a layout.", _tool("plan", takes_settings=True)),
     "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
