@@ -1,6 +1,6 @@
 """What fits: memory by part for a layout, and the layout to take on so many GPUs.
 
-mstar plan --config FILE --gpus 8 --memory 80GB
+mstar plan --config FILE ... --gpus 8 --memory 80GB --NAME VALUE ...
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mstar_mega import settings
 from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, rank_memory
 from mstar_mega.checkpoint_tools.published import PUBLISHED
-from mstar_mega.config import Config
+from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.settings_rules import validate
 
@@ -24,14 +24,19 @@ USABLE = 0.9
 """Share of a GPU's memory to plan for; the rest is the driver's, the libraries' and what fragments."""
 _LARGEST_TENSOR = 8
 """Tensor ranks talk in every layer: they belong on one node."""
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_STAGES = ("warmup", "prm", "evolve")
+_SHARED = "--parallel.distributed_optimizer true"
+_UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LEAST_MEMORY = 10**9
+"""No GPU that trains has less: such an amount has the wrong unit."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout and what it needs."""
+    """A layout, its settings (the group parallel) and what it needs."""
 
     layout: Layout
+    parallel: ParallelConfig
     stages: list[RankMemory]
 
     @property
@@ -46,13 +51,22 @@ class Choice:
             f"micro-batches of {layout.microbatch_tokens} tokens"
         )
 
+    def fits(self, memory: int) -> bool:
+        """On GPUs of so many bytes."""
+        return self.largest.total <= memory * USABLE
+
 
 def bytes_of(text: str) -> int:
-    """``80GB``, ``79.6GiB`` or plain bytes. Raises ValueError for anything else."""
+    """``80GB`` or ``79.6GiB``. Raises ValueError for anything else, a number without unit and less than 1 GB too."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS or not float(found[1]):
+    if found and not found[2]:
+        raise ValueError(f"--memory {text!r} has no unit; write for example 80GB or 79GiB")
+    if not found or found[2].upper() not in _UNITS:
         raise ValueError(f"--memory {text!r} is not an amount of memory; write for example 80GB or 79GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    amount = int(float(found[1]) * _UNITS[found[2].upper()])
+    if amount < _LEAST_MEMORY:
+        raise ValueError(f"--memory {text!r} is less than 1 GB; write for example 80GB or 79GiB")
+    return amount
 
 
 def model_of(config: Config) -> tuple[ModelMap, str]:
@@ -73,39 +87,65 @@ def model_of(config: Config) -> tuple[ModelMap, str]:
     return model, where
 
 
-def choices(model: ModelMap, config: Config, gpus: int, tokens: int) -> list[Choice]:
-    """Every layout that uses all GPUs, the least cut first, for micro-batches of so many tokens."""
+def choices(model: ModelMap, config: Config, gpus: int, tokens: int, shared: bool | None = None) -> list[Choice]:
+    """Every layout that uses all GPUs, the least cut first, for micro-batches of so many tokens.
+
+    ``shared``: with a distributed optimizer or without (None: as in the settings). Sequence parallelism is the
+    settings', but off where the tensor size is 1.
+    """
     found = []
     for tensor in range(1, min(gpus, _LARGEST_TENSOR) + 1):
         for pipeline in range(1, gpus // tensor + 1):
             if gpus % (tensor * pipeline) or not is_possible(model, tensor, pipeline):
                 continue
+            parallel = ParallelConfig(
+                tensor=tensor,
+                pipeline=pipeline,
+                sequence=config.parallel.sequence and tensor > 1,
+                distributed_optimizer=config.parallel.distributed_optimizer if shared is None else shared,
+            )
             layout = Layout(tensor, pipeline, tokens, gpus // (tensor * pipeline))
-            found.append(Choice(layout, rank_memory(model, config, layout)))
+            found.append(Choice(layout, parallel, rank_memory(model, replace(config, parallel=parallel), layout)))
     # Of equal cuts the one with fewer stages: a pipeline idles at both ends of a step.
     return sorted(found, key=lambda choice: (-choice.layout.data, choice.layout.pipeline))
+
+
+def both_ways(model: ModelMap, config: Config, gpus: int, tokens: int) -> list[tuple[Choice, Choice | None]]:
+    """:func:`choices` by the settings, each beside itself with a distributed optimizer.
+
+    None where that is no other: the settings have it already, or there is one copy of the model.
+    """
+    own = choices(model, config, gpus, tokens)
+    if config.parallel.distributed_optimizer:
+        return [(choice, None) for choice in own]
+    shared = choices(model, config, gpus, tokens, shared=True)
+    return [(one, other if one.layout.data > 1 else None) for one, other in zip(own, shared, strict=True)]
 
 
 def recommend(model: ModelMap, config: Config, gpus: int, memory: int) -> Choice | None:
     """The least cut layout that fits, with the largest micro-batch that still does; None where nothing fits.
 
-    Micro-batches from 1/8 to 4 times the settings' are tried, but a smaller one only where the settings' fits nowhere.
+    A cut that fits only with a distributed optimizer gets one. Micro-batches from 1/8 to 4 times the settings' are
+    tried, but a smaller one only where the settings' fits nowhere.
     """
     wanted = config.evolve.optimizer.microbatch_tokens
     for size in (wanted, wanted // 2, wanted // 4, wanted // 8):
-        for choice in choices(model, config, gpus, size):
-            if choice.largest.total > memory * USABLE:
-                continue
-            if size < wanted:
-                return choice
-            same = (choice.layout.tensor, choice.layout.pipeline)
-            for larger in (4 * wanted, 2 * wanted):
-                for other in choices(model, config, gpus, larger):
-                    cut = (other.layout.tensor, other.layout.pipeline)
-                    if cut == same and other.largest.total <= memory * USABLE:
-                        return other
-            return choice
+        for ways in both_ways(model, config, gpus, size):
+            for choice in ways:
+                if choice is None or not choice.fits(memory):
+                    continue
+                return _with_larger_batches(choice, model, config, gpus, memory) if size == wanted else choice
     return None
+
+
+def _with_larger_batches(choice: Choice, model: ModelMap, config: Config, gpus: int, memory: int) -> Choice:
+    """The same layout with micro-batches of 4 or 2 times the size where they fit."""
+    for times in (4, 2):
+        tokens = times * choice.layout.microbatch_tokens
+        for other in choices(model, config, gpus, tokens, choice.parallel.distributed_optimizer):
+            if other.parallel == choice.parallel and other.fits(memory):
+                return other
+    return choice
 
 
 def table(choice: Choice) -> str:
@@ -123,8 +163,8 @@ def table(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def report(config: Config, gpus: int, memory: int) -> str:
-    """What ``mstar plan`` prints."""
+def report(config: Config, gpus: int, memory: int) -> tuple[str, bool]:
+    """What ``mstar plan`` prints, and whether any layout fits."""
     model, where = model_of(config)
     values = sum(prod(source.shape) for mapping in model.mappings for source in mapping.sources)
     tokens = config.evolve.optimizer.microbatch_tokens
@@ -133,53 +173,70 @@ def report(config: Config, gpus: int, memory: int) -> str:
         f"{model.family}, sizes {where}: {values:,} parameters in {config.model.precision}",
         f"{gpus} GPUs of {memory / 1e9:.1f} GB, of which {usable:.1f} GB are planned for",
     ]
-    everything = choices(model, config, gpus, tokens)
+    everything = both_ways(model, config, gpus, tokens)
     cut = (config.parallel.tensor, config.parallel.pipeline)
-    own = [choice for choice in everything if (choice.layout.tensor, choice.layout.pipeline) == cut]
-    lines += ["", f"The settings: {own[0]}, {_verdict(own[0], memory)}", table(own[0])] if own else [
-        "", f"The settings' tensor {cut[0]} x pipeline {cut[1]} is not possible for this model on {gpus} GPUs"
-    ]  # fmt: skip
-    if own and own[0].layout.data > 1 and not config.parallel.distributed_optimizer:
-        parallel = replace(config.parallel, distributed_optimizer=True)
-        shared = Choice(own[0].layout, rank_memory(model, replace(config, parallel=parallel), own[0].layout))
-        lines.append(f"  with --parallel.distributed_optimizer true: {_verdict(shared, memory)}")
+    own = [ways for ways in everything if (ways[0].layout.tensor, ways[0].layout.pipeline) == cut]
+    if own:
+        mine, shared = own[0]
+        lines += ["", f"The settings: {mine}, {_verdict(mine, memory)}", table(mine)]
+        if shared is not None:
+            lines.append(f"  with {_SHARED}: {_verdict(shared, memory)}")
+    else:
+        lines += [
+            "",
+            f"The settings' tensor {cut[0]} x pipeline {cut[1]} is not possible for this model on {gpus} GPUs",
+        ]
     best = recommend(model, config, gpus, memory)
     if best is None:
         lines += ["", "Nothing fits: use more GPUs, or lower generation.slots and the micro-batch"]
     else:
-        lines += ["", f"Recommended: {best}", table(best), "", *_arguments(best)]
+        optimizer = ", distributed optimizer" if best.parallel.distributed_optimizer else ""
+        lines += ["", f"Recommended: {best}{optimizer}", table(best), "", f"  {_arguments(best, config.parallel)}"]
     lines += ["", f"All layouts, with micro-batches of {tokens} tokens:"]
-    lines += [f"  {choice}: {_verdict(choice, memory)}" for choice in everything]
+    lines += [_row(*ways, memory) for ways in everything]
+    if any(shared is not None for _, shared in everything):
+        lines += ["", f"Shared: with {_SHARED}."]
     lines += ["", "Activations, cache and prefill are upper bounds from the sizes, not measurements."]
-    return "\n".join(lines)
+    return "\n".join(lines), best is not None
+
+
+def _row(choice: Choice, shared: Choice | None, memory: int) -> str:
+    beside = "" if shared is None else f"; shared {_verdict(shared, memory)}"
+    return f"  {choice}: {_verdict(choice, memory)}{beside}"
 
 
 def _verdict(choice: Choice, memory: int) -> str:
-    needed = choice.largest.total
-    return f"{needed / 1e9:.1f} GB, {'fits' if needed <= memory * USABLE else 'does not fit'}"
+    return f"{choice.largest.total / 1e9:.1f} GB, {'fits' if choice.fits(memory) else 'does not fit'}"
 
 
-def _arguments(choice: Choice) -> Sequence[str]:
-    layout = choice.layout
-    return [
-        f"  --parallel.tensor {layout.tensor} --parallel.pipeline {layout.pipeline} "
-        + " ".join(
-            f"--{stage}.optimizer.microbatch_tokens {layout.microbatch_tokens}" for stage in ("warmup", "prm", "evolve")
-        )
-    ]
+def _arguments(choice: Choice, settings_own: ParallelConfig) -> str:
+    """The settings that make a job of the choice; of sequence and optimizer only what differs from the settings."""
+    layout, parallel = choice.layout, choice.parallel
+    words = [f"--parallel.tensor {layout.tensor} --parallel.pipeline {layout.pipeline}"]
+    if settings_own.sequence and not parallel.sequence:
+        words.append("--parallel.sequence false")
+    if parallel.distributed_optimizer and not settings_own.distributed_optimizer:
+        words.append(_SHARED)
+    words += [f"--{stage}.optimizer.microbatch_tokens {layout.microbatch_tokens}" for stage in _STAGES]
+    return " ".join(words)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``mstar plan``."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="settings of the run, as for mstar evolve")
+    """Of ``mstar plan``; all others are settings."""
+    parser.usage = "mstar plan --gpus N --memory AMOUNT [--config FILE ...] [--NAME VALUE ...]"
+    parser.epilog = "--config and --NAME VALUE are the settings of the run ('mstar evolve --help' lists them)."
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job, all nodes together")
     parser.add_argument("--memory", required=True, metavar="AMOUNT", help="memory of one GPU, for example 80GB")
 
 
-def run(options: argparse.Namespace) -> None:
-    """``mstar plan``."""
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """``mstar plan``, with the settings of ``overrides``. Raises SystemExit, with code 1, where nothing fits."""
     if options.gpus < 1:
         raise ValueError(f"--gpus is {options.gpus}: it must be at least 1")
-    config = settings.parse(["--config", options.config], prog="mstar plan")
+    memory = bytes_of(options.memory)
+    config = settings.parse(overrides, prog="mstar plan")
     validate(config)
-    print(report(config, options.gpus, bytes_of(options.memory)))
+    text, any_fits = report(config, options.gpus, memory)
+    print(text, flush=True)
+    if not any_fits:
+        raise SystemExit(1)

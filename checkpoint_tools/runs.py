@@ -7,6 +7,7 @@ from pathlib import Path
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.training.checkpoint import find_checkpoints
+from mstar_mega.training.manifest import MANIFEST
 
 
 def newest_policy(path: Path) -> Path:
@@ -16,6 +17,11 @@ def newest_policy(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such directory; expected a checkpoint or a run directory")
+    if (path / "config.json").is_file() and not (path / MANIFEST).exists():
+        raise ValueError(
+            f"{path} is a Hugging Face directory, not a checkpoint: `mstar convert hf-to-megatron --hf {path} --out "
+            "DIR` goes the other way and makes a checkpoint of it"
+        )
     if not (path / "checkpoints").is_dir():
         return path
     for stage in ("evolve", "warmup"):

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -134,6 +135,7 @@ def _evaluate_benchmark(name: str, rest: list[str]) -> None:
     base = benchmark.settings_of(options.checkpoint)
     config = settings.parse(overrides, prog=parser.prog, base=base)
     validate(config)
+    _fit_layout(config, overrides)
     request = benchmark.Request(options.checkpoint, options.benchmark, options.data, options.out, options.limit, chosen)
     benchmark.evaluate(config, request)
 
@@ -228,14 +230,20 @@ _DATA_ACTIONS = {
 }
 
 
-def _tool(module: str) -> Callable[[str, list[str]], None]:
-    """A command whose arguments and code are those of a module of ``checkpoint_tools``."""
+def _tool(module: str, takes_settings: bool = False) -> Callable[[str, list[str]], None]:
+    """A command whose arguments and code are those of a module of ``checkpoint_tools``.
+
+    ``takes_settings``: its other arguments are settings, as those of ``mstar evolve``, for the module to read.
+    """
 
     def command(name: str, rest: list[str]) -> None:
         tool = importlib.import_module(f"mstar_mega.checkpoint_tools.{module}")
         parser = _Parser(prog=f"mstar {name}", description=COMMANDS[name][0], allow_abbrev=False)
         tool.add_arguments(parser)
-        tool.run(parser.parse_args(rest))
+        if takes_settings:
+            tool.run(*parser.parse_known_args(rest))
+        else:
+            tool.run(parser.parse_args(rest))
 
     return command
 
@@ -259,7 +267,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "report": ("Rebuild report.html of a run directory.", _report_page),
     "convert": ("Weights from Hugging Face to a checkpoint, or back.", _tool("convert")),
     "verify": ("Compare a checkpoint with recorded outputs of the original model.", _tool("verify")),
-    "plan": ("Predict memory by part and recommend a layout.", _tool("plan")),
+    "plan": ("Predict memory by part and recommend a layout.", _tool("plan", takes_settings=True)),
     "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
 """Name -> (what it does, its function)."""
@@ -308,7 +316,28 @@ def _config_of_run(parser: _Parser, rest: list[str]) -> tuple[argparse.Namespace
     base.run.dir = options.run_dir
     config = settings.parse(overrides, prog=parser.prog, base=base)
     validate(config)
+    _fit_layout(config, overrides)
     return options, config
+
+
+def _fit_layout(config: Config, overrides: Sequence[str]) -> None:
+    """Where only the run, not the user, asks for a layout that the job's ranks cannot have: whole copies instead.
+
+    Any layout loads a run's weights, and looking at a policy needs less memory than the training that it was cut for.
+    """
+    parallel, ranks = config.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    needed = parallel.tensor * parallel.pipeline
+    if ranks % needed == 0 or any(argument.startswith("--parallel.") for argument in overrides):
+        return
+    config.parallel = replace(parallel, tensor=1, pipeline=1, sequence=False)
+    if _rank() == 0:
+        was = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+        print(
+            f"mstar: the run's {was} needs a multiple of {needed} ranks and this job has {ranks}: taking tensor 1 x "
+            "pipeline 1 for this command",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _rank() -> int:

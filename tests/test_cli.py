@@ -16,7 +16,7 @@ import pytest
 
 import mstar_mega.recipe
 from mstar_mega import cli, settings
-from mstar_mega.config import Config
+from mstar_mega.config import Config, ParallelConfig
 
 REPO = Path(__file__).parents[1]
 LAUNCHER = REPO / "examples" / "pretrain_mstar.sh"
@@ -82,6 +82,43 @@ def test_evaluate_and_generate_take_the_runs_own_settings(job: FakeJob, run_dir:
     arguments = ["--question", "How many?", "--image", image, "--responses", "2", "--temperature", "0"]
     assert cli.main(["generate", str(run_dir), *arguments, "--generation.slots=4"]) == 0
     assert job.calls == [(expected,), (expected, "How many?", [image], 2, 0.0)]
+
+
+@pytest.mark.parametrize("ranks", ["1", "3", "4", None])
+def test_a_look_at_a_run_cut_for_more_ranks_takes_whole_copies(
+    job: FakeJob,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ranks: str | None,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    config = Config(parallel=ParallelConfig(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True))
+    (run_dir / "config.yaml").write_text(settings.dump(config), encoding="utf-8")
+    benchmark = types.ModuleType("mstar_mega.recipe.benchmark")
+    benchmark.__dict__.update(settings_of=settings.load, Request=lambda *_: None, evaluate=job.evaluate)
+    monkeypatch.setitem(sys.modules, benchmark.__name__, benchmark)
+    monkeypatch.setattr(mstar_mega.recipe, "benchmark", benchmark, raising=False)
+    whole = ParallelConfig(distributed_optimizer=True)
+    for arguments in (
+        ["evaluate", str(run_dir)],
+        ["generate", str(run_dir), "--question", "?"],
+        ["evaluate", "--checkpoint", str(run_dir), "--benchmark", "mathvista", "--data", "none", "--out", "none"],
+    ):
+        assert cli.main(arguments) == 0
+        said = capsys.readouterr().err
+        assert job.calls.pop()[0].parallel == (config.parallel if ranks == "4" else whole)
+        if ranks == "4":
+            assert said == ""
+        else:
+            assert said.count("\n") == 1 and "tensor 2 x pipeline 2 needs a multiple of 4 ranks" in said
+        # A layout of the user's own stays as it is, and is refused later where it cannot be.
+        assert cli.main([*arguments, "--parallel.pipeline=1"]) == 0
+        assert job.calls.pop()[0].parallel.tensor == 2 and capsys.readouterr().err == ""
+    assert cli.main(["evolve", "--parallel.tensor", "2"]) == 0
+    assert job.calls.pop()[0].parallel.tensor == 2
 
 
 @pytest.mark.parametrize(

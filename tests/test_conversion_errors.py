@@ -100,6 +100,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+def test_a_hugging_face_directory_is_sent_the_other_way(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", "internvl2")
+    with pytest.raises(ValueError, match=r"hf is a Hugging Face directory, not a checkpoint: .*hf-to-megatron --hf"):
+        megatron_to_hf(tmp_path / "hf", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_impossible_layouts_are_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", "internvl2")
     with pytest.raises(ValueError, match="--pipeline 3 does not divide the model's 4 layers"):

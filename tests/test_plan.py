@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from parallel import run_parallel
 from mstar_mega import cli, settings
 from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.memory import Layout, is_possible, most_image_tokens, rank_memory
-from mstar_mega.checkpoint_tools.plan import USABLE, bytes_of, choices, model_of, recommend
+from mstar_mega.checkpoint_tools.plan import USABLE, Choice, both_ways, bytes_of, choices, model_of, recommend
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
@@ -22,6 +23,7 @@ from mstar_mega.models.build import build_model
 from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
+from mstar_mega.settings_rules import validate
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.optimizer_state import full_precision_weights
 from mstar_mega.training.trainer import Trainer
@@ -124,7 +126,8 @@ def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> No
     wanted = config.evolve.optimizer.microbatch_tokens
     for memory in (80 * 10**9, 40 * 10**9):
         best = recommend(model, config, 8, memory)
-        fitting = [choice for choice in choices(model, config, 8, wanted) if choice.largest.total <= memory * USABLE]
+        ways = [each for pair in both_ways(model, config, 8, wanted) for each in pair if each is not None]
+        fitting = [choice for choice in ways if choice.largest.total <= memory * USABLE]
         assert (best is None) == (not fitting) or best.layout.microbatch_tokens < wanted  # type: ignore[union-attr]
         if best is not None:
             layout = best.layout
@@ -134,6 +137,30 @@ def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> No
             assert best.largest.total <= memory * USABLE
             assert all(choice.layout.data <= layout.data for choice in fitting)
     assert recommend(model, config, 8, 10**9) is None
+
+
+def test_a_distributed_optimizer_is_recommended_only_for_a_cut_that_needs_it() -> None:
+    model = map_of(PUBLISHED["internvl2"], "vocabulary", Path("config.json"))
+    config = Config(model=ModelConfig(family="internvl2", precision="bfloat16", recompute=True))
+
+    def best(gigabytes: float, gpus: int = 8) -> Choice:
+        found = recommend(model, config, gpus, int(gigabytes * 1e9 / USABLE))
+        assert found is not None
+        return found
+
+    (alone, shared), *_ = both_ways(model, config, 8, config.evolve.optimizer.microbatch_tokens)
+    assert shared is not None and alone.layout == shared.layout and alone.layout.data == 8
+    needed, less = alone.largest.total / 1e9, shared.largest.total / 1e9
+    assert less < 0.7 * needed
+    assert best(needed + 0.1).parallel == ParallelConfig()
+    # The least cut counts for more than the settings' own optimizer, which would fit at tensor 2.
+    assert best(needed - 0.1).parallel == best(less + 0.1).parallel == ParallelConfig(distributed_optimizer=True)
+    assert best(less - 0.1).layout.tensor == 2
+    # One copy of the model shares with nobody.
+    assert all(other is None for _, other in both_ways(model, config, 1, 4096))
+    config.parallel.distributed_optimizer = True
+    assert all(one.parallel.distributed_optimizer and other is None for one, other in both_ways(model, config, 8, 4096))
+    assert best(needed + 0.1).parallel.distributed_optimizer
 
 
 @pytest.mark.parametrize("name", ["internvl2_2b", "phi3_5_vision", "minicpm_v2_5"])
@@ -159,9 +186,15 @@ def test_cutting_more_needs_less() -> None:
 
 
 def test_amounts_of_memory() -> None:
-    assert [bytes_of(text) for text in ("80GB", "80 gib", "1.5MB", "7")] == [80 * 10**9, 80 * 2**30, 1_500_000, 7]
-    for text in ("80 apples", "", "0GB", "-3GB"):
-        with pytest.raises(ValueError, match="is not an amount of memory"):
+    assert [bytes_of(text) for text in ("80GB", "80 gib", "81920.5MB")] == [80 * 10**9, 80 * 2**30, 81_920_500_000]
+    for text in ("80 apples", "", "-3GB"):
+        with pytest.raises(ValueError, match="is not an amount of memory; write for example 80GB"):
+            bytes_of(text)
+    for text in ("80", "80000000000"):
+        with pytest.raises(ValueError, match=f"--memory '{text}' has no unit; write for example 80GB"):
+            bytes_of(text)
+    for text in ("0GB", "80MB", "0.9GB"):
+        with pytest.raises(ValueError, match="is less than 1 GB; write for example 80GB"):
             bytes_of(text)
 
 
@@ -177,3 +210,53 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "run.yaml").write_text("model: {family: internvl2}")
     assert cli.main(args) == cli.USER_ERROR
     assert "set model.checkpoint" in capsys.readouterr().err
+
+
+def test_what_is_recommended_is_a_job_that_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(EXAMPLES / "internvl2_2b.yaml")]
+    assert cli.main(["plan", *config, "--gpus", "3", "--memory", "80GB"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --parallel.tensor ")]
+    assert "--parallel.sequence false --parallel.distributed_optimizer true" in line
+    advised = settings.parse([*config, *line.split()])
+    validate(advised)
+    distributed.check_sizes(advised.parallel, 3)
+    # What differs from the settings is printed, and nothing else.
+    assert cli.main(["plan", *config, *line.split(), "--gpus", "3", "--memory", "80GB"]) == 0
+    assert "--parallel.sequence" not in capsys.readouterr().out
+
+
+def test_every_layout_stands_beside_itself_with_a_distributed_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--config", str(EXAMPLES / "internvl2_2b.yaml"), "--gpus", "8", "--memory", "80GB"]
+    assert cli.main(args) == 0
+    own = re.findall(r"^  (tensor .* x data (\d), .* tokens): (\S+ GB), (?:.*; shared (\S+ GB))?", _out(capsys), re.M)
+    assert cli.main([*args, "--parallel.distributed_optimizer", "true"]) == 0
+    shared = re.findall(r"^  (tensor .* tokens): (\S+ GB), (?!.*shared)", _out(capsys), re.M)
+    assert len(own) == len(shared) > 8
+    for (layout, data, alone, beside), (same_layout, figure) in zip(own, shared, strict=True):
+        assert layout == same_layout and figure == (beside if data != "1" else alone) and (data == "1") == (not beside)
+
+
+def test_settings_are_given_as_for_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, example = tmp_path / "small.yaml", str(EXAMPLES / "internvl2_2b.yaml")
+    small.write_text("model: {precision: float32}\ngeneration: {slots: 8}\n")
+    args = ["plan", "--gpus=8", "--config", example, "--memory", "80GB", f"--config={small}", "--parallel.tensor", "4"]
+    assert cli.main(args) == 0
+    several = _out(capsys)
+    assert "parameters in float32" in several and "The settings: tensor 4 x pipeline 1 x data 2" in several
+    assert cli.main([*args, "--parallel.tensr", "4"]) == cli.USER_ERROR
+    assert "did you mean '--parallel.tensor'?" in capsys.readouterr().err
+    for tool in (["inspect", "none"], ["convert", "hf-to-megatron", "--hf", "a", "--out", "b"]):
+        assert cli.main([*tool, "--parallel.tensor", "4"]) == cli.USER_ERROR
+        assert "unrecognized arguments: --parallel.tensor 4" in capsys.readouterr().err
+
+
+def test_nothing_fits_is_a_failure_with_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--config", str(EXAMPLES / "minicpm_v2_5.yaml"), "--gpus", "1", "--memory", "24GB"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    assert ended.value.code == 1
+    assert "Nothing fits" in (shown := _out(capsys)) and "All layouts" in shown and "Recommended" not in shown
+
+
+def _out(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
