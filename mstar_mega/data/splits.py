@@ -40,6 +40,10 @@ CREATE TABLE images (path TEXT PRIMARY KEY, digest TEXT, width INTEGER, height I
 """
 
 
+class SplitError(ValueError):
+    """The file has too few usable questions for the splits that the settings ask for."""
+
+
 @dataclass(frozen=True)
 class SplitSettings:
     """What the splits depend on, besides the rows and the images."""
@@ -55,7 +59,7 @@ class SplitSettings:
 def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> None:
     """Make the tables ``rows``, ``images``, ``groups`` and ``places`` of a training file.
 
-    Raises ValueError for a file whose rows cannot be told apart, and where a half has too few questions.
+    Raises ValueError for a file whose rows cannot be told apart, and SplitError where a half has too few questions.
     """
     index.executescript(_TABLES)
     marks = ", ".join("?" * 12)
@@ -65,6 +69,10 @@ def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> No
     _read_images(index, Path(settings.images))
     _mark_duplicates(index, settings.conflicts)
     _group(index)
+    if settings.validation + settings.test and not index.execute("SELECT count(*) FROM groups").fetchone()[0]:
+        raise SplitError(
+            f"{source} has no usable row: `mstar data check {source} --data.images {settings.images}` says why"
+        )
     _set_aside(index, "validation", 0, settings.validation)
     _set_aside(index, "test", 1, settings.test)
     _place(index, {"validation": settings.validation, "test": settings.test})
@@ -177,7 +185,7 @@ def _set_aside(index: sqlite3.Connection, split: str, half: int, wanted: int) ->
         count += size
     if count < wanted:
         name = ("labelled", "unlabelled")[half]
-        raise ValueError(
+        raise SplitError(
             f"data.{split}_queries is {wanted}, and the {name} half of the file, from which they are set aside, has "
             f"{count} usable questions: ask for fewer"
         )

@@ -16,12 +16,21 @@ from PIL import Image
 
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
 from mstar_mega.data import disk, lengths
-from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text, unusable_rows
+from mstar_mega.data.check import (
+    EvaluationItem,
+    FileReport,
+    Found,
+    digest_of,
+    places,
+    report_on,
+    to_text,
+    unusable_rows,
+)
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
 from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
-from mstar_mega.data.splits import SPLITS, question_key
+from mstar_mega.data.splits import SPLITS, SplitError, question_key
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Query, Task
 from mstar_mega.evaluation import benchmarks
@@ -133,27 +142,44 @@ class WarmupReport:
         return "\n".join(lines)
 
 
-def check(config: Config, against: Sequence[str], out: str | None) -> str:
-    """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
+def check(config: Config, against: Sequence[str], out: str | None) -> tuple[str, bool]:
+    """The text of ``mstar data check``, and whether a job can use what the settings name.
 
-    Raises ValueError for files that cannot be read.
+    With ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each. Raises ValueError for unreadable files.
     """
     with tempfile.TemporaryDirectory() as work:
         source, note = _open(config.data, Path(config.data.dir or work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
-        costs = [_cost(source, replace(config, model=model)) for model in _models(config.model)]
-        published = _published_costs(source, config, costs[0].characters * costs[0].queries)
+        models = _models(config.model) if report.usable else ()
+        costs = [_cost(source, replace(config, model=model)) for model in models]
+        published = _published_costs(source, config, costs[0].characters * costs[0].queries) if costs else []
         warmup = _warmup(config, source, Path(config.data.dir or work)) if config.data.warmup_file else None
         if out is not None:
-            rows = {"unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
-            costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
-            facts = {**report.to_json(), **rows, **costs_of}
+            facts = {**report.to_json(), "unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
+            facts |= {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
             write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     lines = [to_text(report), *([warmup.to_text()] if warmup else [])]
-    lines.append(f"cost of all usable queries, from {costs[0].prompts} of them:")
-    lines += [cost.to_text() for cost in costs]
-    lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
-    return "\n".join([*note, *lines, *(cost.to_text() for cost in published)])
+    if report.usable:
+        lines = [*note, *lines, f"cost of all usable queries, from {costs[0].prompts} of them:"]
+        lines += [cost.to_text() for cost in costs]
+        lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
+        lines += [cost.to_text() for cost in published]
+    refusals = [*_refusals(config.data, report, warmup)]
+    return "\n".join([*lines, *(f"FAILED: {each}" for each in refusals)]), not refusals
+
+
+def _refusals(config: DataConfig, report: FileReport, warmup: WarmupReport | None) -> Iterator[str]:
+    """Why a job cannot train on the files, a line each."""
+    unusable, skipped = (
+        sum(found.count for found in report.problems.values()),
+        (warmup.skipped if warmup and warmup.usable else []),
+    )
+    if not report.usable:
+        yield f"nothing is usable: none of the {report.rows} rows can be trained on"
+    if warmup is not None and not warmup.usable:
+        yield f"no response of the warm-up file {warmup.path} is usable"
+    if config.bad_rows == "refuse" and (unusable or skipped):
+        yield f"data.bad_rows is 'refuse': {unusable} rows and {len(skipped)} responses cannot be used"
 
 
 def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
@@ -174,11 +200,10 @@ def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
 def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
     try:
         return open_source(config, work), []
-    except ValueError as error:
-        if "_queries is" not in str(error):
-            raise
+    except SplitError as error:
         # Too small a file for the splits that were asked for can still be looked at.
-        return open_source(replace(config, validation_queries=0, test_queries=0), work), [f"NOTE: {error}"]
+        note = f"NOTE: the settings' splits do not fit the file: {error}"
+        return open_source(replace(config, validation_queries=0, test_queries=0), work), [note]
 
 
 def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
@@ -186,8 +211,9 @@ def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
     name, equals, file = argument.partition("=")
     if not equals:
         raise ValueError(f"--against {argument}: give it as BENCHMARK=FILE, as in mathvista=testmini.json")
+    benchmark = benchmarks.find(name)  # before the file is looked for: the name may be what is wrong
     path = existing(file, f"--against {name}")
-    loaded = benchmarks.load_problems(benchmarks.find(name), path, BenchmarkConfig(bad_rows="skip"))
+    loaded = benchmarks.load_problems(benchmark, path, BenchmarkConfig(bad_rows="skip"))
     for problem in loaded.problems:
         question, choices = problem.question, tuple(problem.options.values())
         if problem.ready:
@@ -277,33 +303,43 @@ def _cost(source: Source, config: Config) -> Cost:
     )  # fmt: skip
 
 
-def show(config: Config, id: str, out: str) -> str:
-    """The text of ``mstar data show``: a query, the exact prompt, its token ids around the image; writes the tiles.
+def show(config: Config, id: str, out: str | None) -> str:
+    """The text of ``mstar data show``: a query, the exact prompt, its token ids around the image.
 
-    Raises ValueError where no set of the settings has such a query.
+    With ``out`` the tiles are written there. Raises ValueError where no set of the settings has such a query.
     """
     family = build_family(config)
     with tempfile.TemporaryDirectory() as work:
-        task = build(config.data, Path(config.data.dir or work), config.seed)
+        task, note = _sets(config, Path(config.data.dir or work))
         split, query = find_query(task, id)
         prompt = family.prompt(query)
     decode = family.tokenizer.decode
     answer = query.answer if query.answer is not None else f"hidden ({query.hidden_answer})"
+    of = f"of the {split} {'half' if note else 'set'} ({query.kind or 'no type'})"
     lines = [
-        f"query {query.id} of the {split} set ({query.kind or 'no type'}), gold answer {answer}",
+        *note,
+        f"query {query.id} {of}, gold answer {answer}",
         *(f"image {image.path} (digest {image.digest})" for image in query.images),
         f"prompt of {config.model.family} {config.model.size}: {len(prompt.tokens)} tokens, "
         f"{len(prompt.image_positions)} of them image features",
     ]
     for start, end in _runs(prompt):
         before, after = prompt.tokens[max(0, start - AROUND) : start], prompt.tokens[end : end + AROUND]
-        image = prompt.tokens[start]
-        lines.append(f"tokens around the image: {before} + {end - start} x {image} + {after}")
+        lines.append(f"tokens around the image: {before} + {end - start} x {prompt.tokens[start]} + {after}")
     lines += ["text (an image feature is shown as ·, a control token by its id):", _text(prompt, decode)]
     if prompt.pixels is not None:
-        render_tiles(prompt, Path(out))
-        lines.append(f"{prompt.pixels.size(0)} tiles of {tuple(prompt.pixels.shape[2:])} pixels: {out}")
+        where = "not written (--out TILES.png does)" if out is None else render_tiles(prompt, Path(out))
+        lines.append(f"{prompt.pixels.size(0)} tiles of {tuple(prompt.pixels.shape[2:])} pixels: {where}")
     return "\n".join(lines)
+
+
+def _sets(config: Config, work: Path) -> tuple[Task, list[str]]:
+    """The sets to look for a query in (a file's warm-up queries are labelled ones), and a note if no job's."""
+    if config.data.name != "mathv360k":
+        return build(config.data, work, config.seed), []
+    source, note = _open(config.data, work)
+    labelled, unlabelled, validation, test = _usable(source)
+    return Task((), labelled, unlabelled, validation, test), note
 
 
 def find_query(task: Task, id: str) -> tuple[str, Query]:
@@ -319,6 +355,8 @@ def find_query(task: Task, id: str) -> tuple[str, Query]:
     if isinstance(task.labelled, DiskQueries) and (why := task.labelled.source.why_not(id)):
         raise ValueError(f"the query {id!r} is in no set ({why})")
     some = ", ".join(queries[0].id for queries in sets.values() if len(queries))
+    if not some:
+        raise ValueError(f"no set has a query {id!r}: nothing is usable (`mstar data check` says why)")
     raise ValueError(f"no set has a query {id!r}; there are {some} and others")
 
 
@@ -349,8 +387,8 @@ def _text(prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
     return "".join([*parts, decode(run)])
 
 
-def render_tiles(prompt: Prompt, path: Path) -> None:
-    """Write the tiles side by side as one PNG, each colour channel stretched to its full range."""
+def render_tiles(prompt: Prompt, path: Path) -> Path:
+    """Write the tiles side by side as one PNG, each colour channel stretched to its full range; returns ``path``."""
     assert prompt.pixels is not None
     x = prompt.pixels
     low, high = x.amin(dim=(0, 2, 3), keepdim=True), x.amax(dim=(0, 2, 3), keepdim=True)
@@ -361,3 +399,4 @@ def render_tiles(prompt: Prompt, path: Path) -> None:
         sheet.paste(Image.fromarray(tile), (i * (width + 2), 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
+    return path
