@@ -212,15 +212,15 @@ def _data(name: str, rest: list[str]) -> int:
     validate(config)
     if not 1 <= len(names) <= (1 if action == "check" else 2):
         raise ValueError(f"usage: mstar data {action} {usage}")
-    from mstar_mega.recipe import data_command
+    from mstar_mega.recipe import data_check, data_show
 
     if _rank() != 0:
         return 0
     out = own["--out"][-1] if own["--out"] else None
     if action == "show":
-        print(data_command.show(config, names[-1], out))
+        print(data_show.show(config, names[-1], out))
         return 0
-    text, usable = data_command.check(config, own["--against"], out)
+    text, usable = data_check.check(config, own["--against"], out)
     print(text)
     return 0 if usable else UNUSABLE
 
