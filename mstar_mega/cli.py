@@ -20,6 +20,8 @@ from mstar_mega.platform.files import DISK_FULL
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
 
+UNUSABLE = 1
+"""Exit code of ``mstar data check`` where no job could use the files as the settings say."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 BROKEN_PIPE = 141
@@ -69,8 +71,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise ValueError(f"there is no command '{name}': choose one of {', '.join(COMMANDS)}")
     if _rank() != 0 and any(argument in ("-h", "--help") for argument in rest):
         return 0
-    COMMANDS[name][1](name, rest)
-    return 0
+    return COMMANDS[name][1](name, rest) or 0
 
 
 def _job(until: str | None) -> Callable[[str, list[str]], None]:
@@ -184,18 +185,22 @@ def _score(name: str, rest: list[str]) -> None:
         print(command.run_score(options))
 
 
-def _data(name: str, rest: list[str]) -> None:
+def _data(name: str, rest: list[str]) -> int:
     """``mstar data check PATH`` and ``mstar data show [PATH] ID``: their settings are those of the group data."""
     from mstar_mega import settings
     from mstar_mega.settings_rules import validate
 
     action, rest = (rest[0], rest[1:]) if rest else ("", rest)
     if action not in _DATA_ACTIONS:
-        usage = "\n".join(f"  mstar data {action} {text}" for action, text in _DATA_ACTIONS.items())
+        usage = "\n".join(f"  mstar data {action} {text}" for action, (text, _) in _DATA_ACTIONS.items())
         if action in ("-h", "--help"):
             print(f"{COMMANDS[name][0]}\n\n{usage}\n\n--NAME VALUE are settings, as in 'mstar evolve --help'.")
-            return
+            return 0
         raise ValueError(f"mstar data: choose {' or '.join(_DATA_ACTIONS)} ('mstar data --help' shows how)")
+    usage, help = _DATA_ACTIONS[action]
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(f"usage: mstar data {action} {usage}\n\n{help}\n{_DATA_SETTINGS}")
+        return 0
     names: list[str] = []
     own: dict[str, list[str]] = {"--out": [], "--against": []}
     others: list[str] = []
@@ -204,6 +209,8 @@ def _data(name: str, rest: list[str]) -> None:
         option, equals, value = argument.partition("=")
         if option in own:
             own[option].append(value if equals else next(arguments, ""))
+            if not own[option][-1] or own[option][-1].startswith("--"):
+                raise ValueError(f"{option} has no value ('mstar data {action} --help' shows how it is used)")
         elif argument.startswith("--"):
             others += [argument] if equals else [argument, *[v for v in (next(arguments, None),) if v is not None]]
         else:
@@ -212,22 +219,53 @@ def _data(name: str, rest: list[str]) -> None:
     config = settings.parse([*path, *others], prog=f"mstar data {action}")
     validate(config)
     if not 1 <= len(names) <= (1 if action == "check" else 2):
-        raise ValueError(f"usage: mstar data {action} {_DATA_ACTIONS[action]}")
-    from mstar_mega.recipe import data_command
+        raise ValueError(f"usage: mstar data {action} {usage}")
+    from mstar_mega.recipe import data_check, data_show
 
-    if _rank() == 0:
-        out = own["--out"][-1] if own["--out"] else None
-        if action == "check":
-            print(data_command.check(config, own["--against"], out))
-        else:
-            print(data_command.show(config, names[-1], out or "tiles.png"))
+    if _rank() != 0:
+        return 0
+    out = own["--out"][-1] if own["--out"] else None
+    if action == "show":
+        print(data_show.show(config, names[-1], out))
+        return 0
+    text, usable = data_check.check(config, own["--against"], out)
+    print(text)
+    return 0 if usable else UNUSABLE
 
 
 _DATA_ACTIONS = {
-    "check": "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--model.family NAME --model.checkpoint DIR] "
-    "[--data.dir INDEX_FOLDER] [--out FILE.json] [--NAME VALUE ...]",
-    "show": "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
+    "check": (
+        "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--model.family NAME --model.checkpoint DIR] "
+        "[--data.dir INDEX_FOLDER] [--out FILE.json] [--NAME VALUE ...]",
+        """What a training file in MathV360K's shape holds, what is wrong with it, and what it costs.
+
+  PATH                      the training file: a JSON list or JSON lines
+  --data.images DIR         folder that the image paths begin in (unset: the file's)
+  --data.warmup_file FILE   look at the written-out responses too
+  --against BENCHMARK=FILE  say what it shares with an evaluation set; may be repeated
+  --model.family NAME --model.checkpoint DIR
+                            measure the cost with this checkpoint's tokenizer too
+  --data.dir INDEX_FOLDER   keep the index for the next look
+  --out FILE.json           write the same facts, and every unusable row
+
+Exit code 1: nothing in the file, or in the warm-up file, is usable; or data.bad_rows is 'refuse' and rows are unusable.
+""",
+    ),
+    "show": (
+        "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
+        """One query, its exact prompt, and the token ids around its images.
+
+  PATH                      a training file in MathV360K's shape; without it, --data.name names the set
+  ID                        the query's id
+  --data.images DIR         folder that the image paths begin in (unset: the file's)
+  --model.family NAME --model.size SIZE (or --model.checkpoint DIR)
+                            whose prompt and tiles
+  --out TILES.png           write the image's tiles side by side
+""",
+    ),
 }
+"""Action -> (its arguments, its help)."""
+_DATA_SETTINGS = "Every setting of 'mstar evolve --help' may follow as --dotted.name VALUE; --config FILE reads a file."
 
 
 def _tool(module: str, takes_settings: bool = False) -> Callable[[str, list[str]], None]:
@@ -248,7 +286,7 @@ def _tool(module: str, takes_settings: bool = False) -> Callable[[str, list[str]
     return command
 
 
-COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int | None]]] = {
     "evolve": ("The whole job: warm-up, annotation, PRM, self-evolving iterations, evaluation, report.", _job(None)),
     "warmup": ("The job's first stage: warm-up SFT on written-out chains of thought.", _job("warmup")),
     "warmup-data": ("Make a warm-up set: reasoning to given gold answers, kept where it arrives there.", _warmup_data),
@@ -270,7 +308,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "plan": ("Predict memory by part and recommend a layout.", _tool("plan", takes_settings=True)),
     "inspect": ("Show what is in a checkpoint, without loading it.", _tool("inspection")),
 }
-"""Name -> (what it does, its function)."""
+"""Name -> (what it does, its function, which returns an exit code other than 0 or nothing)."""
 
 
 class _Parser(argparse.ArgumentParser):

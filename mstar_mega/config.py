@@ -77,6 +77,9 @@ class DataConfig:
     """At most so many of a set on disk; null: all."""
     unlabelled_queries: int | None = 512
     """Questions whose answers are hidden from training (prompt variation, paper section 5); null: all."""
+    labelled_share: float = 0.5
+    """Of the pictures of a mathv360k file that is labelled (the paper: half); the others' answers are hidden from
+    training. 1: all, and the test queries are set aside from them too."""
     validation_queries: int = 250
     test_queries: int = 750
     bad_rows: Literal["skip", "refuse"] = "skip"

@@ -61,7 +61,7 @@ _NAMES_OF_RULE = (
         _NOT_NEGATIVE,
         "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance",
     ),
-    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share"),
+    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share data.labelled_share"),
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),
     (_DECAY, "optimizer.beta1 optimizer.beta2"),
@@ -125,4 +125,8 @@ def _validate_pairs(config: Config) -> None:
     if config.prompts.unlabelled != "none" and config.data.unlabelled_queries == 0:
         raise ValueError(
             f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.unlabelled_queries above 0, which is 0"
+        )
+    if config.prompts.unlabelled != "none" and config.data.name == "mathv360k" and config.data.labelled_share == 1:
+        raise ValueError(
+            f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.labelled_share below 1, which is 1"
         )

@@ -114,7 +114,67 @@ def test_check_points_at_what_may_not_be_meant(tmp_path: Path, capsys: pytest.Ca
 def test_check_of_a_file_too_small_for_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(good_rows(tmp_path)))
     assert run("check", tmp_path / "rows.json", "--data.test_queries", "500") == 0
-    assert "NOTE: data." in capsys.readouterr().out
+    assert "NOTE: the settings' splits do not fit the file: data." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "0 rows"),
+        ("[]", "0 rows"),
+        (json.dumps([row("lost", "GEOS/images/lost.png")]), "image: there is no such file (row 1 (id lost)"),
+        (json.dumps(["a text"]), "row: it is text, not an object (row 1)"),
+        (json.dumps([""]), "row: it is empty, not an object (row 1)"),
+    ],
+)
+def test_check_of_a_file_without_a_usable_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    assert run("check", tmp_path / "rows.json", "--out", tmp_path / "out.json") == cli.UNUSABLE
+    said = capsys.readouterr()
+    assert reason in said.out and said.out.splitlines()[-1].startswith("FAILED: nothing is usable") and not said.err
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert facts["usable"] == 0 and facts["costs"] == facts["published_costs"] == []
+    assert run("show", tmp_path / "rows.json", "nobody") == cli.USER_ERROR
+    assert "nothing is usable (`mstar data check` says why)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"rows.json has no usable row: `mstar data check .*rows.json --data.images "):
+        disk.open_source(config_of(tmp_path), tmp_path / "index")
+
+
+def test_check_fails_where_a_job_would_refuse_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([*good_rows(tmp_path), row("lost", "GEOS/images/lost.png")]))
+    command = ("check", tmp_path / "rows.json", *SMALL)
+    assert run(*command) == 0 and "FAILED" not in capsys.readouterr().out
+    assert run(*command, "--data.bad_rows", "refuse") == cli.UNUSABLE
+    said = capsys.readouterr().out
+    assert "unusable: 1" in said and "FAILED: data.bad_rows is 'refuse': 1 rows and 0 responses cannot be used" in said
+    assert run(*command, "--data.warmup_file", tmp_path / "none.jsonl") == cli.UNUSABLE
+    assert f"FAILED: no response of the warm-up file {tmp_path / 'none.jsonl'} is usable" in capsys.readouterr().out
+
+
+def test_show_needs_neither_splits_that_fit_nor_a_warmup_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([*good_rows(tmp_path), row("lost", "GEOS/images/lost.png")]))
+    monkeypatch.chdir(tmp_path)
+    settings = ("--data.warmup_file", "none.jsonl", "--data.bad_rows", "refuse")
+    assert run("show", "rows.json", "id-3-1", *settings) == 0
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("NOTE: the settings' splits do not fit the file: data.validation_queries is 250")
+    assert second.startswith("query id-3-1 of the ") and "labelled half" in second
+    assert rest[-1] == "1 tiles of (48, 48) pixels: not written (--out TILES.png does)"
+    assert not (tmp_path / "tiles.png").exists()
+    assert run("show", "rows.json", "id-3-1", *SMALL) == 0 and "NOTE" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", ["check", "show"])
+def test_help_is_the_actions_own(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(action, "--help") == run(action, "rows.json", "-h") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: mstar data {action} {'PATH' if action == 'check' else '[PATH] ID'} ")
+    assert "--out" in said and "Every setting of 'mstar evolve --help' may follow as --dotted.name VALUE" in said
+    assert said.count("\n") < 50 and ("--against" in said) == (action == "check")
 
 
 def test_show_prints_the_prompt_and_renders_the_tiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,9 +211,14 @@ def striped() -> bytes:
         (("show", "rows.json", "nobody", *SMALL), "no set has a query 'nobody'; there are id-"),
         (("check", "rows.json", *SMALL, "--against", "exam.json"), "give it as BENCHMARK=FILE"),
         (
-            ("check", "rows.json", *SMALL, "--against", "exam=exam.json"),
-            "--against exam exam.json: there is no such file",
+            ("check", "rows.json", *SMALL, "--against", "mathvista=exam.json"),
+            "--against mathvista exam.json: there is no such file",
         ),
+        (
+            ("check", "rows.json", *SMALL, "--against", "foo=rows.json"),
+            "there is no benchmark 'foo': choose one of mathvista, ",
+        ),
+        (("check", "rows.json", "--out"), "--out has no value"),
         (("check", "rows.json", "--data.pathh", "x"), "did you mean '--data.path'"),
     ],
 )

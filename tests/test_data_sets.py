@@ -22,7 +22,9 @@ from mstar_mega.config import DataConfig
 from mstar_mega.data import disk, task
 from mstar_mega.data.order import Joined, Permutation, shuffled
 from mstar_mega.data.prompts import TRAINING_SETS
+from mstar_mega.data.splits import part_of
 from mstar_mega.data.types import Query, Task
+from mstar_mega.kernels.noise import key_of
 
 GROUPS, PER_IMAGE = 60, 3
 
@@ -89,6 +91,26 @@ def test_splits_never_share_an_image_and_ignore_the_files_order(tmp_path: Path) 
     assert {name: [query.id for query in getattr(again, name)] for name in sets} == order
     with pytest.raises(ValueError, match="was changed while it was in use"):
         list(made.labelled)
+
+
+def test_the_labelled_share_is_of_pictures_and_half_by_default(tmp_path: Path) -> None:
+    ids = [f"id-{i}" for i in range(2000)]
+    assert [part_of(id, 0.5) for id in ids] == [key_of("half", id) & 1 for id in ids], "as before there was a share"
+    labelled = {share: {id for id in ids if not part_of(id, share)} for share in (0.1, 0.5, 0.9, 1.0)}
+    assert labelled[0.1] < labelled[0.5] < labelled[0.9] < labelled[1.0] == set(ids)
+    assert all(abs(len(found) / 2000 - share) < 0.03 for share, found in labelled.items())
+    rows = good_rows(tmp_path)
+    half, most, whole = (make(tmp_path, rows, labelled_share=share) for share in (0.5, 0.9, 1.0))
+    assert {query.id for query in half.labelled} < {query.id for query in (*most.labelled, *most.validation)}
+    assert len(half.unlabelled) > len(most.unlabelled) and len(most.test) == len(whole.test) == 14
+    assert not whole.unlabelled and len(whole.validation) == 10
+    digests = [{q.images[0].digest for q in part} for part in (whole.labelled, whole.validation, whole.test)]
+    assert sum(map(len, digests)) == len(set.union(*digests)) == GROUPS
+    assert all(query.answer is not None for query in whole.test)
+    with pytest.raises(
+        ValueError, match="the unlabelled part of the file, from which they are set aside, has [0-9] us"
+    ):
+        make(tmp_path, rows, labelled_share=0.999)
 
 
 def test_answers_of_the_unlabelled_half_are_hidden(tmp_path: Path) -> None:
@@ -174,7 +196,7 @@ def test_warmup_rows_that_leak_or_are_unknown_are_left_out(tmp_path: Path) -> No
 
 
 def test_too_many_questions_to_set_aside(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.test_queries is 200, and the unlabelled half .* has \d+ usable"):
+    with pytest.raises(ValueError, match=r"data.test_queries is 200, and the unlabelled part .* has \d+ usable"):
         make(tmp_path, good_rows(tmp_path), test_queries=200)
     with pytest.raises(ValueError, match="data.path is not set"):
         task.build(DataConfig("mathv360k"), tmp_path, 0)

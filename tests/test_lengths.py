@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,17 @@ def test_a_set_of_which_nothing_is_left_stops_at_the_start(tmp_path: Path) -> No
     config = Config(data=replace(config_of(tmp_path), max_prompt_tokens=5))
     with pytest.raises(ValueError, match=r"no query of the warm-up set can be used .*more than 5 \(data.max_prompt"):
         build_task(config, tmp_path, InternVL2("digits"))
+
+
+def test_a_useless_warmup_file_is_refused_for_its_own_reasons(tmp_path: Path) -> None:
+    warmup: list[Any] = [{"id": f"{name}-{'x' * 150}", "response": name} for name in ("one", "two")]
+    warmup += [*warmup, {"id": 3}, "text", {"id": "id-0-0", "response": "\ud800"}, {"id": "id-1-0", "response": "r"}]
+    rows = [*good_rows(tmp_path), *(row(f"lost {i}", f"GEOS/images/lost{i}.png") for i in range(9))]
+    make(tmp_path, rows, warmup=warmup)
+    config = Config(data=config_of(tmp_path))
+    with pytest.raises(ValueError, match="no query of the warm-up set can be used") as refusal:
+        build_task(config, tmp_path, InternVL2("digits"))
+    said, file = str(refusal.value), str(tmp_path / "warmup.jsonl")
+    assert "lost" not in said and "rows.json" not in said
+    assert f"({file}: id: the training set has no usable query with this id; {file}: row: it is not an object" in said
+    assert re.search(r"(\)|; and \d more reasons\))$", said), said

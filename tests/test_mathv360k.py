@@ -92,7 +92,10 @@ def test_the_published_layout_is_read(folder: Path) -> None:
 
 def test_check_reads_it_through_the_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(folder / "train_samples_all_tuning.json")
-    assert cli.main(["data", "check", rows, "--config", MATHV360K, *FEW]) == 0
+    command = ["data", "check", rows, "--config", MATHV360K, *FEW]
+    assert cli.main(command) == cli.UNUSABLE, "the warm-up file is not made yet"
     said = capsys.readouterr().out
     assert "runs/mathv360k_warmup/warmup_set.jsonl: 0 usable responses\n  left out: there is no such file yet" in said
     assert "54 rows" in said and "unusable: 0" in said and "  A-OKVQA         6 multiple choice\n" in said
+    assert cli.main([*command, "--data.warmup_file", "null"]) == 0
+    assert "warm-up file" not in capsys.readouterr().out

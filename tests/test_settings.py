@@ -186,6 +186,10 @@ def test_a_falling_learning_rate_needs_the_number_of_steps() -> None:
 def test_unlabelled_prompts_need_unlabelled_queries() -> None:
     argv = ["--prompts.unlabelled=voting", "--data.unlabelled_queries=0"]
     assert "it needs data.unlabelled_queries above 0" in message(argv)
+    argv = ["--data.name=mathv360k", "--data.labelled_share=1"]
+    settings_rules.validate(settings.parse(argv))
+    assert "it needs data.labelled_share below 1" in message([*argv, "--prompts.unlabelled=voting"])
+    assert "data.labelled_share is 0.0: it must be above 0 and at most 1" in message(["--data.labelled_share=0"])
 
 
 def test_differences_name_what_changes_results_and_nothing_else() -> None:

@@ -230,7 +230,9 @@ def open_source(config: DataConfig, dir: Path) -> Source:
     if not images.is_dir():
         raise ValueError(f"data.images {images} is no folder: give the one that the rows' image paths begin in")
     file = IndexedFile(dir / ROWS_INDEX, path)
-    settings = SplitSettings(str(images), config.validation_queries, config.test_queries, config.conflicts)
+    settings = SplitSettings(
+        str(images), config.validation_queries, config.test_queries, config.conflicts, config.labelled_share
+    )
     build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
     return Source(file, images, config.name, config.instruct)
 

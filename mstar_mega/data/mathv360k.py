@@ -169,4 +169,6 @@ def _gold(text: str, choices: tuple[str, ...]) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    return {type(None): "missing", str: "empty", list: "a list", dict: "an object"}.get(type(value), repr(value)[:40])
+    if isinstance(value, str) and not value.strip():
+        return "empty"
+    return {type(None): "missing", str: "text", list: "a list", dict: "an object"}.get(type(value), repr(value)[:40])

@@ -1,10 +1,11 @@
 """What a training file holds and which split each row belongs to, worked out inside its index.
 
 Unusable rows are noted with the field and the reason. The unit of the splits is the image: all questions of one image,
-recognised by the bytes of its file, stand in one split. An image belongs to the labelled or the unlabelled half by a
-hash of the smallest id among its questions, and inside a half everything is ordered by such hashes, so that no split
-depends on the order of the file, on the run's seed or on the machine. Validation queries are set aside from the
-labelled half, test queries from the unlabelled half.
+recognised by the bytes of its file, stand in one split. An image belongs to the labelled or the unlabelled part by a
+hash of the smallest id among its questions, and inside a part everything is ordered by such hashes, so that no split
+depends on the order of the file, on the run's seed or on the machine. The parts are halves unless the settings say
+otherwise. Validation queries are set aside from the labelled part, test queries from the unlabelled part, or from the
+labelled one where it is the whole file.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ CREATE TABLE images (path TEXT PRIMARY KEY, digest TEXT, width INTEGER, height I
 """
 
 
+class SplitError(ValueError):
+    """The file has too few usable questions for the splits that the settings ask for."""
+
+
 @dataclass(frozen=True)
 class SplitSettings:
     """What the splits depend on, besides the rows and the images."""
@@ -50,12 +55,14 @@ class SplitSettings:
     test: int
     conflicts: Literal["drop", "first"]
     """What becomes of questions that stand in the file with several answers: none is used, or the first."""
+    labelled_share: float = 0.5
+    """Of the pictures that is labelled, in (0, 1]."""
 
 
 def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> None:
     """Make the tables ``rows``, ``images``, ``groups`` and ``places`` of a training file.
 
-    Raises ValueError for a file whose rows cannot be told apart, and where a half has too few questions.
+    Raises ValueError for a file whose rows cannot be told apart, and SplitError where a part has too few questions.
     """
     index.executescript(_TABLES)
     marks = ", ".join("?" * 12)
@@ -64,9 +71,13 @@ def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> No
     _mark_repeated_ids(index)
     _read_images(index, Path(settings.images))
     _mark_duplicates(index, settings.conflicts)
-    _group(index)
+    _group(index, settings.labelled_share)
+    if settings.validation + settings.test and not index.execute("SELECT count(*) FROM groups").fetchone()[0]:
+        raise SplitError(
+            f"{source} has no usable row: `mstar data check {source} --data.images {settings.images}` says why"
+        )
     _set_aside(index, "validation", 0, settings.validation)
-    _set_aside(index, "test", 1, settings.test)
+    _set_aside(index, "test", 0 if settings.labelled_share == 1 else 1, settings.test)
     _place(index, {"validation": settings.validation, "test": settings.test})
 
 
@@ -151,34 +162,41 @@ def _mark_duplicates(index: sqlite3.Connection, conflicts: Literal["drop", "firs
         )
 
 
-def _group(index: sqlite3.Connection) -> None:
-    """One group of questions for each image, in the half that the smallest id says."""
-    index.create_function("half_of", 1, lambda id: key_of("half", id) & 1, deterministic=True)
+def part_of(id: str, labelled_share: float) -> int:
+    """0 for labelled, 1 for unlabelled. A larger share keeps every labelled one labelled."""
+    key = key_of("half", id)
+    # The lowest bit comes first, as it alone decides between halves.
+    return int((key & 1) << 62 | key >> 1 >= labelled_share * 2**63)
+
+
+def _group(index: sqlite3.Connection, labelled_share: float) -> None:
+    """One group of questions for each image, in the part that the smallest id says."""
+    index.create_function("part_of", 1, lambda id: part_of(id, labelled_share), deterministic=True)
     index.create_function("order_of", 1, lambda id: key_of("order", id), deterministic=True)
     index.executescript(
         """
-        CREATE TABLE groups (digest TEXT PRIMARY KEY, size INTEGER, half INTEGER, key INTEGER, split TEXT)
+        CREATE TABLE groups (digest TEXT PRIMARY KEY, size INTEGER, part INTEGER, key INTEGER, split TEXT)
             WITHOUT ROWID;
-        INSERT INTO groups SELECT digest, count(*), half_of(min(id)), order_of(min(id)), '' FROM rows
+        INSERT INTO groups SELECT digest, count(*), part_of(min(id)), order_of(min(id)), '' FROM rows
             WHERE problem = '' GROUP BY digest;
-        UPDATE groups SET split = CASE half WHEN 0 THEN 'labelled' ELSE 'unlabelled' END;
+        UPDATE groups SET split = CASE part WHEN 0 THEN 'labelled' ELSE 'unlabelled' END;
         """
     )
 
 
-def _set_aside(index: sqlite3.Connection, split: str, half: int, wanted: int) -> None:
-    """Give whole images of a half to a split until it has ``wanted`` questions."""
+def _set_aside(index: sqlite3.Connection, split: str, part: int, wanted: int) -> None:
+    """Give whole images of a part to a split until it has ``wanted`` questions."""
+    name = ("labelled", "unlabelled")[part]
     chosen: list[str] = []
     count = 0
-    for digest, size in index.execute("SELECT digest, size FROM groups WHERE half = ? ORDER BY key, digest", (half,)):
+    for digest, size in index.execute("SELECT digest, size FROM groups WHERE split = ? ORDER BY key, digest", (name,)):
         if count >= wanted:
             break
         chosen.append(digest)
         count += size
     if count < wanted:
-        name = ("labelled", "unlabelled")[half]
-        raise ValueError(
-            f"data.{split}_queries is {wanted}, and the {name} half of the file, from which they are set aside, has "
+        raise SplitError(
+            f"data.{split}_queries is {wanted}, and the {name} part of the file, from which they are set aside, has "
             f"{count} usable questions: ask for fewer"
         )
     index.executemany("UPDATE groups SET split = ? WHERE digest = ?", ((split, digest) for digest in chosen))

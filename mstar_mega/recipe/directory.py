@@ -19,7 +19,7 @@ from mstar_mega.data import disk
 from mstar_mega.data.lengths import without_too_long
 from mstar_mega.data.splits import LEFT_OVER
 from mstar_mega.data.task import build
-from mstar_mega.data.types import Task
+from mstar_mega.data.types import Skipped, Task
 from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
@@ -29,6 +29,8 @@ FILES_FILE = "files.json"
 LOCK_FILE = ".lock"
 SHOWN = 6
 """So many changed settings are named; where there are more, a forgotten --config is behind them."""
+REASONS = 3
+"""So many reasons are given for a set that nothing is left of."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -175,8 +177,19 @@ def build_task(config: Config, directory: Path, family: Family, warms_up: bool =
         needed["unlabelled"] = task.unlabelled
     for name, queries in needed.items():
         if not queries:
-            unusable = [each for each in task.skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
-            ours = [each for each in unusable if each.what.endswith(f"{name} set")] or unusable
-            reasons = "; ".join(dict.fromkeys(f"{each.where}: {each.reason}" for each in ours))
-            raise ValueError(f"no query of the {name} set can be used ({reasons[:300] or 'it is empty'})")
+            reasons = _reasons(task.skipped, name, config.data.warmup_file) or "it is empty"
+            raise ValueError(f"no query of the {name} set can be used ({reasons})")
     return task
+
+
+def _reasons(skipped: Sequence[Skipped], name: str, warmup_file: str | None) -> str:
+    """Why a set's queries are left out, the first reasons in full; of a set without its own, those of its file."""
+    unusable = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
+    if name == "warm-up" and warmup_file:
+        ours = [each for each in unusable if each.where == warmup_file]
+    else:
+        of_others = [each for each in unusable if each.where != warmup_file]
+        ours = [each for each in of_others if each.what.endswith(f" {name} set")] or of_others
+    reasons = list(dict.fromkeys(f"{each.where}: {each.reason}" for each in ours))
+    more = f"; and {len(reasons) - REASONS} more reasons" if len(reasons) > REASONS else ""
+    return "; ".join(reasons[:REASONS]) + more

@@ -1,4 +1,4 @@
-"""``mstar data check`` and ``mstar data show``: look at a training set before training on it."""
+"""``mstar data check``: look at a training set before training on it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
 from mstar_mega.data import disk, lengths
-from mstar_mega.data.check import EvaluationItem, Found, digest_of, places, report_on, to_text, unusable_rows
+from mstar_mega.data.check import (
+    EvaluationItem,
+    FileReport,
+    Found,
+    digest_of,
+    places,
+    report_on,
+    to_text,
+    unusable_rows,
+)
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
 from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
-from mstar_mega.data.splits import SPLITS, question_key
-from mstar_mega.data.task import build
-from mstar_mega.data.types import Query, Task
+from mstar_mega.data.splits import SPLITS, SplitError, question_key
 from mstar_mega.evaluation import benchmarks
 from mstar_mega.models.build import FAMILIES, build_family
 from mstar_mega.models.families.base import Family
-from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.rewards.answers import WRONG, extract_answer, plain_verdict
 
@@ -37,8 +40,6 @@ CHARACTERS_PER_TOKEN = 4
 """A rule of thumb for English prose; formulas and numbers take more tokens."""
 SHOWN = 5
 """Unusable rows of the warm-up file that are shown."""
-AROUND = 6
-"""Tokens shown before and after an image."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +134,44 @@ class WarmupReport:
         return "\n".join(lines)
 
 
-def check(config: Config, against: Sequence[str], out: str | None) -> str:
-    """The text of ``mstar data check``; with ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each.
+def check(config: Config, against: Sequence[str], out: str | None) -> tuple[str, bool]:
+    """The text of ``mstar data check``, and whether a job can use what the settings name.
 
-    Raises ValueError for files that cannot be read.
+    With ``out``, the same facts as JSON. ``against``: ``BENCHMARK=FILE`` each. Raises ValueError for unreadable files.
     """
     with tempfile.TemporaryDirectory() as work:
-        source, note = _open(config.data, Path(config.data.dir or work))
+        source, note = open_any(config.data, Path(config.data.dir or work))
         report = report_on(source, [item for each in against for item in _evaluation_items(each)])
-        costs = [_cost(source, replace(config, model=model)) for model in _models(config.model)]
-        published = _published_costs(source, config, costs[0].characters * costs[0].queries)
+        models = _models(config.model) if report.usable else ()
+        costs = [_cost(source, replace(config, model=model)) for model in models]
+        published = _published_costs(source, config, costs[0].characters * costs[0].queries) if costs else []
         warmup = _warmup(config, source, Path(config.data.dir or work)) if config.data.warmup_file else None
         if out is not None:
-            rows = {"unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
-            costs_of = {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
-            facts = {**report.to_json(), **rows, **costs_of}
+            facts = {**report.to_json(), "unusable_rows": [*unusable_rows(source)], "warmup": warmup and asdict(warmup)}
+            facts |= {"costs": [*map(asdict, costs)], "published_costs": [*map(asdict, published)]}
             write_text_atomic(out, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     lines = [to_text(report), *([warmup.to_text()] if warmup else [])]
-    lines.append(f"cost of all usable queries, from {costs[0].prompts} of them:")
-    lines += [cost.to_text() for cost in costs]
-    lines.append(f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:")
-    return "\n".join([*note, *lines, *(cost.to_text() for cost in published)])
+    if report.usable:
+        lines = [*note, *lines, f"cost of all usable queries, from {costs[0].prompts} of them:"]
+        lines += [
+            *(cost.to_text() for cost in costs),
+            f"at the published sizes, text at {CHARACTERS_PER_TOKEN} characters a token:",
+        ]
+        lines += [cost.to_text() for cost in published]
+    refusals = [*_refusals(config.data, report, warmup)]
+    return "\n".join([*lines, *(f"FAILED: {each}" for each in refusals)]), not refusals
+
+
+def _refusals(config: DataConfig, report: FileReport, warmup: WarmupReport | None) -> Iterator[str]:
+    """Why a job cannot train on the files, a line each."""
+    unusable = sum(found.count for found in report.problems.values())
+    skipped = len(warmup.skipped) if warmup and warmup.usable else 0
+    if not report.usable:
+        yield f"nothing is usable: none of the {report.rows} rows can be trained on"
+    if warmup is not None and not warmup.usable:
+        yield f"no response of the warm-up file {warmup.path} is usable"
+    if config.bad_rows == "refuse" and (unusable or skipped):
+        yield f"data.bad_rows is 'refuse': {unusable} rows and {skipped} responses cannot be used"
 
 
 def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
@@ -171,14 +189,14 @@ def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
     return WarmupReport(path, len(examples), [f"{each.what}: {each.reason}" for each in skipped], other)
 
 
-def _open(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
+def open_any(config: DataConfig, work: Path) -> tuple[Source, list[str]]:
+    """The training file, and a note where it is too small for the settings' splits and has others."""
     try:
         return open_source(config, work), []
-    except ValueError as error:
-        if "_queries is" not in str(error):
-            raise
+    except SplitError as error:
         # Too small a file for the splits that were asked for can still be looked at.
-        return open_source(replace(config, validation_queries=0, test_queries=0), work), [f"NOTE: {error}"]
+        note = f"NOTE: the settings' splits do not fit the file: {error}"
+        return open_source(replace(config, validation_queries=0, test_queries=0), work), [note]
 
 
 def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
@@ -186,8 +204,9 @@ def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
     name, equals, file = argument.partition("=")
     if not equals:
         raise ValueError(f"--against {argument}: give it as BENCHMARK=FILE, as in mathvista=testmini.json")
+    benchmark = benchmarks.find(name)  # before the file is looked for: the name may be what is wrong
     path = existing(file, f"--against {name}")
-    loaded = benchmarks.load_problems(benchmarks.find(name), path, BenchmarkConfig(bad_rows="skip"))
+    loaded = benchmarks.load_problems(benchmark, path, BenchmarkConfig(bad_rows="skip"))
     for problem in loaded.problems:
         question, choices = problem.question, tuple(problem.options.values())
         if problem.ready:
@@ -234,7 +253,7 @@ def _published_costs(source: Source, config: Config, characters: float) -> list[
 def _too_long_estimate(source: Source, family: type[Family], limit: int) -> Found:
     """Prompts that seem to have more tokens than ``limit`` at the published size."""
     found = Found()
-    for queries in _usable(source):
+    for queries in usable_sets(source):
         for extent in queries.extents():
             features = sum(family.published_image_cost(*size)[1] for size in extent.sizes)
             if features + extent.bytes / CHARACTERS_PER_TOKEN <= limit:
@@ -245,14 +264,15 @@ def _too_long_estimate(source: Source, family: type[Family], limit: int) -> Foun
     return found
 
 
-def _usable(source: Source) -> list[DiskQueries]:
+def usable_sets(source: Source) -> list[DiskQueries]:
+    """The sets of a file, in the order of ``SPLITS``."""
     return [DiskQueries(source, split) for split in SPLITS]
 
 
 def _cost(source: Source, config: Config) -> Cost:
     model = config.model
     name, size = model.family, "checkpoint" if model.checkpoint else model.size
-    usable = _usable(source)
+    usable = usable_sets(source)
     total = sum(map(len, usable))
     sample = [query for queries in usable for query in shuffled(queries, "cost")[: -(-SAMPLE * len(queries) // total)]]
     characters = statistics.fmean(len(query.question) for query in sample)
@@ -275,89 +295,3 @@ def _cost(source: Source, config: Config) -> Cost:
         tiles=statistics.fmean(0 if prompt.pixels is None else prompt.pixels.size(0) for prompt in prompts),
         characters=characters, limit=limits.prompt, too_long=too_long,
     )  # fmt: skip
-
-
-def show(config: Config, id: str, out: str) -> str:
-    """The text of ``mstar data show``: a query, the exact prompt, its token ids around the image; writes the tiles.
-
-    Raises ValueError where no set of the settings has such a query.
-    """
-    family = build_family(config)
-    with tempfile.TemporaryDirectory() as work:
-        task = build(config.data, Path(config.data.dir or work), config.seed)
-        split, query = find_query(task, id)
-        prompt = family.prompt(query)
-    decode = family.tokenizer.decode
-    answer = query.answer if query.answer is not None else f"hidden ({query.hidden_answer})"
-    lines = [
-        f"query {query.id} of the {split} set ({query.kind or 'no type'}), gold answer {answer}",
-        *(f"image {image.path} (digest {image.digest})" for image in query.images),
-        f"prompt of {config.model.family} {config.model.size}: {len(prompt.tokens)} tokens, "
-        f"{len(prompt.image_positions)} of them image features",
-    ]
-    for start, end in _runs(prompt):
-        before, after = prompt.tokens[max(0, start - AROUND) : start], prompt.tokens[end : end + AROUND]
-        image = prompt.tokens[start]
-        lines.append(f"tokens around the image: {before} + {end - start} x {image} + {after}")
-    lines += ["text (an image feature is shown as ·, a control token by its id):", _text(prompt, decode)]
-    if prompt.pixels is not None:
-        render_tiles(prompt, Path(out))
-        lines.append(f"{prompt.pixels.size(0)} tiles of {tuple(prompt.pixels.shape[2:])} pixels: {out}")
-    return "\n".join(lines)
-
-
-def find_query(task: Task, id: str) -> tuple[str, Query]:
-    """The set and the query of that id. Raises ValueError, with ids that there are, where no set has it."""
-    sets = {name: getattr(task, name) for name in ("labelled", "unlabelled", "validation", "test")}
-    for name, queries in sets.items():
-        found = queries.find(id) if isinstance(queries, DiskQueries) else next((q for q in queries if q.id == id), None)
-        if found is not None:
-            return name, found
-    for query, _ in task.warmup:
-        if query.id == id:
-            return "warm-up", query
-    if isinstance(task.labelled, DiskQueries) and (why := task.labelled.source.why_not(id)):
-        raise ValueError(f"the query {id!r} is in no set ({why})")
-    some = ", ".join(queries[0].id for queries in sets.values() if len(queries))
-    raise ValueError(f"no set has a query {id!r}; there are {some} and others")
-
-
-def _runs(prompt: Prompt) -> Iterator[tuple[int, int]]:
-    """[start, end) of every stretch of image features."""
-    start = previous = None
-    for position in prompt.image_positions:
-        if start is None or previous is None or position != previous + 1:
-            if start is not None and previous is not None:
-                yield start, previous + 1
-            start = position
-        previous = position
-    if start is not None and previous is not None:
-        yield start, previous + 1
-
-
-def _text(prompt: Prompt, decode: Callable[[list[int]], str]) -> str:
-    """The prompt's text; tokens without a text of their own by their id."""
-    images = set(prompt.image_positions)
-    parts: list[str] = []
-    run: list[int] = []
-    for position, token in enumerate(prompt.tokens):
-        if position in images or not decode([token]):
-            parts += [decode(run), "·" if position in images else f"<{token}>"]
-            run = []
-        else:
-            run.append(token)
-    return "".join([*parts, decode(run)])
-
-
-def render_tiles(prompt: Prompt, path: Path) -> None:
-    """Write the tiles side by side as one PNG, each colour channel stretched to its full range."""
-    assert prompt.pixels is not None
-    x = prompt.pixels
-    low, high = x.amin(dim=(0, 2, 3), keepdim=True), x.amax(dim=(0, 2, 3), keepdim=True)
-    shown = ((x - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    count, height, width, _ = shown.shape
-    sheet = Image.new("RGB", (count * (width + 2) - 2, height), (255, 255, 255))
-    for i, tile in enumerate(shown):
-        sheet.paste(Image.fromarray(tile), (i * (width + 2), 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
