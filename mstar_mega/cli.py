@@ -79,7 +79,7 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
 
     def command(name: str, rest: list[str]) -> None:
         config = _config_of_job(name, rest)
-        if _rank() == 0 and not any(argument.partition("=")[0] == "--config" for argument in rest):
+        if _rank() == 0 and not _gives(rest, "--config"):
             print(
                 "NOTE: without --config every setting is the paper's, for models of billions of parameters; "
                 "examples/configs/digits.yaml has those of the built-in task",
@@ -100,7 +100,7 @@ def _warmup_data(name: str, rest: list[str]) -> None:
 
 
 def _evaluate(name: str, rest: list[str]) -> None:
-    if any(argument.partition("=")[0] in ("--checkpoint", "--benchmark") for argument in rest):
+    if _gives(rest, "--checkpoint", "--benchmark"):
         _evaluate_benchmark(name, rest)
         return
     _, config = _config_of_run(_run_directory_parser(name), rest)
@@ -376,6 +376,11 @@ def _fit_layout(config: Config, overrides: Sequence[str]) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _gives(arguments: Sequence[str], *options: str) -> bool:
+    """Whether any of the options is among the arguments, as ``--name VALUE`` or ``--name=VALUE``."""
+    return any(argument.partition("=")[0] in options for argument in arguments)
 
 
 def _rank() -> int:

@@ -316,6 +316,13 @@ def test_a_limit_that_cuts_a_set_is_said(tmp_path: Path) -> None:
     assert task.build(config, tmp_path / "index", 0).cut == cut
 
 
+def test_an_id_with_half_a_character_names_no_query(tmp_path: Path) -> None:
+    made = make(tmp_path, good_rows(tmp_path), [{"id": "q\ud83d", "response": "r\n\n# Answer\n\n1"}, {"id": "\ud83d"}])
+    reasons = [each.reason for each in made.skipped if each.where.endswith("warmup.jsonl")]
+    assert len(made.warmup) == 0 and len(reasons) == 2
+    assert "no usable query with this id" in reasons[0] and "texts id and response" in reasons[1]
+
+
 def test_without_a_warmup_file_the_task_says_what_is_missing(tmp_path: Path) -> None:
     make(tmp_path, good_rows(tmp_path))
     made = task.build(config_of(tmp_path, warmup_file=None), tmp_path / "index", 0)

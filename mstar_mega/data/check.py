@@ -11,6 +11,7 @@ from typing import Any
 
 from mstar_mega.data.disk import Source
 from mstar_mega.data.splits import LEFT_OVER, SPLITS
+from mstar_mega.data.types import image_digest
 
 EXAMPLES = 3
 """So many rows are named for each problem and each leak."""
@@ -249,6 +250,4 @@ def _dash(text: str) -> str:
 
 def digest_of(path: Path) -> str:
     """An image file's digest as the index notes it; empty when there is no such file."""
-    from hashlib import sha256
-
-    return sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+    return image_digest(path.read_bytes()) if path.is_file() else ""

@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from mstar_mega.config import DataConfig
 from mstar_mega.data.index import IndexedFile, build_index, file_mark
 from mstar_mega.data.mathv360k import parse_row, to_query
-from mstar_mega.data.order import View
+from mstar_mega.data.order import OnDemand
 from mstar_mega.data.prompts import TRAINING_SETS
-from mstar_mega.data.rows import read_row, read_rows
+from mstar_mega.data.rows import has_surrogate, read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
-from mstar_mega.data.written_out import Named, name_of, problem_of
+from mstar_mega.data.written_out import Named, id_of, name_of, problem_of
 
 ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
@@ -84,13 +84,17 @@ class Source:
         with self.file.opened() as (index, _):
             return int(index.execute("SELECT count(*) FROM places WHERE split = ?", (split,)).fetchone()[0])
 
-    def find(self, id: str) -> tuple[int, str] | None:
-        """(row number, split) of a query, None if no split has it."""
+    def find(self, id: str) -> tuple[int, Named] | None:
+        """Row number and place of a query, None if no split has it."""
+        if has_surrogate(id):
+            return None  # an index holds no half characters, and cannot be asked for them
+        sql = "SELECT number, split, image, digest FROM rows JOIN places USING (number) WHERE id = ? AND problem = ''"
         with self.file.opened() as (index, _):
-            found = index.execute(
-                "SELECT number, split FROM rows JOIN places USING (number) WHERE id = ? AND problem = ''", (id,)
-            ).fetchone()
-        return None if found is None else (int(found[0]), str(found[1]))
+            found = index.execute(sql, (id,)).fetchone()
+        if found is None:
+            return None
+        number, split, image, digest = found
+        return number, Named(split, () if image is None else (digest,))
 
     def why_not(self, id: str) -> str | None:
         """Why the rows with this id are in no split; None where the file has none."""
@@ -99,18 +103,8 @@ class Source:
             found = [f"row {number}: {field}: {problem}" for number, field, problem in index.execute(sql, (id,))]
         return "; ".join(found[:3]) or None
 
-    def named(self, id: str) -> Named | None:
-        """What a row of written-out responses may be compared with; None if no split has such a query."""
-        found = self.find(id)
-        if found is None:
-            return None
-        with self.file.opened() as (index, _):
-            sql = "SELECT image, digest FROM rows WHERE number = ?"
-            image, digest = index.execute(sql, (found[0],)).fetchone()
-        return Named(found[1], () if image is None else (digest,))
 
-
-class DiskQueries(Sequence[Query]):
+class DiskQueries(OnDemand[Query]):
     """A split of a source, in its fixed order; nothing but its size is in memory."""
 
     def __init__(self, source: Source, split: str, limit: int | None = None) -> None:
@@ -133,23 +127,15 @@ class DiskQueries(Sequence[Query]):
     def find(self, id: str) -> Query | None:
         """The split's query of that id, without reading others."""
         found = self.source.find(id)
-        if found is None or found[1] != self._split:
+        if found is None or found[1].split != self._split:
             return None
         return self.source.query(found[0], hide=self._split == "unlabelled")
 
-    @overload
-    def __getitem__(self, position: int) -> Query: ...
-    @overload
-    def __getitem__(self, position: slice) -> Sequence[Query]: ...
-    def __getitem__(self, position: int | slice) -> Query | Sequence[Query]:
-        """One query, or a view of a stretch."""
-        if isinstance(position, slice):
-            return View(self, range(self._size)[position])
-        place = range(self._size)[position]
+    def _item(self, place: int) -> Query:
         return self.source.query(self.source.number_at(self._split, place), hide=self._split == "unlabelled")
 
 
-class DiskExamples(Sequence[tuple[Query, str]]):
+class DiskExamples(OnDemand[tuple[Query, str]]):
     """Written-out chains of thought: JSON lines ``{"id": ..., "response": ...}`` that name queries of a source."""
 
     def __init__(self, source: Source, file: IndexedFile, limit: int | None = None) -> None:
@@ -161,15 +147,7 @@ class DiskExamples(Sequence[tuple[Query, str]]):
     def __len__(self) -> int:
         return self._size
 
-    @overload
-    def __getitem__(self, position: int) -> tuple[Query, str]: ...
-    @overload
-    def __getitem__(self, position: slice) -> Sequence[tuple[Query, str]]: ...
-    def __getitem__(self, position: int | slice) -> tuple[Query, str] | Sequence[tuple[Query, str]]:
-        """One query with its response, or a view of a stretch."""
-        if isinstance(position, slice):
-            return View(self, range(self._size)[position])
-        place = range(self._size)[position]
+    def _item(self, place: int) -> tuple[Query, str]:
         with self._file.opened() as (index, data):
             sql = "SELECT offset, length, number FROM examples WHERE position = ?"
             offset, length, number = index.execute(sql, (place,)).fetchone()
@@ -200,12 +178,7 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     warmup, skipped = examples(config, source, dir)
     skipped = [*_skipped(source.file, "rows", str(source.file.source)), *skipped]
     bad = [each for each in skipped if not each.reason.startswith(f"{LEFT_OVER}:")]
-    if bad and config.bad_rows == "refuse":
-        first = bad[0]
-        raise ValueError(
-            f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
-            "`mstar data check --out FILE.json` lists all such rows"
-        )
+    refuse_unusable(config, bad)
     sets = {name: DiskQueries(source, name, getattr(config, f"{name}_queries")) for name in ("labelled", "unlabelled")}
     cut = {f"data.{name}_queries": (len(queries), source.size(name)) for name, queries in sets.items()}
     if isinstance(warmup, DiskExamples):
@@ -219,6 +192,16 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
         skipped=skipped,
         cut={name: counts for name, counts in cut.items() if counts[0] < counts[1]},
     )
+
+
+def refuse_unusable(config: DataConfig, skipped: Sequence[Skipped]) -> None:
+    """Raise ValueError for the first, where ``data.bad_rows`` refuses unusable rows."""
+    if skipped and config.bad_rows == "refuse":
+        first = skipped[0]
+        raise ValueError(
+            f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
+            "`mstar data check --out FILE.json` lists all such rows"
+        )
 
 
 def open_source(config: DataConfig, dir: Path) -> Source:
@@ -270,12 +253,13 @@ def _fill_examples(index: sqlite3.Connection, file: IndexedFile, source: Source)
     )
     position = 0
     for row in read_rows(file.source):
-        problem = problem_of(row, source.named, TRAINING_SETS[source.template])
+        id = id_of(row)
+        found = None if id is None else source.find(id)
+        problem = problem_of(row, found and found[1], TRAINING_SETS[source.template])
         if problem is not None:
             index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, name_of(row), *problem))
             continue
-        found = source.find(row.value["id"])
-        assert found is not None
+        assert found is not None, "it has no problem"
         index.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", (position, row.offset, row.length, found[0]))
         position += 1
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from mstar_mega.config import Config
-from mstar_mega.data.disk import LISTED, DiskExamples, DiskQueries, Extent
+from mstar_mega.data.disk import LISTED, DiskExamples, DiskQueries, Extent, refuse_unusable
 from mstar_mega.data.order import Without
 from mstar_mega.data.types import Query, Skipped, Task
 
@@ -111,10 +111,5 @@ def without_too_long(task: Task, measure: Measure, config: Config, context: int 
         skipped += named[:LISTED]
         if len(named) > LISTED:
             skipped.append(Skipped(f"{len(named) - LISTED} further rows", file, "prompt or response: it is too long"))
-    if skipped and config.data.bad_rows == "refuse":
-        first = skipped[0]
-        raise ValueError(
-            f"{first.where}: {first.what} cannot be used ({first.reason}), and data.bad_rows is 'refuse'; "
-            "`mstar data check --out FILE.json` lists all such rows"
-        )
+    refuse_unusable(config.data, skipped)
     return replace(task, **kept, skipped=[*task.skipped, *skipped])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar, overload
@@ -68,7 +69,25 @@ class View(Sequence[T]):
         return (self[i] for i in range(len(self)))
 
 
-class Without(Sequence[T]):
+class OnDemand(Sequence[T]):
+    """A sequence whose items are read one by one when they are asked for; a slice is a :class:`View`."""
+
+    @overload
+    def __getitem__(self, position: int) -> T: ...
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[T]: ...
+    def __getitem__(self, position: int | slice) -> T | Sequence[T]:
+        """One item, or a view of a stretch."""
+        if isinstance(position, slice):
+            return View(self, range(len(self))[position])
+        return self._item(range(len(self))[position])
+
+    @abstractmethod
+    def _item(self, place: int) -> T:
+        """The item at a place from 0 to ``len(self) - 1``."""
+
+
+class Without(OnDemand[T]):
     """A sequence without the items at a few positions, which are all that is kept in memory."""
 
     def __init__(self, items: Sequence[T], left_out: Iterable[int]) -> None:
@@ -79,19 +98,11 @@ class Without(Sequence[T]):
     def __len__(self) -> int:
         return len(self._items) - len(self._before)
 
-    @overload
-    def __getitem__(self, position: int) -> T: ...
-    @overload
-    def __getitem__(self, position: slice) -> Sequence[T]: ...
-    def __getitem__(self, position: int | slice) -> T | Sequence[T]:
-        """One item, or a view of a stretch."""
-        if isinstance(position, slice):
-            return View(self, range(len(self))[position])
-        place = range(len(self))[position]
+    def _item(self, place: int) -> T:
         return self._items[place + bisect_right(self._before, place)]
 
 
-class Joined(Sequence[T]):
+class Joined(OnDemand[T]):
     """One sequence after the other, without copying either."""
 
     def __init__(self, *parts: Sequence[T]) -> None:
@@ -100,21 +111,12 @@ class Joined(Sequence[T]):
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @overload
-    def __getitem__(self, position: int) -> T: ...
-    @overload
-    def __getitem__(self, position: slice) -> Sequence[T]: ...
-    def __getitem__(self, position: int | slice) -> T | Sequence[T]:
-        """One item, or a view of a stretch."""
-        if isinstance(position, slice):
-            return View(self, range(len(self))[position])
-        if position < 0:
-            position += len(self)
+    def _item(self, place: int) -> T:
         for part in self._parts:
-            if 0 <= position < len(part):
-                return part[position]
-            position -= len(part)
-        raise IndexError("there are fewer items")
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise AssertionError("a place beyond the last part")
 
 
 def shuffled(queries: Sequence[Query], *key: object) -> Sequence[Query]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,13 +34,19 @@ def write(path: Path, examples: Iterable[tuple[Query, str]]) -> None:
     write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def problem_of(row: Row, find: Callable[[str], Named | None], template: Template) -> tuple[str, str] | None:
-    """(field, what is wrong with it) of a row that cannot be used; None for one that can."""
+def id_of(row: Row) -> str | None:
+    """The id that a row names; None where it names none."""
+    id = row.value.get("id") if isinstance(row.value, dict) else None
+    return id if isinstance(id, str) else None
+
+
+def problem_of(row: Row, found: Named | None, template: Template) -> tuple[str, str] | None:
+    """(field, what is wrong with it) of a row that cannot be used; None for one that can. ``found``: what the set has
+    under the row's id."""
     fields = row.value if isinstance(row.value, dict) else {}
-    id, response = fields.get("id"), fields.get("response")
-    if row.problem or not isinstance(id, str) or not isinstance(response, str):
+    response = fields.get("response")
+    if row.problem or id_of(row) is None or not isinstance(response, str):
         return "row", row.problem or "it is not an object with the texts id and response"
-    found = find(id)
     if found is None:
         return "id", "the training set has no usable query with this id"
     if found.split != "labelled":
@@ -66,21 +72,21 @@ def with_written_out(task: Task, path: Path, template: Template, limit: int | No
         "warm-up": [query for query, _ in task.warmup],
         **{name: getattr(task, name) for name in ("test", "validation", "unlabelled", "labelled")},
     }
-    named = {query.id: (split, query) for split, queries in sets.items() for query in queries}
-
-    def find(id: str) -> Named | None:
-        if id not in named:
-            return None
-        split, query = named[id]
-        return Named(split, tuple(image.digest for image in query.images))
-
+    named = {
+        query.id: (query, Named(split, tuple(image.digest for image in query.images)))
+        for split, queries in sets.items()
+        for query in queries
+    }
     examples: list[tuple[Query, str]] = []
     skipped: list[Skipped] = []
     for row in read_rows(path):
-        problem = problem_of(row, find, template)
+        id = id_of(row)
+        found = None if id is None else named.get(id)
+        problem = problem_of(row, found and found[1], template)
         if problem is None:
-            examples.append((named[row.value["id"]][1], row.value["response"]))
+            assert found is not None, "it has no problem"
+            examples.append((found[0], row.value["response"]))
         else:
-            id = name_of(row)
-            skipped.append(Skipped(f"row {row.number}{f' (id {id})' if id else ''}", str(path), ": ".join(problem)))
+            name = name_of(row)
+            skipped.append(Skipped(f"row {row.number}{f' (id {name})' if name else ''}", str(path), ": ".join(problem)))
     return replace(task, warmup=examples[:limit], skipped=[*task.skipped, *skipped])

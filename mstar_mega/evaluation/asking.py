@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.data.prompts import BENCHMARKS, Template, render
 from mstar_mega.data.screen import readable_image
-from mstar_mega.data.types import ImageRef, Query, Skipped
+from mstar_mega.data.types import ImageRef, Query, Skipped, image_digest
 from mstar_mega.evaluation.problem import Picture, Problem
 from mstar_mega.platform.files import write_bytes_atomic
 
@@ -92,7 +91,7 @@ def _reference(picture: Picture, data: Path, directory: Path) -> ImageRef:
     """The image as a file that has been decoded to its end once. Raises OSError or ValueError where it cannot be."""
     if picture.data is not None:
         readable_image(picture.data)
-        digest = sha256(picture.data).hexdigest()[:16]
+        digest = image_digest(picture.data)
         path = directory / IMAGES / digest
         if not path.exists():
             write_bytes_atomic(path, picture.data)
@@ -100,7 +99,7 @@ def _reference(picture: Picture, data: Path, directory: Path) -> ImageRef:
     path = _find(picture.path or "", data if data.is_dir() else data.parent)
     content = path.read_bytes()
     readable_image(content)
-    return ImageRef(str(path), sha256(content).hexdigest()[:16])
+    return ImageRef(str(path), image_digest(content))
 
 
 def _find(name: str, folder: Path) -> Path:

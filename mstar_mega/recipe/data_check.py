@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig, Config, DataConfig, ModelConfig
@@ -28,6 +27,7 @@ from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
 from mstar_mega.data.splits import SPLITS, SplitError, question_key
+from mstar_mega.data.types import image_digest
 from mstar_mega.evaluation import benchmarks
 from mstar_mega.models.build import FAMILIES, build_family
 from mstar_mega.models.families.base import Family
@@ -217,7 +217,7 @@ def _evaluation_items(argument: str) -> Iterator[EvaluationItem]:
         picture = problem.picture
         digest = ""
         if picture is not None and picture.data is not None:
-            digest = sha256(picture.data).hexdigest()[:16]
+            digest = image_digest(picture.data)
         elif picture is not None and picture.path is not None:
             digest = digest_of(path.parent / picture.path)
         yield EvaluationItem(name, problem.id, question_key(question, choices), digest)
