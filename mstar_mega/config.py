@@ -13,6 +13,7 @@ from typing import Literal
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
 SelectionRule = Literal["top_k", "all_correct", "random_k", "threshold"]
 Reduction = Literal["min", "prod", "mean", "last"]
+LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
 
 
@@ -109,7 +110,15 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps of linear learning-rate warm-up."""
     batch_size: int = 128
-    """Responses per optimizer step, over all ranks. Responses of one query stay in one step."""
+    """Responses per optimizer step, over all ranks."""
+    shuffle: Literal["responses", "queries"] = "responses"
+    """What is shuffled into steps. responses: each by itself, as SFT does; those of a query that meet in a step share
+    its image and prompt. queries: all responses of a query in one step, which costs less to compute and makes the step
+    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128."""
+    loss_mean: LossMean = "token"
+    """What the loss is a mean over, in the whole batch. token: every counted token (the PRM: step) weighs the same, a
+    long response more than a short one. response: every response weighs the same (the paper is silent; the sum over a
+    batch's tokens is what megatron and most SFT trainers take)."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -117,7 +126,8 @@ class OptimizerConfig:
     """On matrices and embeddings, not on norms and biases."""
     clip_grad: float = 1.0
     microbatch_tokens: int = 4096
-    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank."""
+    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank. Responses of a query that do not fit
+    together are divided; one prompt with one response is never."""
 
 
 @dataclass

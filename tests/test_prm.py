@@ -75,7 +75,8 @@ def train(directory: Path, monkeypatch: pytest.MonkeyPatch, settings: PRMConfig,
 
 
 def settings(**changes: Any) -> PRMConfig:
-    return PRMConfig(optimizer=OptimizerConfig(batch_size=4), **{"epochs": 1, **changes})
+    optimizer = OptimizerConfig(batch_size=4, shuffle="queries")  # whole groups, to look at
+    return PRMConfig(optimizer=optimizer, **{"epochs": 1, **changes})
 
 
 def test_a_quarter_of_the_queries_is_kept_out_and_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

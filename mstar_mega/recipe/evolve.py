@@ -58,7 +58,7 @@ def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -
     """Train on the selected responses, within the step budget."""
     settings = job.config.evolve
     key = (job.config.seed, "improve", position.iteration)
-    batches = split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
+    batches = split_into_epochs(examples, settings.optimizer, settings.epochs, key)
     if settings.max_steps:
         batches = batches[: max(0, settings.max_steps - position.total_steps + position.step)]
     loss = fit(job, policy, "evolve", batches, position)

@@ -71,7 +71,7 @@ def _batches(job: Job, groups: Sequence[Group]) -> Batches:
     settings = job.config.prm
     examples = [example for group in groups if (example := _example(group, settings.labels == "hard")).responses]
     key = (job.config.seed, "prm")
-    return split_into_epochs(Examples.of(examples), settings.optimizer.batch_size, settings.epochs, key)
+    return split_into_epochs(Examples.of(examples), settings.optimizer, settings.epochs, key)
 
 
 def _example(group: Group, hard: bool) -> TrainGroup:

@@ -9,7 +9,7 @@ event            fields
 run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run, and of a start in a layout
                  other than the last one's
 step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
-                 responses, seconds
+                 computed_tokens, queries (distinct), responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
                  by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k, best_of_n, weighted_vote,
                  majority_vote]
