@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import DataConfig
-from mstar_mega.data.digits.questions import Problem, draw_problem
+from mstar_mega.data.digits.questions import Problem, draw_problem, draw_reading
 from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, render
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+READING_SHARE = 0.3
+"""Of the warm-up's examples."""
+FORMAT = 4
 """Raised whenever problems or pictures change, so that sets made before are made again."""
 
 
@@ -37,7 +39,7 @@ def _sets(config: DataConfig) -> list[_Set]:
         return int(count)
 
     sets = [
-        _Set("warmup", "warmup", given("warmup_examples")),
+        _Set("warmup", "train", given("warmup_examples")),
         _Set("train", "train", given("labelled_queries")),
         _Set("unlabelled", "train", given("unlabelled_queries")),
         _Set("validation", "validation", config.validation_queries),
@@ -51,7 +53,10 @@ def _sets(config: DataConfig) -> list[_Set]:
 
 def problem(seed: int, name: str, part: Handwriting, index: int) -> Problem:
     """Problem ``index`` of the set called ``name``."""
-    return draw_problem(random.Random(f"digits {seed} {name} {index}"), part)
+    rng = random.Random(f"digits {seed} {name} {index}")
+    if name == "warmup" and rng.random() < READING_SHARE:
+        return draw_reading(rng, part)
+    return draw_problem(rng, part)
 
 
 def build(config: DataConfig, dir: Path, seed: int) -> Task:
