@@ -210,7 +210,8 @@ class SelectionConfig:
     threshold: float = 0.5
     """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
     distinct: bool = False
-    """Count responses of a query with the same tokens once (the paper is silent)."""
+    """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
+    silent)."""
 
 
 @dataclass
@@ -230,11 +231,11 @@ class TemperatureConfig:
 
     mode: TemperatureMode = "reward_pass_at_k"
     value: float = 1.0
-    """The temperature when mode is fixed."""
+    """The temperature when mode is fixed, and the one in use before the first sweep."""
     grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
     tolerance: float = 0.0
-    """The highest temperature within so many standard errors of the best is taken: it explores more at no loss that
-    the sweep could measure. 0: the best, the highest of equal ones (the paper is silent on both)."""
+    """Of the temperatures within so many standard errors of the best, the one nearest to that in use is taken: a change
+    that the sweep cannot tell from noise is not made. 0: the best; of equal ones the nearest (the paper is silent)."""
     every: int = 2
     """Iterations between two sweeps; the first is before the first iteration."""
     k: int = 2

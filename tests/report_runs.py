@@ -49,8 +49,15 @@ def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy
 
 
 def log_iteration(log: MetricsLog, i: int) -> None:
-    grid = [{"temperature": t, "reward_pass_at_k": 0.6 + 0.1 * t, "pass_at_k": 0.7} for t in (0.5, 1.0)]
-    log.append("temperature", iteration=i, temperature=1.0, mode="reward_pass_at_k", k=2, grid=grid, seconds=3.0)
+    grid = [
+        {"temperature": t, "reward_pass_at_k": 0.6 + 0.1 * t, "pass_at_k": 0.7, "random_pass_at_k": 0.65,
+         "difference": 0.1 * t - 0.1, "difference_stderr": 0.02 - 0.02 * t}
+        for t in (0.5, 1.0)
+    ]  # fmt: skip
+    log.append(
+        "temperature", iteration=i, temperature=1.0, mode="reward_pass_at_k", k=2, distinct=False, queries=250,
+        grid=grid, seconds=3.0,
+    )  # fmt: skip
     log.append(
         "generation", iteration=i, temperature=1.0, queries=10, responses=160, tokens=5000, truncated=1,
         without_steps=2, correct=80, queries_without_correct=3, unlabelled_queries=0, checker={"exact": 160},

@@ -106,6 +106,8 @@ def test_the_plots_fit_one_page(finished: tuple[Path, Page]) -> None:
     labels = {plot.name: re.findall(r"<text[^>]*>([^<]+)</text>", plot.svg) for plot in plots}
     assert "greedy accuracy (%)" in labels["accuracy"] and "iteration" in labels["accuracy"]
     assert "loss (nats per token)" in labels["loss_warmup"] and "optimizer step" in labels["loss_warmup"]
+    sweeps = next(plot.caption for plot in plots if plot.name == "sweep")
+    assert "Iteration 2: temperature 1 is chosen by Reward-Pass@2, 70.0%; +5.0 ± 1.0 points" in sweeps
     assert "Reward-Pass@2 (%)" in labels["sweep"] and "time (seconds)" in labels["time"]
     assert "cost in $" in labels["kinds"]
 

@@ -7,17 +7,27 @@ Every measure is a mean over queries, and None where there is nothing to measure
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mstar_mega.data.types import Group, Response
-from mstar_mega.rewards.selection import is_correct
+from mstar_mega.rewards.selection import is_correct, with_distinct_tokens
 from mstar_mega.rewards.voting import best_winner, majority_winner, rank_by_score, weighted_winner
 
 
 def mean(values: Sequence[float]) -> float | None:
     """Exactly rounded; None where there is nothing to measure."""
     return math.fsum(values) / len(values) if values else None
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean of values - reference over the same queries in the same order, and its standard error.
+
+    None where there is nothing to measure; the error of a single query is None. Raises ValueError for unequal lengths.
+    """
+    gaps = [one - other for one, other in zip(values, reference, strict=True)]
+    return mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
 
 
 def _correct_count(group: Group) -> int:
@@ -69,22 +79,36 @@ def pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
     return values
 
 
-def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
+def random_pass_at_k_of_each(groups: Sequence[Group], k: int, distinct: bool = False) -> list[float]:
+    """What Reward-Pass@K has to beat, of every query: the chance that k of its responses drawn at random hold a correct
+    one; with ``distinct`` k different ones (all, where there are fewer)."""
+    if not distinct:
+        return pass_at_k_of_each(groups, k)
+    values = []
+    for group in groups:
+        _need(group, k)
+        different = Group(group.query, with_distinct_tokens(group.responses))
+        values += pass_at_k_of_each([different], min(k, len(different.responses)))
+    return values
+
+
+def reward_pass_at_k(groups: Sequence[Group], k: int, distinct: bool = False) -> float | None:
     """Share of queries with a correct response among the k with the best process score.
 
     The ranking is over all samples, without an answer filter; ties by sample index, responses without a score last.
-    Raises ValueError when a query has fewer than k responses.
+    With ``distinct`` responses with the same tokens take one place together. Raises ValueError when a query has fewer
+    than k responses.
     """
-    return mean(reward_pass_at_k_of_each(groups, k))
+    return mean(reward_pass_at_k_of_each(groups, k, distinct))
 
 
-def reward_pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
+def reward_pass_at_k_of_each(groups: Sequence[Group], k: int, distinct: bool = False) -> list[float]:
     """:func:`reward_pass_at_k` of every query by itself."""
     values = []
     for group in groups:
         _need(group, k)
-        best = rank_by_score(group.responses)[:k]
-        values.append(float(any([is_correct(response, group.query.id) for response in best])))
+        ranked = rank_by_score(with_distinct_tokens(group.responses) if distinct else group.responses)
+        values.append(float(any([is_correct(response, group.query.id) for response in ranked[:k]])))
     return values
 
 
@@ -132,13 +156,16 @@ class Exploration:
     majority_vote: float | None
 
 
-def measure(groups: Sequence[Group], k: int, reward_k: int) -> Exploration:
-    """All measures over sampled groups. Those that rank by process score are None when no response at all has one."""
+def measure(groups: Sequence[Group], k: int, reward_k: int, distinct: bool = False) -> Exploration:
+    """All measures over sampled groups. Those that rank by process score are None when no response at all has one.
+
+    ``distinct`` is for Reward-Pass@K, see :func:`reward_pass_at_k`.
+    """
     scored = any(response.score is not None for group in groups for response in group.responses)
     return Exploration(
         pass_at_k=pass_at_k(groups, k),
         k=k,
-        reward_pass_at_k=reward_pass_at_k(groups, reward_k) if scored else None,
+        reward_pass_at_k=reward_pass_at_k(groups, reward_k, distinct) if scored else None,
         reward_k=reward_k,
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,

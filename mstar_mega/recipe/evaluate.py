@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mstar_mega.data.types import Group, Query
 from mstar_mega.evaluation.passk import Exploration, accuracy_by_kind, greedy_accuracy, measure
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, gather_groups, rollout
 
 Split = Literal["validation", "test"]
 
@@ -37,15 +37,15 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
     """Greedy accuracy, Pass@K and (with a PRM) Reward-Pass@K on the validation queries, sampled at temperature 1.
 
     ``at`` becomes part of the responses' directory, so that a policy inside its iteration, or other settings, leave
-    those of others alone. The random numbers are the same for all.
+    those of others alone. The random numbers are the same for all, after every iteration.
     """
     timer = Timer(job)
     settings = job.config.evaluation
     greedy = _greedy(job, actors, iteration, "validation", at)
-    name = "evaluation_{:04d}{}_validation_sampled"
-    sampling = Sampling(name.format(iteration, at), 1.0, settings.k, key=name.format(iteration, ""))
+    name = f"evaluation_{iteration:04d}{at}_validation_sampled"
+    sampling = Sampling(name, 1.0, settings.k, key=VALIDATION_NOISE)
     sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
-    result = measure(sampled, settings.k, settings.reward_k)
+    result = measure(sampled, settings.k, settings.reward_k, job.config.selection.distinct)
     fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result)}
     job.log("evaluation", **fields, seconds=timer.seconds)
     return result

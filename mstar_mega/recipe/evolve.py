@@ -32,7 +32,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     while (now := next_interval(job, method, position)) is not None:
         with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
             if position.step == 0 and now.sweep:
-                position.temperature = tune_temperature(job, actors, now.number)
+                position.temperature = tune_temperature(job, actors, now.number, position.temperature)
             if job.config.evolve.method == "sft":
                 examples = gold_examples(job, now)
             else:

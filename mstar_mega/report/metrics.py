@@ -15,7 +15,9 @@ evaluation       stage (warmup, evolve), iteration, split (validation, test), gr
                  majority_vote]
 annotation       queries, responses, steps, rollouts, positive_share, without_steps, truncated, seconds
 prm_quality      accuracy, auc, steps, positive_share, threshold
-temperature      iteration, temperature, mode, k, grid [{temperature, reward_pass_at_k, pass_at_k}], seconds
+temperature      iteration, temperature, mode, k, distinct, queries, grid [{temperature, reward_pass_at_k, pass_at_k,
+                 [random_pass_at_k,] difference, difference_stderr}], seconds; difference: the criterion here minus at
+                 the chosen temperature, paired over queries
 generation       iteration, temperature, queries, responses, tokens, truncated, without_steps, correct,
                  queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds
 log_prob_gap     iteration, largest, mean, tokens, limit

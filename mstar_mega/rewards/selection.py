@@ -77,10 +77,13 @@ def select(groups: Sequence[Group], config: SelectionConfig, rng_seed: int) -> l
 def _eligible(group: Group, distinct: bool) -> list[Response]:
     """The correct responses; with ``distinct`` the first of those with the same tokens."""
     correct = [response for response in group.responses if is_correct(response, group.query.id)]
-    if not distinct:
-        return correct
+    return with_distinct_tokens(correct) if distinct else correct
+
+
+def with_distinct_tokens(responses: Sequence[Response]) -> list[Response]:
+    """The first of the responses with the same tokens, for each."""
     first: dict[tuple[int, ...], Response] = {}
-    for response in correct:
+    for response in responses:
         first.setdefault(tuple(response.tokens), response)
     return list(first.values())
 
