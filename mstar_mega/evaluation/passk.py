@@ -7,6 +7,7 @@ Every measure is a mean over queries, and None where there is nothing to measure
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,11 @@ from mstar_mega.rewards.voting import best_winner, majority_winner, rank_by_scor
 def mean(values: Sequence[float]) -> float | None:
     """Exactly rounded; None where there is nothing to measure."""
     return math.fsum(values) / len(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _correct_count(group: Group) -> int:
@@ -127,6 +133,12 @@ class Exploration:
     k: int
     reward_pass_at_k: float | None
     reward_k: int
+    pass_at_reward_k: float | None
+    """Pass@K at ``reward_k``: of so many random responses, what Reward-Pass@K has to beat."""
+    reward_gain: float | None
+    """Reward-Pass@K minus that."""
+    reward_gain_stderr: float | None
+    """Its standard error: the difference is paired, query by query."""
     best_of_n: float | None
     weighted_vote: float | None
     majority_vote: float | None
@@ -135,11 +147,17 @@ class Exploration:
 def measure(groups: Sequence[Group], k: int, reward_k: int) -> Exploration:
     """All measures over sampled groups. Those that rank by process score are None when no response at all has one."""
     scored = any(response.score is not None for group in groups for response in group.responses)
+    at_random = pass_at_k_of_each(groups, reward_k)
+    by_score = reward_pass_at_k_of_each(groups, reward_k) if scored else []
+    gains = [one - other for one, other in zip(by_score, at_random, strict=True)] if scored else []
     return Exploration(
         pass_at_k=pass_at_k(groups, k),
         k=k,
-        reward_pass_at_k=reward_pass_at_k(groups, reward_k) if scored else None,
+        reward_pass_at_k=mean(by_score),
         reward_k=reward_k,
+        pass_at_reward_k=mean(at_random),
+        reward_gain=mean(gains),
+        reward_gain_stderr=standard_error(gains),
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,
         majority_vote=majority_vote_accuracy(groups),

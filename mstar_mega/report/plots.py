@@ -81,13 +81,17 @@ def accuracy_plot(run: Run) -> Plot | None:
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K and Reward-Pass@K per iteration."""
     lines = []
-    for key, k_key, label in (("pass_at_k", "k", "Pass@"), ("reward_pass_at_k", "reward_k", "Reward-Pass@")):
+    for key, k_key, label in (
+        ("pass_at_k", "k", "Pass@"),
+        ("reward_pass_at_k", "reward_k", "Reward-Pass@"),
+        ("pass_at_reward_k", "reward_k", "random: Pass@"),
+    ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
         if events:
             lines.append((f"{label}{events[-1].get(k_key, 'K')}", latest_per_iteration(events, key), None))
     caption = (
-        "Share of validation queries with a correct response among K samples (Pass@K), and among the K that the "
-        "PRM scores highest (Reward-Pass@K)."
+        "Share of validation queries with a correct response among K random samples (Pass@K), and among the K of all "
+        "samples that the PRM scores highest (Reward-Pass@K)."
     )
     return _iterations_plot("exploration", "Exploration", caption, "validation queries (%)", lines)
 
@@ -145,6 +149,8 @@ def sweep_plot(run: Run) -> Plot | None:
             color, label = _ramp(index, len(sweeps)), f"it. {sweep.get('iteration')}"
             curve = _curve(sweep["grid"], measure)
             axes.plot(list(curve), list(curve.values()), color=color, label=label)
+            random = _curve(sweep["grid"], "pass_at_k") if measure != "pass_at_k" else {}
+            axes.plot(list(random), list(random.values()), color=color, linestyle=(0, (2, 2)), linewidth=1.2, alpha=0.7)
             chosen = number(sweep, "temperature")
             if chosen in curve:
                 axes.plot([chosen], [curve[chosen]], "o", color=color, markeredgecolor=SURFACE, markersize=8)
@@ -152,6 +158,8 @@ def sweep_plot(run: Run) -> Plot | None:
         _legend(axes)
 
     caption = f"{name} of the validation queries at each temperature, a curve per sweep. Dots: the one chosen."
+    if measure != "pass_at_k":
+        caption += f" Dotted: Pass@{sweeps[-1].get('k', 'K')}, as many responses at random."
     return Plot("sweep", "Temperature sweeps", caption, _svg("sweep", draw))
 
 
