@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
-SelectionRule = Literal["top_k", "all_correct", "random_k", "threshold"]
+SelectionRule = Literal["top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct"]
 Reduction = Literal["min", "prod", "mean", "last"]
 LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
@@ -205,10 +205,14 @@ class SelectionConfig:
     """Which correct responses are trained on (paper section 4, operator H)."""
 
     rule: SelectionRule = "top_k"
+    """Of a query's correct responses, top_k: the k of highest process score; threshold: all above the threshold;
+    top_k_above: the k best of those; likelihood: the k of highest mean log-probability per token by the policy that
+    drew them, at their sampling temperature (needs no PRM); random_k; all_correct."""
     k: int = 2
-    """For top_k (by process score) and random_k."""
+    """For top_k, top_k_above, likelihood and random_k."""
     threshold: float = 0.5
-    """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
+    """For threshold and top_k_above: keep correct responses whose process score is above it (the paper's alpha is
+    unknown)."""
     distinct: bool = False
     """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
     silent)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,17 +138,28 @@ def test_by_kind() -> None:
     assert sample_accuracy([make_group("a", [])]) == 0.0
 
 
+def gain_over_random(groups: Sequence[Group], k: int) -> Any:
+    """Reward-Pass@K minus Pass@K, and the standard error of the paired difference."""
+    gains = [(reward_pass_at_k([group], k) or 0.0) - (pass_at_k([group], k) or 0.0) for group in groups]
+    average = sum(gains) / len(gains)
+    error = (sum((gain - average) ** 2 for gain in gains) / (len(gains) - 1) / len(gains)) ** 0.5
+    return pytest.approx(average), pytest.approx(error)
+
+
 def test_measure_bundles_everything() -> None:
     groups = random_groups(random.Random(4), 30, 16)
+    gain, error = gain_over_random(groups, 2)
     assert measure(groups, 8, 2) == Exploration(
-        pass_at_k(groups, 8), 8, reward_pass_at_k(groups, 2), 2,
+        pass_at_k(groups, 8), 8, reward_pass_at_k(groups, 2), 2, pass_at_k(groups, 2), gain, error,
         best_of_n_accuracy(groups), weighted_vote_accuracy(groups), majority_vote_accuracy(groups),
     )  # fmt: skip
 
 
 def test_measure_without_scores_or_queries() -> None:
-    assert measure([make_group("a", [True, False])], 2, 2) == Exploration(1.0, 2, None, 2, None, None, 1.0)
-    assert measure([], 2, 2) == Exploration(None, 2, None, 2, None, None, None)
+    nothing = Exploration(None, 2, None, 2, None, None, None, None, None, None)
+    assert measure([], 2, 2) == nothing
+    unscored = replace(nothing, pass_at_k=1.0, pass_at_reward_k=1.0, majority_vote=1.0)
+    assert measure([make_group("a", [True, False])], 2, 2) == unscored
 
 
 def test_auc_matches_pairs_and_sklearn() -> None:

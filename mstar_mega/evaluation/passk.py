@@ -21,13 +21,18 @@ def mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean of values - reference over the same queries in the same order, and its standard error.
 
     None where there is nothing to measure; the error of a single query is None. Raises ValueError for unequal lengths.
     """
     gaps = [one - other for one, other in zip(values, reference, strict=True)]
-    return mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+    return mean(gaps), standard_error(gaps)
 
 
 def _correct_count(group: Group) -> int:
@@ -151,6 +156,12 @@ class Exploration:
     k: int
     reward_pass_at_k: float | None
     reward_k: int
+    pass_at_reward_k: float | None
+    """Pass@K at ``reward_k``: of so many random responses, what Reward-Pass@K has to beat."""
+    reward_gain: float | None
+    """Reward-Pass@K minus that."""
+    reward_gain_stderr: float | None
+    """Its standard error: the difference is paired, query by query."""
     best_of_n: float | None
     weighted_vote: float | None
     majority_vote: float | None
@@ -162,11 +173,17 @@ def measure(groups: Sequence[Group], k: int, reward_k: int, distinct: bool = Fal
     ``distinct`` is for Reward-Pass@K, see :func:`reward_pass_at_k`.
     """
     scored = any(response.score is not None for group in groups for response in group.responses)
+    at_random = pass_at_k_of_each(groups, reward_k)
+    by_score = reward_pass_at_k_of_each(groups, reward_k, distinct) if scored else []
+    gains = [one - other for one, other in zip(by_score, at_random, strict=True)] if scored else []
     return Exploration(
         pass_at_k=pass_at_k(groups, k),
         k=k,
-        reward_pass_at_k=reward_pass_at_k(groups, reward_k, distinct) if scored else None,
+        reward_pass_at_k=mean(by_score),
         reward_k=reward_k,
+        pass_at_reward_k=mean(at_random),
+        reward_gain=mean(gains),
+        reward_gain_stderr=standard_error(gains),
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,
         majority_vote=majority_vote_accuracy(groups),

@@ -86,13 +86,17 @@ def accuracy_plot(run: Run) -> Plot | None:
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K and Reward-Pass@K per iteration."""
     lines = []
-    for key, k_key, label in (("pass_at_k", "k", "Pass@"), ("reward_pass_at_k", "reward_k", "Reward-Pass@")):
+    for key, k_key, label in (
+        ("pass_at_k", "k", "Pass@"),
+        ("reward_pass_at_k", "reward_k", "Reward-Pass@"),
+        ("pass_at_reward_k", "reward_k", "random: Pass@"),
+    ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
         if events:
             lines.append((f"{label}{events[-1].get(k_key, 'K')}", latest_per_iteration(events, key), None))
     caption = (
-        "Share of validation queries with a correct response among K samples (Pass@K), and among the K that the "
-        "PRM scores highest (Reward-Pass@K)."
+        "Share of validation queries with a correct response among K random samples (Pass@K), and among the K of all "
+        "samples that the PRM scores highest (Reward-Pass@K)."
     )
     return _iterations_plot("exploration", "Exploration", caption, "validation queries (%)", lines)
 

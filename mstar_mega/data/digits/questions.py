@@ -220,12 +220,12 @@ class _Kind:
 
 
 KINDS = (
-    _Kind("sum", 0.20, _sum),
-    _Kind("sum above", 0.22, _sum_above),
-    _Kind("difference", 0.14, _difference, choices_share=0.3),
-    _Kind("extreme", 0.10, _extreme, choices_share=0.4),
-    _Kind("count", 0.12, _count, choices_share=0.4),
-    _Kind("all", 0.10, _all),
+    _Kind("sum", 0.22, _sum),
+    _Kind("sum above", 0.24, _sum_above),
+    _Kind("difference", 0.14, _difference, choices_share=0.15),
+    _Kind("extreme", 0.10, _extreme, choices_share=0.15),
+    _Kind("count", 0.12, _count, choices_share=0.15),
+    _Kind("all", 0.06, _all),
     _Kind("more", 0.12, _more),
 )
 
