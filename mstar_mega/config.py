@@ -271,7 +271,8 @@ class GenerationConfig:
     queries_per_block: int = 64
     """Queries whose responses are written to disk together: what a killed run loses at most, per rank."""
     log_prob_gap_limit: float | None = None
-    """Stop above this gap between generating and training log-probs; None: 1e-3 in float32, 0.5 in bfloat16."""
+    """Stop where a token's log-prob differs by more between generating and training; None: 1e-3 in float32, 0.5 in
+    bfloat16, where one token in a thousand may."""
     log_prob_gap_queries: int = 8
     """Queries per iteration and model copy whose responses are scored again by the training forward; 0: none."""
 

@@ -30,7 +30,7 @@ generation       iteration, temperature, queries, responses, tokens, truncated, 
                  queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds, [vote
                  {queries, responses, agreeing, answers_known, answers_right}: of queries whose answer is voted, which
                  correct, queries_without_correct and checker leave out]
-log_prob_gap     iteration, largest, mean, tokens, limit
+log_prob_gap     iteration, largest, mean, above_limit (share of the tokens), tokens, limit
 selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...},
                  [right_reasoning {rule: {share, responses}}: of what each rule would select, where that is known]
 improve          iteration, steps, loss, total_steps, seconds
