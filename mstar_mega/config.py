@@ -185,16 +185,19 @@ class EvolveConfig:
     interval: float | None = None
     """Share of the labelled queries per iteration; None: the method's own (continuous 0.25, others 1.0)."""
     optimizer_state: Literal["inherit", "reset"] | None = None
-    """Optimizer and scheduler between iterations; None: the method's own (continuous inherits, others reset)."""
-    start_from: Literal["last", "warmup"] | None = None
-    """Weights at the start of an iteration; None: the method's own (rest_em warmup, others last)."""
+    """Optimizer and scheduler between iterations; None: the method's own (iterative_rft and rest_em reset, continuous
+    and sft inherit). A schedule that is reset falls within each iteration."""
+    start_from: Literal["last", "warmup", "base"] | None = None
+    """Weights at the start of an iteration; base: those before the warm-up. None: the method's own (rest_em warmup, sft
+    base, others last). sft's iterations are one training: it starts there once, and goes on."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
     """Passes over each iteration's selected responses."""
     responses: int = 16
     """Responses sampled per query."""
     max_steps: int = 10_000
-    """Optimizer steps in total, the warm-up's included; 0: no limit."""
+    """Optimizer steps in total, the warm-up's included (of sft from the base too); 0: no limit. The iteration that
+    reaches it is the last, and is trained whole: nothing is generated for nothing (the paper's ends at 10,066)."""
     passes: float = 0.0
     """Passes over the labelled queries, up to whole iterations; 0: no limit. The run ends at whichever limit comes
     first."""
@@ -227,6 +230,9 @@ class PromptsConfig:
     mixin: float = 0.0
     """Share of the budget of steps (the warm-up's included) or passes that is spent before unlabelled prompts join
     (T_mixin)."""
+    ratio: float | None = None
+    """Most unlabelled queries per labelled one in an iteration; None: as large a share of theirs as of the labelled
+    (the paper is silent)."""
 
 
 @dataclass

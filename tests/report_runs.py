@@ -44,7 +44,7 @@ def write_rollouts(run_dir: Path, iteration: int, queries: int, block: int = 5, 
 def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy: float, **more: Any) -> None:
     log.append(
         "evaluation", stage=stage, iteration=iteration, split=split, greedy_accuracy=accuracy, standard_error=0.02,
-        queries=750, by_kind={"sum": accuracy, "cost in $": 0.5}, seconds=2.0, **more,
+        queries=750, responses=750, tokens=30_000, by_kind={"sum": accuracy, "cost in $": 0.5}, seconds=2.0, **more,
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def log_iteration(log: MetricsLog, i: int) -> None:
     ]  # fmt: skip
     log.append(
         "temperature", iteration=i, temperature=1.0, mode="reward_pass_at_k", k=2, distinct=False, queries=250,
-        grid=grid, seconds=3.0,
+        responses=500, tokens=10_000, grid=grid, seconds=3.0,
     )  # fmt: skip
     log.append(
         "generation", iteration=i, temperature=1.0, queries=10, responses=160, tokens=5000, truncated=1,
@@ -113,8 +113,8 @@ def make_run(run_dir: Path, iterations: int = 2, queries: int = 6) -> Path:
     evaluation(log, "warmup", 0, "test", 0.45)
     log.append("stage", stage="warmup", seconds=7.0, peak_memory_bytes=100)
     log.append(
-        "annotation", queries=9, responses=144, steps=500, rollouts=4000, positive_share=0.6, without_steps=0,
-        truncated=0, seconds=6.0,
+        "annotation", queries=9, responses=144, tokens=70_000, steps=500, rollouts=4000, positive_share=0.6,
+        without_steps=0, truncated=0, seconds=6.0,
     )  # fmt: skip
     log.append("stage", stage="annotate", seconds=6.5, peak_memory_bytes=300)
     log_step(log, "prm", 1, 0.6)

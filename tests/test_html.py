@@ -23,8 +23,9 @@ from mstar_mega.report import samples as samples_module
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import MetricsLog
 from mstar_mega.report.plots import all_plots
+from mstar_mega.report.run import load_run
 from mstar_mega.report.samples import choose_groups, collect_samples, data_url, pieces
-from mstar_mega.report.summary import build_summary, load_run
+from mstar_mega.report.summary import build_summary
 
 
 class Page(HTMLParser):

@@ -25,7 +25,8 @@ from mstar_mega.recipe import evaluate, rollouts
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.choose import choose
 from mstar_mega.recipe.evaluate import measure_exploration
-from mstar_mega.recipe.generate import check_log_probs, iteration_sampling
+from mstar_mega.recipe.fit import Position
+from mstar_mega.recipe.generate import check_log_probs, generate, iteration_sampling
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 from mstar_mega.recipe.temperature import tune_temperature
@@ -71,6 +72,11 @@ def test_a_steps_label_is_its_share_of_right_continuations(tmp_path: Path) -> No
         groups = {group.query.id: group for group in annotate(job, actors)}
         assert isinstance(job.metrics, Events)
         (event,) = job.metrics.of("annotation")
+    length = {text: len(job.family.response_tokens(text)) for text in ("", RIGHT, WRONG)}
+    drawn = [length[continue_or_begin(asked)] for asked in actors.asked if asked.start]
+    assert sum(group.continuation_tokens for group in groups.values()) == sum(drawn)
+    whole = sum(len(response.tokens) for group in groups.values() for response in group.responses)
+    assert event["tokens"] == sum(drawn) + whole and event["rollouts"] == len(drawn)
     labels = [[step.label for step in response.steps] for response in groups["q"].responses]
     # so: 1 of 4, half: 2 of 4; a last step's label is the answer's verdict.
     assert labels == [[1.0, 0.25, 1.0], [1.0, 0.0, 0.0], [0.5, 0.25, 1.0], [0.0]]
@@ -108,6 +114,35 @@ def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
         first, second = rollout(job, actors, [hidden, known], Sampling("a", 1.0, 3))
     assert first.query.answer == answer and [r.correct for r in first.responses] == right
     assert second.query == known and [r.correct for r in second.responses] == [True, True, False]
+
+
+@pytest.mark.parametrize("unlabelled", ["oracle", "voting"])
+def test_what_agrees_with_a_vote_is_not_counted_as_correct(
+    unlabelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vote's winner always agrees with itself: only hidden answers tell whether it is right."""
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
+    # "b" answers 8 three times, which is what its hidden answer is; "c" nothing at all; the others 7 twice.
+    texts = {"b": [f"1\n\n{WRONG}"] * 3, "c": ["1"] * 3}
+    hidden = {"a": "8", "b": "8.0", "c": "7", "d": None}
+    queries = [query(id, None, hidden_answer=answer) for id, answer in hidden.items()]
+    now = Interval(1, [query("known"), query("other", "9")], queries, False)
+    with make_job(tmp_path, config, make_task()) as job:
+        usual = [f"1\n\n{RIGHT}", f"1\n\n{RIGHT}", f"1\n\n{WRONG}"]
+        actors = Scripted(job, lambda asked: texts.get(asked.id, usual)[asked.number], prm="a PRM")
+        monkeypatch.setattr(job.config.evolve, "responses", 3)
+        generate(job, actors, now, Position(iteration=1))
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("generation")
+    assert (event["queries"], event["responses"], event["unlabelled_queries"]) == (6, 18, 4)
+    if unlabelled == "oracle":  # the true answers judge: 2 of known, 1 of a, 3 of b
+        assert "vote" not in event and (event["correct"], event["queries_without_correct"]) == (6, 3)
+        return
+    assert (event["correct"], event["queries_without_correct"]) == (2, 1) and sum(event["checker"].values()) == 6
+    assert event["vote"] == {
+        "queries": 4, "responses": 12, "agreeing": 2 + 3 + 2, "answers_known": 3, "answers_right": 1,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- blocks on disk
@@ -166,6 +201,9 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     other = next(row for row in event["grid"] if row["temperature"] != chosen)
     behind = {"reward_pass_at_k": -1.0, "pass_at_k": pytest.approx(-1 / 3)}
     assert (other["difference"], other["difference_stderr"]) == (behind[mode], pytest.approx(0.0))
+    assert event["responses"] == 2 * 2 * 3 and event["tokens"] == sum(
+        len(job.family.response_tokens(texts[each.temperature][each.number])) for each in actors.asked
+    )
     assert [row["difference"] for row in event["grid"] if row["temperature"] == chosen] == [0.0]
     assert [row["random_pass_at_k"] for row in event["grid"]] == [row["pass_at_k"] for row in event["grid"]]
 

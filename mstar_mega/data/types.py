@@ -116,6 +116,8 @@ class Group:
 
     query: Query
     responses: list[Response]
+    continuation_tokens: int = 0
+    """Annotation: tokens drawn to continue beginnings of the responses."""
 
 
 def query_from_json(obj: dict[str, Any]) -> Query:
@@ -131,4 +133,4 @@ def group_from_json(obj: dict[str, Any]) -> Group:
     responses = [
         Response(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}) for fields in obj["responses"]
     ]
-    return Group(query_from_json(obj["query"]), responses)
+    return Group(query_from_json(obj["query"]), responses, obj.get("continuation_tokens", 0))

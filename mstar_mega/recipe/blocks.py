@@ -134,7 +134,7 @@ def _count_time(job: Job, blocks: Blocks, finished: set[int]) -> None:
 
 def _with_images_of(query: Query, group: Group) -> Group:
     """A group from disk with the images where they are now: a run directory may have been moved."""
-    return Group(replace(group.query, images=query.images), group.responses)
+    return replace(group, query=replace(group.query, images=query.images))
 
 
 def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:

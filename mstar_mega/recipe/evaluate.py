@@ -17,7 +17,7 @@ from mstar_mega.evaluation.prm_quality import (
     warn_not_better,
 )
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, gather_groups, rollout
+from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
 
 Split = Literal["validation", "test"]
 
@@ -54,7 +54,7 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
     sampling = Sampling(name, 1.0, settings.k, key=VALIDATION_NOISE)
     sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
     result = measure(sampled, settings.k, settings.reward_k, job.config.selection.distinct)
-    fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result)}
+    fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result), **drawn([*greedy, *sampled])}
     check = job.task.check_reasoning
     if check is not None:
         right = [right for group in sampled for _, right in judge_reasoning(group, check)]
@@ -119,5 +119,6 @@ def _greedy_fields(stage: str, iteration: int, split: Split, groups: list[Group]
         "greedy_accuracy": accuracy,
         "standard_error": None if not count or accuracy is None else (accuracy * (1 - accuracy) / count) ** 0.5,
         "queries": count,
+        **drawn(groups),
         "by_kind": accuracy_by_kind(groups),
     }

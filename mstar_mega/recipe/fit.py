@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.recipe.context import Job, Timer
@@ -19,7 +21,7 @@ from mstar_mega.training.checkpoint import (
     set_aside,
 )
 from mstar_mega.training.manifest import DamagedCheckpointError, verify_checkpoint
-from mstar_mega.training.trainer import NonFiniteLossError, Trainer
+from mstar_mega.training.trainer import NonFiniteLossError, Trainer, weights_of
 
 STAGES = ("warmup", "prm", "evolve")
 
@@ -115,6 +117,23 @@ def load_start(job: Job, policy: Trainer | LMM) -> None:
     else:
         policy.load_state_dict(state["model"])
     job.say(f"   the first weights are those of {path}")
+
+
+def weights_to_start_from(job: Job, policy: Trainer, start_from: str) -> dict[str, Any] | None:
+    """This rank's weights that training goes back to; None for ``last``: it goes on. Collective.
+
+    ``warmup``: those that ``policy`` has now. ``base``: :func:`base_weights`.
+    """
+    if start_from == "last":
+        return None
+    return policy.copy_weights() if start_from == "warmup" else base_weights(job)
+
+
+def base_weights(job: Job) -> dict[str, Any]:
+    """This rank's weights before any training, of ``model.checkpoint`` or random. Collective."""
+    model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
+    load_start(job, model)
+    return weights_of(model)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,11 @@ from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
 from mstar_mega.recipe.warmup_data import make_warmup_set
+from mstar_mega.report.accounting import generated, in_words
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
 from mstar_mega.report.progress import Progress
+from mstar_mega.report.run import load_run
 from mstar_mega.report.summary import write_summary
 from mstar_mega.report.tensorboard import TensorBoardLog
 from mstar_mega.rewards.checker import AnswerChecker
@@ -118,6 +120,7 @@ def finish(job: Job) -> None:
     if job.layout.is_main:
         summary = write_summary(job.dir)
         page = write_report(job.dir)
+        job.say(in_words(generated(load_run(job.dir))))
         job.say(f"summary: {summary}\nreport:  {page}")
     barrier()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,6 +153,15 @@ def _with_answer(job: Job, group: Group) -> Group:
     if job.config.prompts.unlabelled == "oracle":
         return Group(replace(group.query, answer=group.query.hidden_answer), group.responses)
     return apply_pseudo_answers(group)
+
+
+def drawn(groups: Iterable[Group]) -> Counter[str]:
+    """How much was generated: ``responses`` and their ``tokens``."""
+    counts = Counter(responses=0, tokens=0)
+    for group in groups:
+        counts["responses"] += len(group.responses)
+        counts["tokens"] += sum(len(response.tokens) for response in group.responses)
+    return counts
 
 
 def gather_groups(groups: Iterable[Group]) -> list[Group]:

@@ -7,6 +7,7 @@ that count are those of paired differences.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from mstar_mega.evaluation.passk import (
 )
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, gather_groups, rollout
+from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
 from mstar_mega.report.sweep import sweep_words
 
 
@@ -37,10 +38,12 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
     queries = sorted(job.task.validation, key=lambda query: key_of(job.config.seed, "sweep", query.id))
     rows: dict[float, dict[str, float | None]] = {}
     criterion: dict[float, list[float]] = {}
+    total: Counter[str] = Counter()
     for temperature in settings.grid:
         name = f"temperature_{iteration:04d}_{temperature:.2f}"
         sampling = Sampling(name, temperature, settings.responses, key=VALIDATION_NOISE)
         groups = gather_groups(rollout(job, actors, queries[: settings.queries], sampling))
+        total.update(drawn(groups))
         measures = _measures(job, actors, groups)
         rows[temperature] = {"reward_pass_at_k": None, **{name: mean(values) for name, values in measures.items()}}
         criterion[temperature] = measures[settings.mode]
@@ -54,6 +57,7 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
         "k": settings.k,
         "distinct": job.config.selection.distinct,
         "queries": len(criterion[chosen]),
+        **total,
         "grid": [{"temperature": temperature, **row} for temperature, row in rows.items()],
     }
     job.log("temperature", **event, seconds=timer.seconds)
@@ -81,7 +85,6 @@ def choose_temperature(
     Of two equally near ones the parity of ``coin`` takes the lower or the higher. Neither direction is preferred
     anywhere: on a flat curve the temperature does not drift.
     """
-
     top = max(mean(values) or 0.0 for values in criterion.values())
     bests = [values for values in criterion.values() if (mean(values) or 0.0) == top]
 

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.report.accounting import in_words, judged_responses
 from mstar_mega.report.metrics import METRICS_FILE, Event, number
 from mstar_mega.report.plots import Plot, all_plots
 from mstar_mega.report.prm import prm_section, quality_in_short
 from mstar_mega.report.progress import clock
+from mstar_mega.report.run import Run, load_run
 from mstar_mega.report.samples import Samples, collect_samples
-from mstar_mega.report.summary import Run, load_run, summarize
+from mstar_mega.report.summary import summarize
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -219,15 +221,24 @@ def _story(run: Run, summary: dict[str, Any]) -> list[str]:
     if generation:
         responses = summary["responses_generated"] or 0
         correct = sum(number(event, "correct") or 0.0 for event in generation)
+        judged = sum(judged_responses(event) or 0.0 for event in generation)
         temperatures = [t for t in summary["temperatures"] if t is not None]
         low, high = min(temperatures, default=0.0), max(temperatures, default=0.0)
         story.append(
             f"{count(responses)} responses were sampled at temperature {low:g}{f' to {high:g}' if high > low else ''}; "
-            f"{percent(correct / responses if responses else None)} of them were correct, and "
+            f"{percent(correct / judged if judged else None)} of those with a known answer were correct, and "
             f"{count(summary['responses_selected'])} were selected for training."
         )
         without = summary["queries_without_correct_response"]
         story.append(f"{count(without)} queries had no correct response among theirs.")
+    if generation or run.of("annotation"):
+        text = in_words(summary["generated"])
+        story.append(f"{text[0].upper()}{text[1:]}.")
+    if (vote := summary["vote"]) is not None:
+        story.append(
+            f"Pseudo answers by vote were right for {percent(vote['accuracy'])} of {count(vote['answers_known'])} "
+            "unlabelled queries; what agrees with them is not counted as correct here."
+        )
     if summary["log_prob_gap_max"] is not None:
         limits = [limit for event in run.of("log_prob_gap") if (limit := number(event, "limit")) is not None]
         story.append(
@@ -285,7 +296,8 @@ def _iteration_cells(run: Run, iteration: int, ks: tuple[object, object]) -> dic
 
     def share(key: str) -> str:
         value = number(generation, key)
-        return percent(value / responses if value is not None and responses else None)
+        of = judged_responses(generation) if key == "correct" else responses
+        return percent(value / of if value is not None and of else None)
 
     return {
         "iteration": str(iteration) if iteration else "warm-up",

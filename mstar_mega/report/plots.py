@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
-from mstar_mega.report.summary import Run, seconds_by_phase
+from mstar_mega.report.run import Run
+from mstar_mega.report.summary import seconds_by_phase
 from mstar_mega.report.sweep import sweep_criterion, sweep_points, sweep_words
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from mstar_mega.report.metrics import Event, number
-from mstar_mega.report.summary import Run, right_reasoning
+from mstar_mega.report.run import Run
+from mstar_mega.report.summary import right_reasoning
 
 BASELINES = {
     "policy_log_prob": "policy log-prob",

@@ -18,7 +18,7 @@ from typing import Any
 from mstar_mega.config import ReportConfig
 from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
 from mstar_mega.data.types import Group, ImageRef, Response, image_digest
-from mstar_mega.report.summary import Run
+from mstar_mega.report.run import Run
 
 MOST_SIDE = 448
 """Pixels of an embedded image's longer side."""

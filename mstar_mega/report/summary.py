@@ -6,69 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.report.metrics import METRICS_FILE, Event, number, scan_metrics, standard_json
-from mstar_mega.settings import CONFIG_FILE
+from mstar_mega.report.accounting import generated, trajectory, vote_accuracy
+from mstar_mega.report.metrics import Event, number, standard_json
+from mstar_mega.report.run import Run, load_run
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass
-class Run:
-    """What a run directory holds so far."""
-
-    directory: Path
-    settings: dict[str, Any]
-    """The resolved settings as a plain tree; empty where there are none yet."""
-    settings_text: str
-    events: list[Event]
-    problems: list[str] = field(default_factory=list)
-    """One message per damaged file or line, naming it."""
-
-    def of(self, name: str, **fields: Any) -> list[Event]:
-        """The events of one name whose fields have these values, in the order they were written."""
-        return [
-            event
-            for event in self.events
-            if event["event"] == name and all(event.get(key) == value for key, value in fields.items())
-        ]
-
-    def setting(self, *path: str) -> Any:
-        """One setting by its path; None where it is missing."""
-        node: Any = self.settings
-        for name in path:
-            node = node.get(name) if isinstance(node, dict) else None
-        return node
-
-    @property
-    def finished(self) -> bool:
-        """Whether the evolving stage has ended."""
-        return bool(self.of("stage", stage="evolve"))
-
-
-def load_run(run_dir: str | Path) -> Run:
-    """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``."""
-    directory = Path(run_dir)
-    events, problems = scan_metrics(directory / METRICS_FILE)
-    text = ""
-    settings: dict[str, Any] = {}
-    path = directory / CONFIG_FILE
-    if path.exists():
-        text = path.read_bytes().decode(errors="replace")
-        try:
-            settings = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
-        if not isinstance(settings, dict):
-            problems.append(f"{path}: not a tree of settings")
-            settings = {}
-    return Run(directory, settings, text, events, problems)
 
 
 def build_summary(run_dir: str | Path) -> dict[str, Any]:
@@ -77,8 +23,9 @@ def build_summary(run_dir: str | Path) -> dict[str, Any]:
     Accuracies are greedy, on the test split; Pass@K, Reward-Pass@K, Pass@K of as many random responses as that ranks
     (``pass_at_reward_k``) and the PRM's quality but after its training ("held_out") are on the validation split.
     "final" and "end" are the newest measurement of the evolving policy. Counts are of the evolving iterations, and so
-    is the share of right reasoning, by selection rule, where the task can tell. Raises ValueError naming
-    the file (and line) where the directory is damaged.
+    is the share of right reasoning, by selection rule, where the task can tell; ``generated`` has every phase's.
+    ``trajectory`` has what accuracy had cost at each iteration: runs can be compared at equal training responses and at
+    equal generated tokens. Raises ValueError naming the file (and line) where the directory is damaged.
     """
     run = load_run(run_dir)
     if run.problems:
@@ -105,6 +52,9 @@ def summarize(run: Run) -> dict[str, Any]:
         },
         "temperatures": [number(event, "temperature") for event in run.of("generation")],
         "responses_generated": _total(run.of("generation"), "responses"),
+        "generated": generated(run),
+        "trajectory": trajectory(run),
+        "vote": vote_accuracy(run),
         "responses_selected": _total(run.of("selection"), "selected"),
         "queries_without_correct_response": _total(run.of("generation"), "queries_without_correct"),
         "right_reasoning": right_reasoning(run) or None,

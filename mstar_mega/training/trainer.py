@@ -99,9 +99,9 @@ class Trainer:
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=max(self._total_steps, config.warmup_steps + 1),
+            lr_decay_steps=self._decay_steps,
             lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
-            wsd_decay_steps=round(self._total_steps * config.decay_share),
+            wsd_decay_steps=self._wsd_steps,
             lr_wsd_decay_style="linear",
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
@@ -118,6 +118,20 @@ class Trainer:
         """Go on with other optimizer settings, from fresh optimizer state."""
         self.config, self._total_steps = config, total_steps
         self.reset_optimizer()
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Let the schedule fall within so many steps since the last reset; those that are done count."""
+        self._total_steps = total_steps
+        self.scheduler.lr_decay_steps, self.scheduler.wsd_decay_steps = self._decay_steps, self._wsd_steps
+        self.scheduler.step(increment=0)
+
+    @property
+    def _decay_steps(self) -> int:
+        return max(self._total_steps, self.config.warmup_steps + 1)
+
+    @property
+    def _wsd_steps(self) -> int:
+        return round(self._total_steps * self.config.decay_share)
 
     def step(self, groups: Sequence[TrainGroup]) -> StepStats:
         """One optimizer step on a batch that every rank passes whole; each trains on its data-parallel share.
@@ -179,7 +193,12 @@ class Trainer:
 
     def copy_weights(self) -> dict[str, Any]:
         """A copy of this rank's weights, for :meth:`load_weights`."""
-        return {name: value.clone() for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
+        return {name: value.clone() for name, value in weights_of(self.model).items()}
+
+
+def weights_of(model: LMM) -> dict[str, Tensor]:
+    """This rank's weights by name, as they lie in the model."""
+    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
 
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
