@@ -27,6 +27,7 @@ REQUIRES = [
     "safetensors>=0.5",
     "jsonargparse>=4.40,<5",
     "pyyaml>=6.0",
+    "pydantic>=2.7,<3",  # what files from elsewhere must hold: indices, manifests, configs, events, records
     "math-verify>=0.8",
     "pyarrow>=16",  # MathVista and M3CoT are distributed as parquet; pip has no lighter reader that is as complete
     "rapidfuzz>=3.6",  # edit distances of MathVista's rules, quick also where a response is a megabyte

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.platform.inputs import checked
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.checkpoint import (
@@ -50,6 +54,10 @@ class Position:
         self.iteration, self.step, self.loss_sum, self.seconds, self.drawn_by = self.iteration + 1, 0, 0.0, 0.0, ""
 
 
+_POSITION = TypeAdapter(Position)
+_EVENTS = TypeAdapter(Annotated[int, Field(strict=True, ge=0)])
+
+
 def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
     """Write a checkpoint of the stage and delete the oldest beyond ``run.keep_checkpoints``."""
     common = {
@@ -88,9 +96,9 @@ def restore(job: Job, trainer: Trainer, stage: str) -> Position | None:
     found = load_latest(job.checkpoints / stage, trainer.sharded_state)
     if found is None:
         return None
-    state, common, _ = found
+    state, common, path = found
     trainer.load_state(state, common["scheduler"])
-    return Position(**common["position"])
+    return _position(common, path)
 
 
 def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
@@ -98,9 +106,9 @@ def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
     found = load_latest(job.checkpoints / stage, lambda: {"model": model.sharded_state_dict()})
     if found is None:
         return None
-    state, common, _ = found
+    state, common, path = found
     model.load_state_dict(state["model"])
-    return Position(**common["position"])
+    return _position(common, path)
 
 
 def load_start(job: Job, policy: Trainer | LMM) -> None:
@@ -143,14 +151,19 @@ def find_standing(job: Job, can_resume: Callable[[Position], bool]) -> Standing:
             except DamagedCheckpointError as error:
                 _set_aside(job, path, f"DAMAGED CHECKPOINT: {error}")
                 continue
-            position = Position(**common["position"])
+            position = _position(common, path)
             if stage == "evolve" and not can_resume(position):
                 lost = f"it needs all responses of iteration {position.iteration}, and some are lost"
                 _set_aside(job, path, f"checkpoint {path} cannot be used: {lost}")
                 continue
-            newest = newest or Standing(stage, int(common["metrics"]), position)
+            logged = checked(_EVENTS, common.get("metrics"), f"{path}: the number of events")
+            newest = newest or Standing(stage, logged, position)
             break
     return newest or Standing(STAGES[0], 0, None)
+
+
+def _position(common: dict[str, Any], path: Path) -> Position:
+    return checked(_POSITION, common.get("position"), f"{path}: the position")
 
 
 def _set_aside(job: Job, path: Path, why: str) -> None:
