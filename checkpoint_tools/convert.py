@@ -28,7 +28,8 @@ from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
-from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_config
+from mstar_mega.models.copying import copy_model_files
+from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
@@ -278,6 +279,8 @@ def _share(mappings: Sequence[Mapping], sizes: Sequence[int]) -> list[Mapping]:
 
 
 def _must_be_free(out: Path) -> None:
+    if broadcast_object(out.is_symlink()):
+        raise ValueError(f"--out {out} is a link: name the directory itself that the result goes to")
     taken = broadcast_object(out.exists() and (not out.is_dir() or any(out.iterdir())))
     if taken:
         raise ValueError(f"--out {out} exists and is not empty; choose another or remove it")

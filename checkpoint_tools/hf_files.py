@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mstar_mega.platform.inputs import checked, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -21,6 +25,13 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+
+class _Index(BaseModel):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+_WEIGHT_MAP = TypeAdapter(_Index)
 
 
 @dataclass(frozen=True)
@@ -94,10 +105,8 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             raise ValueError(f"{directory}: neither {INDEX} nor {SINGLE} is there; expected the model's weights")
         return None
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError("weight_map is empty or does not name files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = checked(_WEIGHT_MAP, read_object(path), "it").weight_map
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a safetensors index with a weight_map ({error})") from error
     outside = [file for file in weight_map.values() if Path(file).name != file]
     if outside:

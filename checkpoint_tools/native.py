@@ -6,7 +6,6 @@ own. Names and config keys: transformers 5, ``InternVLForConditionalGeneration``
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.checkpoint_tools.maps import ModelMap
+from mstar_mega.data.tokenizer_schema import added_controls, config_controls
 from mstar_mega.models.mapping import Interleaved, Mapping, PaddedRows, Source, Stacked
 
 _CONTEXT = "<IMG_CONTEXT>"
@@ -130,12 +130,9 @@ def context_token(files: Path) -> int:
     """Id of the token under which image features are written. Raises ValueError where no tokenizer file has it."""
     added: dict[str, int] = {}
     if (files / "added_tokens.json").is_file():
-        added = json.loads((files / "added_tokens.json").read_text(encoding="utf-8"))
+        added = added_controls(files / "added_tokens.json")
     elif (files / "tokenizer_config.json").is_file():
-        decoder = json.loads((files / "tokenizer_config.json").read_text(encoding="utf-8")).get(
-            "added_tokens_decoder", {}
-        )
-        added = {entry["content"]: int(number) for number, entry in decoder.items()}
+        added = config_controls(files / "tokenizer_config.json")
     if _CONTEXT not in added:
         raise ValueError(
             f"{files}: no added_tokens.json or tokenizer_config.json with {_CONTEXT}, which the layout needs"

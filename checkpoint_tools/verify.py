@@ -23,7 +23,6 @@ from torch import Tensor
 from mstar_mega.checkpoint_tools.hf_files import HFWeights
 from mstar_mega.checkpoint_tools.native import context_token
 from mstar_mega.config import Config, ModelConfig, ParallelConfig
-from mstar_mega.data.tokenizer import read_json
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.models import golden
 from mstar_mega.models.build import build_model
@@ -32,6 +31,7 @@ from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.weights import load_originals
 from mstar_mega.platform import distributed
+from mstar_mega.platform.inputs import must_be_regular, read_object
 from mstar_mega.training.checkpoint import load_checkpoint
 
 FEATURES, LOGITS = 1e-4, 5e-4
@@ -94,8 +94,9 @@ def open_checkpoint(directory: Path, parallel: ParallelConfig, model: ModelConfi
 def read_golden(file: Path) -> dict[str, Tensor]:
     """The tensors of a case. Raises ValueError naming the file and what it lacks."""
     try:
+        must_be_regular(file)
         recorded = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} is not a safetensors file with a recorded case ({error})") from error
     lacks = [name for name in ("input_ids", "logits", "greedy_tokens") if name not in recorded]
     if lacks:
@@ -132,7 +133,7 @@ def _largest(found: Tensor, expected: Tensor, file: Path, what: str) -> float:
 def _image_token(checkpoint: Path, case: Path) -> int | None:
     """The id under which the case holds image places, from the case's own notes or the model's tokenizer."""
     meta = case.parent / "meta.json"
-    if meta.is_file() and "img_context_token_id" in (notes := read_json(meta)):
+    if meta.is_file() and "img_context_token_id" in (notes := read_object(meta)):
         return int(notes["img_context_token_id"])
     files = checkpoint / MODEL_FILES
     try:

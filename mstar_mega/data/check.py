@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.disk import Source
+from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.splits import LEFT_OVER, SPLITS
 from mstar_mega.data.types import image_digest
+from mstar_mega.platform.inputs import read_input
 
 EXAMPLES = 3
 """So many rows are named for each problem and each leak."""
@@ -250,4 +252,4 @@ def _dash(text: str) -> str:
 
 def digest_of(path: Path) -> str:
     """An image file's digest as the index notes it; empty when there is no such file."""
-    return image_digest(path.read_bytes()) if path.is_file() else ""
+    return image_digest(read_input(path, MAX_BYTES)) if path.is_file() else ""

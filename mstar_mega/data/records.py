@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.types import Group, Query, group_from_json, query_from_json
 from mstar_mega.platform.files import write_bytes_atomic
+from mstar_mega.platform.inputs import open_input
 
 FORMAT = "mstar-groups"
 VERSION = 1
@@ -62,7 +64,7 @@ def placed_groups(path: str | Path) -> Iterator[tuple[int, Group]]:
 
 def read_group(path: str | Path, offset: int) -> Group:
     """The group that :func:`placed_groups` found at a byte. Raises DamagedFileError where it no longer is one."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         file.seek(offset)
         return _group(path, file.readline())
 
@@ -90,7 +92,7 @@ def _group(path: str | Path, line: bytes) -> Group:
 
 def read_seconds(path: str | Path) -> dict[str, float]:
     """What making a file's groups took, by phase. Raises as :func:`read_groups`; the groups are not read."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         seconds = _header(Path(path), file.readline()).get("seconds")
     return seconds if isinstance(seconds, dict) else {}
 
@@ -111,7 +113,7 @@ def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     line = ""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with TextIOWrapper(open_input(path), encoding="utf-8", newline="\n") as file:
             for line in file:
                 if line not in ("{\n", "}\n", "\n"):
                     [(id, indices)] = json.loads(f"{{{line.rstrip().removesuffix(',')}}}").items()
@@ -128,7 +130,7 @@ def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
 
 def _verified_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(first byte, content) of every line after the header, once the checksum has been compared."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         head = file.readline()
         header = _header(path, head if head.endswith(b"\n") else b"")
         digest, count = hashlib.sha256(), 0

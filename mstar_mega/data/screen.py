@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task, image_digest
+from mstar_mega.platform.inputs import read_input
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
@@ -22,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is tried, by Pillow's names: pictures, and nothing that needs another program."""
 MAX_PIXELS = 1 << 26
 """The largest picture that is decoded: 200 MB as RGB."""
+MAX_BYTES = 1 << 28
+"""Of an image file: more than its pixels could take."""
 
 
 _COUNTS = re.compile(r" \(\d+ bytes not processed\)")
@@ -68,7 +70,7 @@ def screen_task(task: Task) -> Task:
 
 def check_image(image: ImageRef) -> None:
     """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
-    content = Path(image.path).read_bytes()
+    content = read_input(image.path, MAX_BYTES)
     if image_digest(content) != image.digest:
         raise ValueError("the file is not the one that the data name (its digest differs)")
     readable_image(content)

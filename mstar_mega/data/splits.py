@@ -21,9 +21,10 @@ from typing import Literal, TypeVar
 
 from mstar_mega.data.mathv360k import RowProblem, parse_row
 from mstar_mega.data.rows import Row, read_rows
-from mstar_mega.data.screen import problem_of, readable_image
+from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
 from mstar_mega.data.types import image_digest
 from mstar_mega.kernels.noise import key_of
+from mstar_mega.platform.inputs import read_input
 
 T = TypeVar("T")
 SPLITS = ("labelled", "unlabelled", "validation", "test")
@@ -135,7 +136,7 @@ def _read_images(index: sqlite3.Connection, folder: Path) -> None:
 
 def look_at(path: Path) -> tuple[str, int, int]:
     """(digest, width, height) of an image file. Raises OSError or ValueError when it cannot be decoded to its end."""
-    content = path.read_bytes()
+    content = read_input(path, MAX_BYTES)
     return (image_digest(content), *readable_image(content))
 
 

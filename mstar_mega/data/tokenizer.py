@@ -10,10 +10,12 @@ import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import tokenizers
+
+from mstar_mega.data.tokenizer_schema import added_controls, check_tokenizer_json, config_controls
+from mstar_mega.platform.inputs import MOST_JSON, read_input
 
 SPACE_MARK = "\u2581"
 """sentencepiece stores a space as this character; a text that holds the character itself goes through byte pieces."""
@@ -109,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path, added: Mapping[str, int] | None = None) -> None:
         super().__init__(path)
-        data = self.path.read_bytes()
+        data = read_input(self.path, MOST_JSON)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -164,6 +166,7 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        check_tokenizer_json(self.path)
         text = self.path.read_text(encoding="utf-8")
         try:
             content = json.loads(text)
@@ -185,6 +188,8 @@ class FastTokenizer(Tokenizer):
             if piece in self._controls:
                 continue
             if byte_level:
+                if not byte_of.keys() >= set(piece):
+                    raise ValueError(f"{self.path}: {piece[:40]!r} is no piece of a byte-level vocabulary")
                 self._bytes[id] = bytes(byte_of[character] for character in piece)
             elif len(piece) == 6 and piece.startswith("<0x"):
                 self._bytes[id] = bytes([int(piece[3:-1], 16)])
@@ -235,28 +240,16 @@ def added_tokens(directory: Path) -> dict[str, int]:
     Raises ValueError where neither ``tokenizer_config.json`` nor ``added_tokens.json`` names any.
     """
     found: dict[str, int] = {}
-    config = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        found[token["content"]] = int(id)
+    if (directory / "tokenizer_config.json").exists():
+        found.update(config_controls(directory / "tokenizer_config.json"))
     if (directory / "added_tokens.json").exists():
-        found.update({piece: int(id) for piece, id in read_json(directory / "added_tokens.json").items()})
+        found.update(added_controls(directory / "added_tokens.json"))
     if not found:
         raise ValueError(
             f"{directory}: neither tokenizer_config.json (added_tokens_decoder) nor added_tokens.json names the "
             "template's control symbols; copy both from the original model"
         )
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError naming the file; FileNotFoundError where it is missing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -12,6 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import lettered
 from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
+from mstar_mega.platform.inputs import must_be_regular, open_input, read_input
 
 MAX_CELL_CHARS = 1 << 27
 """A cell of a table holds at most an image."""
@@ -134,7 +136,7 @@ class Cells:
             self.refuse(column, f"it has {len(text)} characters")
         try:
             return ast.literal_eval(text)  # literals only: nothing is executed
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: {[]: 1}
             self.refuse(column, "it is not a list")
 
 
@@ -173,10 +175,10 @@ def _read_file(path: Path) -> Iterator[Cells]:
 
 def _table(path: Path, delimiter: str) -> Iterator[Cells]:
     csv.field_size_limit(MAX_CELL_CHARS)
-    with open(path, "rb") as raw:
+    with open_input(path) as raw:
         if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with TextIOWrapper(open_input(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         twice = [name for name, many in Counter(reader.fieldnames or ()).items() if many > 1]
         if twice:
@@ -206,6 +208,7 @@ def _parquet(path: Path) -> Iterator[Cells]:
     import pyarrow
     from pyarrow import parquet
 
+    must_be_regular(path)
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -236,7 +239,7 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or path.stat().st_size > MAX_WHOLE_FILE:
         return None
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_input(path, MAX_WHOLE_FILE).decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None

@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from mstar_mega.platform.inputs import open_input
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk, of an exhausted quota and of a limit on a file's size."""
 
@@ -45,9 +47,9 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, 64 hexadecimal digits; reads a block at a time."""
+    """SHA-256 of the file's bytes, 64 hexadecimal digits; reads a block at a time. Raises ValueError for a pipe."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -35,6 +35,11 @@ def open_input(path: str | Path) -> BinaryIO:
         raise
 
 
+def must_be_regular(path: str | Path) -> None:
+    """Before a library opens the file by its name. Raises ValueError for what is no regular file, and OSError."""
+    _must_be_regular(os.stat(path).st_mode, path)
+
+
 def read_input(path: str | Path, most: int) -> bytes:
     """A file's bytes. Raises ValueError where there are more than ``most``, and as :func:`open_input`."""
     with open_input(path) as file:

@@ -26,6 +26,7 @@ from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
+from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.blocks import in_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
@@ -98,7 +99,7 @@ def _evaluated(request: Request) -> dict[str, Any]:
 def _check_out(request: Request) -> None:
     """Raise ValueError where the results of another evaluation would be written over."""
     try:
-        before = json.loads((request.out / SCORES).read_text())["evaluated"]
+        before = dict(read_object(request.out / SCORES)["evaluated"])
     except (OSError, ValueError, KeyError, TypeError):
         return
     now = _evaluated(request)

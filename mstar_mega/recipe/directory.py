@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, TypeAdapter
+
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data import disk
@@ -23,6 +25,7 @@ from mstar_mega.data.types import Skipped, Task
 from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.inputs import checked, read_object
 
 FILES_FILE = "files.json"
 """Size and SHA-256 of the files that the run is trained on, by setting."""
@@ -49,6 +52,16 @@ def on_main(is_main: bool, action: Callable[[], T]) -> T:
         raise problem
     received: T = result
     return received
+
+
+class _Mark(BaseModel):
+    """What a file was when the run was started with it."""
+
+    size: int
+    sha256: str
+
+
+_MARKS = TypeAdapter(dict[str, _Mark])
 
 
 @contextmanager
@@ -140,9 +153,10 @@ def same_files(config: Config, directory: Path) -> Iterator[None]:
     now = disk.file_marks(config.data, data_directory(config, directory))
     path = directory / FILES_FILE
     try:
-        before = json.loads(path.read_bytes()) if path.exists() else {}
+        found = checked(_MARKS, read_object(path), path) if path.exists() else {}
     except ValueError:
         raise ValueError(f"{path} is damaged: delete it if the training files are those of the run's start") from None
+    before = {name: mark.model_dump() for name, mark in found.items()}
     changed = [name for name, mark in now.items() if name in before and before[name] != mark]
     if changed and not config.run.allow_changed_settings:
         name, was, is_ = changed[0], before[changed[0]], now[changed[0]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
+from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
@@ -19,6 +20,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.inputs import read_input
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
@@ -156,7 +158,7 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
-        refs = tuple(ImageRef(path, image_digest(Path(path).read_bytes())) for path in images)
+        refs = tuple(ImageRef(path, image_digest(read_input(path, MAX_BYTES))) for path in images)
         query = Query("question", question, refs, None)
         request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):

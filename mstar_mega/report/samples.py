@@ -17,7 +17,9 @@ from typing import Any
 
 from mstar_mega.config import ReportConfig
 from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
+from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.types import Group, ImageRef, Response, image_digest
+from mstar_mega.platform.inputs import read_input
 from mstar_mega.report.summary import Run
 
 MOST_SIDE = 448
@@ -173,7 +175,7 @@ def data_url(image: ImageRef, directory: Path) -> str:
     from PIL import Image
 
     path = Path(image.path)
-    content = (path if path.exists() else directory / path).read_bytes()
+    content = read_input(path if path.exists() else directory / path, MAX_BYTES)
     if image_digest(content) != image.digest:
         raise ValueError("the file has changed since the run used it")
     try:

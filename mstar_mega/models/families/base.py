@@ -19,6 +19,7 @@ from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.mapping import Head, Mapping, Source, interleaved, linear, same, score_heads, vocabulary
 from mstar_mega.models.packing import Prompt
 from mstar_mega.models.sizes import LanguageSize, VisionSize
+from mstar_mega.platform.inputs import open_input
 
 
 class Family(ABC):
@@ -94,7 +95,7 @@ class Family(ABC):
 def opened(image: ImageRef) -> Iterator[Image.Image]:
     """The decoded RGB picture of a reference. Raises ValueError naming the file."""
     try:
-        with Image.open(image.path) as file:
+        with open_input(image.path) as raw, Image.open(raw) as file:
             picture = file.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{image.path}: not a readable image ({error})") from error
