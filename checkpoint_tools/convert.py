@@ -34,6 +34,7 @@ from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import sync_tree
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import write_checkpoint, write_plain_state
 from mstar_mega.training.manifest import verify_checkpoint
 
@@ -328,7 +329,7 @@ def run(options: argparse.Namespace) -> None:
         export = to_native if options.layout == "native" else None
         done = megatron_to_hf(options.checkpoint, options.out, options.like, options.shard_bytes, export)
     if dist.get_rank() == 0:
-        print(done)
+        say(done)
     distributed.shutdown()
 
 

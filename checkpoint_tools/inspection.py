@@ -19,6 +19,7 @@ from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Paramete
 from mstar_mega.checkpoint_tools.runs import run_config
 from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.platform.inputs import checked
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 
@@ -183,4 +184,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """``mstar inspect``."""
-    print("\n\n".join(map(str, inspect(options.directory))))
+    say("\n\n".join(map(str, inspect(options.directory))))

@@ -32,6 +32,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.weights import load_originals
 from mstar_mega.platform import distributed
 from mstar_mega.platform.inputs import must_be_regular, read_object
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import load_checkpoint
 
 FEATURES, LOGITS = 1e-4, 5e-4
@@ -167,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     for file in options.golden:
         differences = compare(model, family, file, _image_token(options.checkpoint, file))
         if dist.get_rank() == 0:
-            print(differences, flush=True)
+            say(differences)
         excess = differences.excess(options.features_tolerance, options.logits_tolerance)
         problems += [f"{file.name}: {text}" for text in excess]
     distributed.shutdown()

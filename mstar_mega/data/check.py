@@ -14,6 +14,7 @@ from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.splits import LEFT_OVER, SPLITS
 from mstar_mega.data.types import image_digest
 from mstar_mega.platform.inputs import read_input
+from mstar_mega.platform.terminal import one_line
 
 EXAMPLES = 3
 """So many rows are named for each problem and each leak."""
@@ -33,11 +34,6 @@ class EvaluationItem:
     """Of its image's bytes; empty without an image."""
 
 
-def printable(text: str) -> str:
-    """A file's text for a terminal: control characters as their escapes."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 @dataclass
 class Found:
     """How often something was found, with a few places."""
@@ -49,7 +45,7 @@ class Found:
         """One more."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(printable(example))
+            self.examples.append(one_line(example))
 
 
 @dataclass
@@ -210,7 +206,7 @@ def to_text(report: FileReport) -> str:
     lines = [f"{report.path}: {report.rows} rows, {report.bytes / 1e6:.1f} MB, {report.usable} usable"]
     lines.append("sources:")
     for source, types in report.sources.items():
-        source = printable(source)
+        source = one_line(source)
         lines.append(f"  {source:<16}" + ", ".join(f"{count} {name}" for name, count in types.items()))
     images = report.images
     lines.append(

@@ -13,6 +13,7 @@ from typing import Any
 from mstar_mega.data.rows import has_surrogate, read_rows
 from mstar_mega.evaluation.benchmarks import Benchmark
 from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
+from mstar_mega.platform.terminal import one_line
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.checker import AnswerChecker
 
@@ -217,5 +218,5 @@ def describe(missing: Sequence[str], repeated: Sequence[str], unknown: Sequence[
     ):
         if ids:
             more = ", ..." if len(ids) > SHOWN else ""
-            lines.append(f"{len(ids)} {what} ({', '.join(ids[:SHOWN])}{more})")
+            lines.append(f"{len(ids)} {what} ({', '.join(map(one_line, ids[:SHOWN]))}{more})")
     return lines

@@ -119,8 +119,13 @@ def finish(job: Job) -> None:
     """Write summary.json and report.html and say where they are."""
     if job.layout.is_main:
         summary = write_summary(job.dir)
-        page = write_report(job.dir)
-        job.say(f"summary: {summary}\nreport:  {page}")
+        job.say(f"summary: {summary}")
+        try:
+            job.say(f"report:  {write_report(job.dir)}")
+        except OSError:
+            raise
+        except Exception as error:  # what a page cannot show is no reason to call the run a failure
+            job.warn(f"{job.dir} has no page: {type(error).__name__}: {error} (`mstar report {job.dir}` tries again)")
     barrier()
 
 

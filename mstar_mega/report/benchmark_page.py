@@ -5,14 +5,13 @@ One self-contained file, like the report of a run: images are data URLs, every t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.types import Group, ImageRef
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.report.html import count, escape, percent, script_json
+from mstar_mega.report.html import count, escape, fill, percent, script_json
 from mstar_mega.report.samples import data_url
 
 TEMPLATE = Path(__file__).with_name("benchmark.html")
@@ -63,8 +62,7 @@ def write_page(
         "note": escape(note),
         "data": script_json({"images": images, "questions": questions}),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    write_text_atomic(path, page)
+    write_text_atomic(path, fill(TEMPLATE, fields))
 
 
 def _caveats(result: Mapping[str, Any]) -> list[str]:

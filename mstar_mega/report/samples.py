@@ -26,6 +26,8 @@ MOST_SIDE = 448
 """Pixels of an embedded image's longer side."""
 MOST_IMAGE_BYTES = 40_000
 """A larger file is encoded again."""
+MOST_SAMPLES = 1000
+"""Queries of an iteration, whatever the settings say."""
 MOST_BYTES = 2_200_000
 """Characters of all samples together, images included; what does not fit is left out and counted."""
 _EMBEDDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -49,7 +51,8 @@ def collect_samples(run: Run) -> Samples:
     The choice depends on the files alone. Damaged blocks and images are named in ``problems``.
     """
     wanted = run.setting("report", "samples_per_iteration")
-    wanted = wanted if isinstance(wanted, int) else ReportConfig().samples_per_iteration
+    if not isinstance(wanted, int) or not 0 <= wanted <= MOST_SAMPLES:
+        wanted = ReportConfig().samples_per_iteration
     samples = Samples()
     chosen: dict[int, list[Group]] = {}
     for directory in sorted((run.directory / "rollouts").glob("iteration_*")):
