@@ -28,7 +28,7 @@ from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
-from mstar_mega.models.copying import copy_model_files
+from mstar_mega.models.copying import copy_model_files, model_files
 from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
@@ -85,6 +85,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
     weights = HFWeights(hf)
     _check_sources(hf, model, weights)
+    model_files(hf)
     _check_layout(model, tensor, pipeline)
     sizes = [sum(weights.tensors[source.name].bytes for source in mapping.sources) for mapping in model.mappings]
     mine = _share(model.mappings, sizes)
@@ -143,6 +144,7 @@ def _to_hf(
 ) -> Converted:
     started = time.monotonic()
     config = read_config(files)
+    model_files(files)
     model = map_of(config, head_of(weights.parameters), files / "config.json")
     _check_parameters(checkpoint, model, weights)
     config.pop(HEAD_KEY, None)

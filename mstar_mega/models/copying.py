@@ -24,25 +24,36 @@ _SHOWN = 5
 logger = logging.getLogger(__name__)
 
 
-def copy_model_files(directory: str | Path, target: Path) -> list[str]:
-    """Copy configuration, tokenizer, texts and code of one model directory to another; returns the names.
+def model_files(directory: str | Path) -> list[str]:
+    """Names of a directory's configuration, tokenizer, texts and code.
 
-    What else lies there is named in a warning. Raises ValueError for a link that leads out of the directory: what it
-    leads to would be published with the model. Hugging Face's cache keeps the files themselves in ``blobs``.
+    Raises ValueError for a link that leads out of the directory: what it leads to would be published with the model.
+    Hugging Face's cache keeps the files themselves in ``blobs``.
     """
     directory = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in directory.iterdir() if path.is_file())
-    names = [name for name in present if _KNOWN.fullmatch(name)]
+    names = [name for name in _present(directory) if _KNOWN.fullmatch(name)]
     for name in names:
         _must_be_inside(directory, directory / name)
+    return names
+
+
+def copy_model_files(directory: str | Path, target: Path) -> list[str]:
+    """Copy :func:`model_files` to another directory; returns the names. What else lies there is named in a warning."""
+    directory = Path(directory)
+    names = model_files(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
         with open_input(directory / name) as source, open(target / name, "wb") as copy:
             shutil.copyfileobj(source, copy)
-    others = [name for name in present if not _KNOWN.fullmatch(name) and not _WEIGHTS.fullmatch(name)]
+    others = [name for name in _present(directory) if not _KNOWN.fullmatch(name) and not _WEIGHTS.fullmatch(name)]
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         logger.warning("%s: not copied, as no part of a model: %s%s", directory, ", ".join(others[:_SHOWN]), more)
     return names
+
+
+def _present(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
 
 
 def _must_be_inside(directory: Path, path: Path) -> None:
