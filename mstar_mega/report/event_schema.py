@@ -16,6 +16,7 @@ _Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)] | Literal["NaN", "Infinity", "-Infinity"]
 _Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=100_000)]
+_ByName = dict[_Text, _Number | None]
 _Kept = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -25,6 +26,27 @@ class _Point(BaseModel):
     temperature: _Number
     reward_pass_at_k: _Number | None = None
     pass_at_k: _Number | None = None
+    random_pass_at_k: _Number | None = None
+    difference: _Number | None = None
+    difference_stderr: _Number | None = None
+
+
+class _Quality(BaseModel):
+    """Of a process reward model, as a whole and among responses with the right answer."""
+
+    model_config = ConfigDict(strict=True)
+
+    within_query_auc: _Number | None = None
+    within_query_auc_stderr: _Number | None = None
+    mixed_queries: _Whole | None = None
+    right_share: _Number | None = None
+    baselines: _ByName | None = None
+    baselines_stderr: _ByName | None = None
+    difference: _ByName | None = None
+    difference_stderr: _ByName | None = None
+    pooled_auc: _ByName | None = None
+    pooled_step_accuracy: _Number | None = None
+    pooled_step_auc: _Number | None = None
 
 
 class _Layout(BaseModel):
@@ -35,9 +57,7 @@ class _Layout(BaseModel):
     data: _Whole | None = None
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Fields(_Quality):
     time: _Seconds | None = None
     seconds: _Seconds | None = None
     score_seconds: _Seconds | None = None
@@ -92,6 +112,11 @@ class _Fields(BaseModel):
     checker: dict[_Text, _Whole] | None = None
     kept_per_query: dict[_Kept, _Whole] | None = None
     grid: list[_Point] | None = None
+    pass_at_reward_k: _Number | None = None
+    reward_gain: _Number | None = None
+    reward_gain_stderr: _Number | None = None
+    reasoning: _Quality | None = None
+    right_reasoning: dict[_Text, _Number | _ByName | None] | None = None
 
 
 _SCHEMA = TypeAdapter(_Fields)
