@@ -135,6 +135,8 @@ def _image_token(checkpoint: Path, case: Path) -> int | None:
     """The id under which the case holds image places, from the case's own notes or the model's tokenizer."""
     meta = case.parent / "meta.json"
     if meta.is_file() and "img_context_token_id" in (notes := read_object(meta)):
+        if not isinstance(notes["img_context_token_id"], int):
+            raise ValueError(f"{meta}: img_context_token_id is not a whole number")
         return int(notes["img_context_token_id"])
     files = checkpoint / MODEL_FILES
     try:
