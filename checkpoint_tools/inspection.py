@@ -126,6 +126,7 @@ def _model_lines(folder: Path, tensors: Dictionary[str, Any]) -> list[tuple[str,
     return [
         ("family", f"{model.family}, {model.head} head"),
         ("language", f"{t.layers} layers, hidden {t.hidden}, ffn {t.ffn}, {heads}, vocabulary {t.vocab}"),
+        ("rotary", f"theta {t.rope_theta:,.0f}, {t.rope_scaling or 'no scaling'}"),
         ("vision", f"{v.layers} layers, hidden {v.hidden}, ffn {v.ffn}, heads {v.heads}, {pixels}"),
     ]
 

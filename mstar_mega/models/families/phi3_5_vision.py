@@ -32,9 +32,10 @@ from mstar_mega.models.families.base import (
     opened,
     patch_map,
 )
+from mstar_mega.models.families.rotary import longrope, rotary_settings
 from mstar_mega.models.mapping import Head, Mapping, Source, linear
 from mstar_mega.models.packing import Prompt
-from mstar_mega.models.sizes import LanguageSize, LongRope, VisionSize
+from mstar_mega.models.sizes import LanguageSize, VisionSize
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -115,27 +116,14 @@ class Phi35Vision(Family):
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         hidden, ffn, layers, heads = (number(config, where, key) for key in keys)
         kv_heads = config.get("num_key_value_heads") or heads
+        rotary = rotary_settings(config, where, "longrope")
         language = LanguageSize(
             hidden, ffn, layers, heads, kv_heads, hidden // heads, number(config, where, "vocab_size"),
-            float(config.get("rope_theta", 10_000.0)), float(config.get("rms_norm_eps", 1e-5)),
-            rope_scaling=cls._rope(config, where, hidden // heads), context=config.get("max_position_embeddings"),
+            rotary.theta, float(config.get("rms_norm_eps", 1e-5)),
+            rope_scaling=longrope(rotary, config, where, hidden // heads),
+            context=config.get("max_position_embeddings"),
         )  # fmt: skip
         return vision, language
-
-    @staticmethod
-    def _rope(config: dict[str, Any], where: str, head_dim: int) -> LongRope | None:
-        scaling = config.get("rope_scaling")
-        if scaling is None:
-            return None
-        kind = scaling.get("type", scaling.get("rope_type"))
-        expect({"type": kind}, f"{where}, rope_scaling", type=("su", "longrope"))
-        most, original = number(config, where, "max_position_embeddings"), config["original_max_position_embeddings"]
-        short, long = (tuple(map(float, scaling[key])) for key in ("short_factor", "long_factor"))
-        if len(short) != head_dim // 2 or len(long) != head_dim // 2:
-            raise ValueError(f"{where}: rope_scaling has {len(short)} and {len(long)} factors, not {head_dim // 2}")
-        ratio = most / original
-        scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-        return LongRope(short, long, original, scale)
 
     @classmethod
     def weight_map(cls, config: dict[str, Any], head: Head = "vocabulary") -> list[Mapping]:
