@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
-from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_config
+from mstar_mega.models.description import MODEL_FILES, copy_model_files, family_from_hf, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
@@ -83,6 +84,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
     weights = HFWeights(hf)
     _check_sources(hf, model, weights)
+    _check_tokenizer(hf)
     _check_layout(model, tensor, pipeline)
     sizes = [sum(weights.tensors[source.name].bytes for source in mapping.sources) for mapping in model.mappings]
     mine = _share(model.mappings, sizes)
@@ -201,6 +203,12 @@ def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
     wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
     found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
     _check_shapes(hf, model.family, wanted, found)
+
+
+def _check_tokenizer(hf: Path) -> None:
+    """Raises ValueError for a tokenizer that no job could use. A directory may have none: weights alone convert."""
+    with suppress(FileNotFoundError):
+        family_from_hf(hf)
 
 
 def _check_parameters(checkpoint: Path, model: ModelMap, weights: MegatronWeights) -> None:

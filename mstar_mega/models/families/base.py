@@ -37,8 +37,15 @@ class Family(ABC):
     """Never drawn: a sampled media token would claim image features."""
 
     def __init__(self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None) -> None:
+        """Raises ValueError for a tokenizer with ids that the embedding has no rows for: no weights belong to these."""
         self.vision, self.language = vision, language
         self._tokenizer = tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > language.vocab:
+            raise ValueError(
+                f"{tokenizer.path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding "
+                f"has {language.vocab} rows (vocab_size in config.json): it is another model's, or tokens were added "
+                "to it alone; copy the tokenizer's files from the model that the weights are of"
+            )
 
     @property
     def tokenizer(self) -> Tokenizer:
