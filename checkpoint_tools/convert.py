@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ SHARD_BYTES = 10**9
 HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
 _LISTED = 30
+_QUANTIZED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv")
+"""Ends of the names that bitsandbytes, GPTQ, AWQ and float8 formats store beside their weights."""
 
 Shape = tuple[int, ...]
 Export = Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]]
@@ -62,13 +64,16 @@ class Converted:
     bytes: int
     dtypes: tuple[str, ...]
     seconds: float
+    copies: tuple[str, ...] = ()
+    """Tied tensors that were stored beside, or instead of, the one that they are a copy of."""
 
     def __str__(self) -> str:
+        tied = f"; {', '.join(self.copies)}: the same as the embedding, kept once" if self.copies else ""
         rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
         return (
             f"{self.out}: {self.family}, {self.head} head, {self.tensors} Hugging Face tensors <-> {self.parameters} "
             f"parameters, {self.values:,} values, {', '.join(self.dtypes)}, {self.bytes / 1e9:.2f} GB in "
-            f"{self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.seconds:.1f} s ({rate:.2f} GB/s){tied}"
         )
 
 
@@ -82,7 +87,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     _must_be_free(out)
     config = read_config(hf)
     model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
-    weights = HFWeights(hf)
+    weights = HFWeights(hf, model.tied)
     _check_sources(hf, model, weights)
     _check_tokenizer(hf)
     _check_layout(model, tensor, pipeline)
@@ -110,7 +115,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
         "conversion": {"family": model.family, "head": model.head, "tensor": tensor, "pipeline": pipeline},
     }
     write_checkpoint(out, write, common)
-    return _summary(out, model, weights.tensors.values(), started)
+    return replace(_summary(out, model, weights.tensors.values(), started), copies=tuple(weights.copies))
 
 
 def megatron_to_hf(
@@ -201,8 +206,24 @@ def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
 
 def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
     wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
+    _refuse_other_weights(hf, weights)
     found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
     _check_shapes(hf, model.family, wanted, found)
+
+
+def _refuse_other_weights(hf: Path, weights: HFWeights) -> None:
+    """Raises ValueError for quantized weights and adapters, whose names alone would tell a user nothing."""
+    for name, tensor in weights.tensors.items():
+        if name.endswith(_QUANTIZED) or not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
+            raise ValueError(
+                f"{tensor.file}: {name} ({str(tensor.dtype).removeprefix('torch.')}) belongs to quantized weights, and "
+                f"{hf} can be converted as floats only: take the model as published, unquantized"
+            )
+        if ".lora_" in name:
+            raise ValueError(
+                f"{tensor.file}: {name} belongs to an adapter (LoRA): merge it into its base model (peft's "
+                "merge_and_unload), save the merged model and convert that"
+            )
 
 
 def _check_tokenizer(hf: Path) -> None:

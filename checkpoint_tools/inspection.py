@@ -15,7 +15,7 @@ from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, Tenso
 from mstar_mega.checkpoint_tools.maps import head_of, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
-from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.models.description import MODEL_FILES, other_kind, read_config
 from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 
@@ -58,6 +58,8 @@ def inspect(path: Path) -> list[Inspection]:
         if newest:
             return [_megatron(each) for each in newest]
         raise ValueError(f"{path} is a run directory without a finished checkpoint")
+    if other := other_kind(path):
+        raise ValueError(other)
     raise ValueError(
         f"{path} is no checkpoint: expected {INDEX}, {SINGLE}, {MANIFEST}, or a run directory with checkpoints/"
     )

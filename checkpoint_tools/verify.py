@@ -87,7 +87,7 @@ def open_checkpoint(directory: Path, parallel: ParallelConfig, model: ModelConfi
         state, _ = load_checkpoint(directory, {"model": module.sharded_state_dict()})
         module.load_state_dict(state["model"])
     else:
-        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory).read)
+        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory, family.tied).read)
     return module, family
 
 

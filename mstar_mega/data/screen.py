@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task, image_digest
+from mstar_mega.platform.files import is_lfs_pointer
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
@@ -94,6 +95,8 @@ def readable_image(content: bytes) -> tuple[int, int]:
                 _check_jpeg_blocks(content, size)
             return size
     except UnidentifiedImageError:
+        if is_lfs_pointer(content):
+            raise ValueError("it is a Git LFS pointer, not the picture: run `git lfs pull`") from None
         raise ValueError(f"it is no image of the kinds {', '.join(FORMATS)}") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error

@@ -15,6 +15,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from mstar_mega.platform.files import refuse_lfs_pointer
+
 SPACE_MARK = "\u2581"
 """sentencepiece stores a space as this character; a text that holds the character itself goes through byte pieces."""
 
@@ -109,6 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path, added: Mapping[str, int] | None = None) -> None:
         super().__init__(path)
+        refuse_lfs_pointer(path)
         data = self.path.read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -165,6 +168,7 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        refuse_lfs_pointer(path)
         text = self.path.read_text(encoding="utf-8")
         try:
             content = _as_published(json.loads(text))
@@ -274,6 +278,7 @@ def added_tokens(directory: Path) -> dict[str, int]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError naming the file; FileNotFoundError where it is missing."""
+    refuse_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

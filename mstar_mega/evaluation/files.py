@@ -19,6 +19,7 @@ from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import lettered
 from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
+from mstar_mega.platform.files import refuse_lfs_pointer
 
 MAX_CELL_CHARS = 1 << 27
 """A cell of a table holds at most an image."""
@@ -161,6 +162,7 @@ def read_cells(path: Path) -> Iterator[Cells]:
 
 
 def _read_file(path: Path) -> Iterator[Cells]:
+    refuse_lfs_pointer(path)
     if path.suffix in (".tsv", ".csv"):
         yield from _table(path, "\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".parquet":

@@ -14,6 +14,7 @@ from mstar_mega.data.tokenizer import read_json
 from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.families.base import Family
 
+ADAPTER = "adapter_config.json"
 MODEL_FILES = "model"
 """Folder inside a converted checkpoint."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".gguf", ".onnx")
@@ -23,8 +24,27 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The content of config.json. Raises FileNotFoundError or ValueError naming the file."""
     path = Path(directory) / "config.json"
     if not path.is_file():
+        if other := other_kind(directory):
+            raise ValueError(other)
         raise FileNotFoundError(f"{path} is missing: {directory} is not a model directory")
     return read_json(path)
+
+
+def other_kind(directory: str | Path) -> str:
+    """What a directory without the weights of a whole model as safetensors holds instead, and what to do with it; empty
+    where nothing is recognised."""
+    directory = Path(directory)
+    if (directory / ADAPTER).is_file():
+        base = read_json(directory / ADAPTER).get("base_model_name_or_path") or "its base model"
+        return (
+            f"{directory} holds an adapter (PEFT, LoRA), not a whole model: merge it into {base} (peft's "
+            "merge_and_unload), save the merged model with save_pretrained and convert that"
+        )
+    for pattern, what in (("*.gguf", "GGUF weights"), ("*.bin", "PyTorch weights"), ("*.pth", "PyTorch weights")):
+        found = sorted(path.name for path in directory.glob(pattern))
+        if found:
+            return f"{directory} holds {what} ({found[0]}); weights are read from safetensors only: download or save those"
+    return ""
 
 
 def family_class(config: dict[str, Any]) -> type[Family]:

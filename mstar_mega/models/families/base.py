@@ -30,6 +30,8 @@ class Family(ABC):
     """As in the original's config.json."""
     published_context: ClassVar[int]
     """Tokens of the longest sequence that the published model is made for: ``LanguageSize.context`` there."""
+    tied: ClassVar[dict[str, str]] = {}
+    """The original's tensors that are another one's copy wherever they are stored: name -> that other's name."""
     vision: VisionSize
     language: LanguageSize
     stop_tokens: frozenset[int]

@@ -70,6 +70,8 @@ class Phi35Vision(Family):
     name: ClassVar[str] = "phi3_5_vision"
     model_type: ClassVar[str] = "phi3_v"
     published_context: ClassVar[int] = 131_072
+    tied: ClassVar[dict[str, str]] = {f"{_V}.wte.weight": _NAMES.embedding}
+    """The image embedder holds the text embedding as well; full fine-tunes store it under both names, or this one."""
 
     def __init__(
         self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None, num_crops: int = NUM_CROPS
