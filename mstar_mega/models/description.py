@@ -43,7 +43,7 @@ def other_kind(directory: str | Path) -> str:
     for pattern, what in (("*.gguf", "GGUF weights"), ("*.bin", "PyTorch weights"), ("*.pth", "PyTorch weights")):
         found = sorted(path.name for path in directory.glob(pattern))
         if found:
-            return f"{directory} holds {what} ({found[0]}); weights are read from safetensors only: download or save those"
+            return f"{directory} holds {what} ({found[0]}); only safetensors are read: download or save those"
     return ""
 
 

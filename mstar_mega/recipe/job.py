@@ -11,6 +11,7 @@ from pathlib import Path
 from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
+from mstar_mega.data.screen import problem_of, readable_image
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
@@ -153,16 +154,24 @@ def warmup_data(config: Config) -> None:
 
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
     """Print sampled responses of a run's newest policy to a question about images."""
+    refs = tuple(map(_given_image, images))
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
-        refs = tuple(ImageRef(path, image_digest(Path(path).read_bytes())) for path in images)
         query = Query("question", question, refs, None)
         request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
             response = to_response(job, index, sample)
             cut = " (cut at the length limit)" if response.truncated else ""
             job.progress.say(f"--- response {index + 1}{cut}\n{response.text}")
+
+
+def _given_image(path: str) -> ImageRef:
+    """A file that a training set would take as well. Raises ValueError that says why it would not."""
+    content = Path(path).read_bytes()
+    if problem := problem_of(lambda: readable_image(content)):
+        raise ValueError(f"--image {path}: {problem}")
+    return ImageRef(path, image_digest(content))
 
 
 @contextmanager

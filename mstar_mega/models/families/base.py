@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mstar_mega.data.pictures import DEFAULT, PictureReading
+from mstar_mega.data.screen import FORMATS
 from mstar_mega.data.tokenizer import Tokenizer
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.mapping import Head, Mapping, Source, interleaved, linear, same, score_heads, vocabulary
@@ -30,6 +32,8 @@ class Family(ABC):
     """As in the original's config.json."""
     published_context: ClassVar[int]
     """Tokens of the longest sequence that the published model is made for: ``LanguageSize.context`` there."""
+    pictures: PictureReading = DEFAULT
+    """How image files are read; the settings' own after ``build_family``."""
     tied: ClassVar[dict[str, str]] = {}
     """The original's tensors that are another one's copy wherever they are stored: name -> that other's name."""
     vision: VisionSize
@@ -100,11 +104,11 @@ class Family(ABC):
 
 
 @contextmanager
-def opened(image: ImageRef) -> Iterator[Image.Image]:
-    """The decoded RGB picture of a reference. Raises ValueError naming the file."""
+def opened(image: ImageRef, reading: PictureReading = DEFAULT) -> Iterator[Image.Image]:
+    """The RGB picture of a reference as the settings read it. Raises ValueError naming the file."""
     try:
-        with Image.open(image.path) as file:
-            picture = file.convert("RGB")
+        with Image.open(image.path, formats=FORMATS) as file:
+            picture = reading.read(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{image.path}: not a readable image ({error})") from error
     yield picture

@@ -237,7 +237,7 @@ class InternVL2(Family):
 
     def tiles(self, image: ImageRef) -> Tensor:
         """Decode, tile and normalise one image: float32 [tiles, 3, S, S], thumbnail last when there are several."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return normalised(self.cut(picture), IMAGE_MEAN, IMAGE_STD)
 
     def tile_count(self, width: int, height: int) -> int:

@@ -198,7 +198,7 @@ class MiniCPMV25(Family):
 
     def slices(self, image: ImageRef) -> tuple[Image.Image, list[list[Image.Image]]]:
         """(the whole picture scaled, its slices row by row) of one image; no slices where it is small enough."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return cut(picture, self.slicing)
 
     def _layout(self, question: str, grids: Sequence[tuple[int, int] | None]) -> tuple[list[int], list[int]]:

@@ -202,7 +202,7 @@ class Phi35Vision(Family):
 
     def crops(self, image: ImageRef) -> tuple[Tensor, int, int]:
         """(float32 [1 + rows * columns, 3, S, S], the global view first; rows; columns) of one image."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return self.cut(hd_image(picture, self.num_crops, self.vision.image_size))
 
     def cut(self, padded: Image.Image) -> tuple[Tensor, int, int]:
@@ -229,7 +229,8 @@ def hd_size(width: int, height: int, num_crops: int, crop: int) -> tuple[int, in
         scale += 1
     scale -= 1
     new_width = scale * crop
-    new_height = int(new_width / ratio)
+    # The original cannot scale a picture to no height at all; one of that shape is a line here.
+    new_height = max(int(new_width / ratio), 1)
     return new_width, new_height, math.ceil(new_height / crop) * crop
 
 
