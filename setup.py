@@ -29,6 +29,7 @@ REQUIRES = [
     "pyyaml>=6.0",
     "math-verify>=0.8",
     "pyarrow>=16",  # MathVista and M3CoT are distributed as parquet; pip has no lighter reader that is as complete
+    "openpyxl>=3.1",  # predictions as VLMEvalKit writes them: xlsx
     "rapidfuzz>=3.6",  # edit distances of MathVista's rules, quick also where a response is a megabyte
     "rich>=13.7",
     "matplotlib>=3.8",
