@@ -22,7 +22,7 @@ from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
+from mstar_mega.recipe.directory import build_task, check_shared, on_main, run_directory, same_files, shared_data
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
@@ -204,6 +204,8 @@ def open_job(
                 return make_task(config, directory, family)
 
         task = on_main(place.is_main, find_queries)
+        for name, path in shared_data(config).items():
+            check_shared(name, path, writes=name == "data.dir")
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
         prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)

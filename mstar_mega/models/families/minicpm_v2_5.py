@@ -224,7 +224,8 @@ class MiniCPMV25(Family):
                 tokens.append(self._slice_end)
             if place_in_turn < len(grids):
                 tokens.extend(self._newline)
-        tokens += self.tokenizer.encode(("\n" if grids else "") + question.strip())
+        # The original trims the whole content, of which an image is the beginning.
+        tokens += self.tokenizer.encode(f"\n{question}".rstrip() if grids else question.strip())
         return [*tokens, self._end, *self._header("assistant")], positions
 
     def _header(self, role: str) -> list[int]:
