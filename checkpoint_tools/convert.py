@@ -206,15 +206,16 @@ def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
 
 def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
     wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
-    _refuse_other_weights(hf, weights)
+    _refuse_other_weights(hf, weights, wanted)
     found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
     _check_shapes(hf, model.family, wanted, found)
 
 
-def _refuse_other_weights(hf: Path, weights: HFWeights) -> None:
+def _refuse_other_weights(hf: Path, weights: HFWeights, wanted: Collection[str]) -> None:
     """Raises ValueError for quantized weights and adapters, whose names alone would tell a user nothing."""
     for name, tensor in weights.tensors.items():
-        if name.endswith(_QUANTIZED) or not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
+        is_float = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        if name.endswith(_QUANTIZED) or (name in wanted and not is_float):
             raise ValueError(
                 f"{tensor.file}: {name} ({str(tensor.dtype).removeprefix('torch.')}) belongs to quantized weights, and "
                 f"{hf} can be converted as floats only: take the model as published, unquantized"
