@@ -198,5 +198,12 @@ def test_adapters_and_other_formats_are_called_what_they_are(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"mlp1\.1\.lora_A\.weight belongs to an adapter"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "there")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"hf holds PyTorch weights \(pytorch_model.bin\), only safetensors are read"):
+    with pytest.raises(ValueError, match=r"hf holds PyTorch weights \(pytorch_model.bin\); only safetensors are read"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+
+
+def test_a_stored_buffer_of_integers_is_no_quantization(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", "phi3_5_vision")
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"model.position_ids": torch.arange(3)}))
+    with pytest.raises(ValueError, match=r"1 not known to phi3_5_vision: model\.position_ids"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "there")
