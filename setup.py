@@ -30,6 +30,7 @@ REQUIRES = [
     "pydantic>=2.7,<3",  # what files from elsewhere must hold: indices, manifests, configs, events, records
     "math-verify>=0.8",
     "pyarrow>=16",  # MathVista and M3CoT are distributed as parquet; pip has no lighter reader that is as complete
+    "openpyxl>=3.1",  # predictions as VLMEvalKit writes them: xlsx
     "rapidfuzz>=3.6",  # edit distances of MathVista's rules, quick also where a response is a megabyte
     "rich>=13.7",
     "matplotlib>=3.8",

@@ -17,7 +17,7 @@ from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, Tenso
 from mstar_mega.checkpoint_tools.maps import head_of, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
-from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.models.description import MODEL_FILES, other_kind, read_config
 from mstar_mega.platform.inputs import checked
 from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import find_checkpoints
@@ -85,6 +85,8 @@ def inspect(path: Path) -> list[Inspection]:
         if newest:
             return [_megatron(each) for each in newest]
         raise ValueError(f"{path} is a run directory without a finished checkpoint")
+    if other := other_kind(path):
+        raise ValueError(other)
     raise ValueError(
         f"{path} is no checkpoint: expected {INDEX}, {SINGLE}, {MANIFEST}, or a run directory with checkpoints/"
     )
@@ -150,6 +152,7 @@ def _model_lines(folder: Path, tensors: Dictionary[str, Any]) -> list[tuple[str,
     return [
         ("family", f"{model.family}, {model.head} head"),
         ("language", f"{t.layers} layers, hidden {t.hidden}, ffn {t.ffn}, {heads}, vocabulary {t.vocab}"),
+        ("rotary", f"theta {t.rope_theta:,.0f}, {t.rope_scaling or 'no scaling'}"),
         ("vision", f"{v.layers} layers, hidden {v.hidden}, ffn {v.ffn}, heads {v.heads}, {pixels}"),
     ]
 

@@ -1,7 +1,7 @@
 """A checkpoint's features, logits and greedy tokens against a recorded case of the original implementation.
 
     mstar verify --checkpoint DIR --golden CASE.safetensors
-    torchrun --nproc-per-node 4 -m mstar_mega.cli verify --tensor 2 --pipeline 2 --checkpoint DIR --golden CASE...
+    torchrun --nproc-per-node 4 -m mstar_mega.cli verify --parallel.tensor 2 --parallel.pipeline 2 --checkpoint DIR ...
 
 A case is a safetensors file with the inputs (``input_ids``, ``pixel_values``, and ``image_flags``, ``image_sizes`` or
 ``tgt_sizes``, ``image_bound``, ``slice_sample_index``) and the expected ``vision_features``, ``logits`` and
@@ -88,7 +88,7 @@ def open_checkpoint(directory: Path, parallel: ParallelConfig, model: ModelConfi
         state, _ = load_checkpoint(directory, {"model": module.sharded_state_dict()})
         module.load_state_dict(state["model"])
     else:
-        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory).read)
+        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory, family.tied).read)
     return module, family
 
 
@@ -149,8 +149,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``mstar verify``."""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="ours, or from Hugging Face")
     parser.add_argument("--golden", type=Path, required=True, nargs="+", metavar="CASE.safetensors", help="case files")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (default: %(default)s)")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
+    parser.add_argument(
+        "--parallel.tensor", "--tensor", dest="tensor", type=int, default=1, metavar="N",
+        help="tensor-parallel ranks (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parallel.pipeline", "--pipeline", dest="pipeline", type=int, default=1, metavar="N",
+        help="pipeline stages (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)"
     )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import open_input
 
 MAX_ROW_BYTES = 1 << 24
@@ -44,6 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises ValueError, with the row, where a JSON list is broken so that the rows behind cannot be found, and for a file
     in another encoding than UTF-8. Raises OSError as open does.
     """
+    refuse_lfs_pointer(path)
     with open_input(path) as file:
         head = file.read(4)
         if head.startswith(_WIDE_MARKS):

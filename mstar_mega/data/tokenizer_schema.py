@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import checked, read_object
 
 MOST_IDS = 1 << 22
@@ -49,12 +50,14 @@ _WHOLE = TypeAdapter(_TokenizerJson)
 
 def config_controls(file: Path) -> dict[str, int]:
     """Control symbols that a tokenizer_config.json names. Raises ValueError naming the file and what is wrong."""
+    refuse_lfs_pointer(file)
     found = checked(_CONFIG, read_object(file), file)
     return {token.content: id for id, token in found.added_tokens_decoder.items()}
 
 
 def added_controls(file: Path) -> dict[str, int]:
     """Control symbols that an added_tokens.json names. Raises ValueError naming the file and what is wrong."""
+    refuse_lfs_pointer(file)
     return checked(_ADDED, read_object(file), file)
 
 

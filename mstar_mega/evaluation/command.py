@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.evaluation.benchmarks import BENCHMARKS, find, load_problems
+from mstar_mega.evaluation.predictions import read_predictions
 from mstar_mega.evaluation.problem import Rules
-from mstar_mega.evaluation.scoring import Scores, describe, read_predictions, score
+from mstar_mega.evaluation.scoring import Scores, describe, score
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.terminal import one_line
 

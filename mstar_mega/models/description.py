@@ -12,8 +12,10 @@ from typing import Any
 from mstar_mega.models.config_schema import check_config
 from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.families.base import Family
+from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import read_object
 
+ADAPTER = "adapter_config.json"
 MODEL_FILES = "model"
 """Folder inside a converted checkpoint."""
 MOST_BYTES = 1 << 24
@@ -24,8 +26,28 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The content of config.json. Raises FileNotFoundError or ValueError naming the file."""
     path = Path(directory) / "config.json"
     if not path.is_file():
+        if other := other_kind(directory):
+            raise ValueError(other)
         raise FileNotFoundError(f"{path} is missing: {directory} is not a model directory")
+    refuse_lfs_pointer(path)
     return read_object(path, MOST_BYTES)
+
+
+def other_kind(directory: str | Path) -> str:
+    """What a directory without the weights of a whole model as safetensors holds instead, and what to do with it; empty
+    where nothing is recognised."""
+    directory = Path(directory)
+    if (directory / ADAPTER).is_file():
+        base = read_object(directory / ADAPTER, MOST_BYTES).get("base_model_name_or_path") or "its base model"
+        return (
+            f"{directory} holds an adapter (PEFT, LoRA), not a whole model: merge it into {base} (peft's "
+            "merge_and_unload), save the merged model with save_pretrained and convert that"
+        )
+    for pattern, what in (("*.gguf", "GGUF weights"), ("*.bin", "PyTorch weights"), ("*.pth", "PyTorch weights")):
+        found = sorted(path.name for path in directory.glob(pattern))
+        if found:
+            return f"{directory} holds {what} ({found[0]}); only safetensors are read: download or save those"
+    return ""
 
 
 def family_class(config: dict[str, Any]) -> type[Family]:

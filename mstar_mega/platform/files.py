@@ -55,6 +55,28 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file's first bytes are those of the note that Git LFS keeps in place of a large file."""
+    return content.startswith(_LFS)
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raise ValueError, with the remedy, for a file that is a Git LFS pointer; a file that is missing is none."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(len(_LFS))
+    if is_lfs_pointer(head):
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is a Git LFS pointer, not the file itself: run `git lfs pull` where "
+            "it was cloned, or download the file again"
+        )
+
+
 def free_bytes(path: str | Path) -> int:
     """Bytes free to this user on the file system of ``path``, which need not exist yet."""
     place = Path(path).absolute()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import BenchmarkConfig, Config, ModelConfig
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.types import Group, Query, Response, Task
 from mstar_mega.evaluation.asking import Asked, ask
 from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
@@ -218,7 +219,7 @@ def write_results(
         problem.id: [value for values in problem.groups.values() for value in values] for problem in asked.problems
     }
     readings = {(line["id"], line["sample"]): line["reading"] for line in lines}
-    write_page(out / PAGE, result, groups, readings, values)
+    write_page(out / PAGE, result, groups, readings, values, PictureReading.of(job.config.data))
     return summary(scores, result, out)
 
 

@@ -171,6 +171,15 @@ def _set_aside(job: Job, path: Path, why: str) -> None:
         job.warn(f"{why}. It is set aside as {set_aside(path)}; the run goes on from the one before it")
 
 
+def note_more_steps(job: Job, stage: str, position: Position, steps: int) -> None:
+    """Say that a finished stage trains no further where the settings ask for another number of steps than it took."""
+    if position.finished and position.step != steps:
+        job.warn(
+            f"{stage} ended after {position.step} steps, and the settings now ask for {steps}: it is finished and "
+            f"trains nothing more. Use another --run.dir, or remove {job.checkpoints / stage} and what came after it"
+        )
+
+
 def fit(
     job: Job, trainer: Trainer, stage: str, batches: Sequence[Sequence[TrainGroup]], position: Position
 ) -> float | None:
