@@ -2,14 +2,14 @@
 
 The keys mean the same wherever they stand (at the top, in ``llm_config``, ``vision_config`` ...) and in every family,
 so one schema serves all; which of them a family needs, and what is implemented, is the family's own. Keys that are not
-named here pass.
+named here pass; rotary settings have many spellings and are read in ``families/rotary.py``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from mstar_mega.platform.inputs import checked
 
@@ -24,21 +24,6 @@ _Width = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
 _Rows = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 _Length = Annotated[int, Field(strict=True, ge=1, le=1 << 31)]
 _Positive = Annotated[float, Field(strict=True, gt=0, lt=1e30)]
-_Factors = Annotated[list[_Positive], Field(max_length=1 << 14)]
-
-
-class _Rotary(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: str | None = None
-    rope_type: str | None = None
-    factor: _Positive | None = None
-    rope_theta: _Positive | None = None
-    attention_factor: _Positive | None = None
-    short_factor: _Factors | None = None
-    long_factor: _Factors | None = None
-    original_max_position_embeddings: _Length | None = None
-    max_position_embeddings: _Length | None = None
 
 
 class _Slices(BaseModel):
@@ -66,8 +51,6 @@ class _Part(BaseModel):
     query_num: _Width = 1
     max_position_embeddings: _Length | None = None
     original_max_position_embeddings: _Length | None = None
-    rope_theta: _Positive | None = None
-    partial_rotary_factor: _Positive | None = None
     rms_norm_eps: _Positive = 1.0
     layer_norm_eps: _Positive = 1.0
     downsample_ratio: _Positive = 1.0
@@ -85,8 +68,6 @@ class _Part(BaseModel):
     img_processor: _Part | None = None
     embd_layer: dict[str, Any] | None = None
     slice_config: _Slices | None = None
-    rope_scaling: _Rotary | None = None
-    rope_parameters: _Rotary | None = None
 
     @model_validator(mode="after")
     def _heads_have_channels(self) -> _Part:

@@ -84,6 +84,8 @@ def problems(error: ValidationError) -> list[str]:
     for each in error.errors(include_url=False, include_context=False):
         place = ".".join(str(part) for part in each["loc"] if part != "[key]")
         wanted = each["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        if each["type"] in ("model_type", "dict_type", "dataclass_type"):
+            wanted = "an object"
         if each["type"] == "missing":
             found.append(f"{_cut(place)} is missing")
         else:
