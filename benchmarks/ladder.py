@@ -105,7 +105,7 @@ class Ladder:
         return self.directory / f"{name}_{seed}"
 
     def launch(self, command: str, name: str, seed: int, settings: tuple[str, ...]) -> None:
-        """One `mstar` command in one process with one thread. Raises CalledProcessError, its output being in the log."""
+        """One `mstar` command in one process with one thread; its output is in the log. Raises CalledProcessError."""
         run = self.run(name, seed)
         arguments = [f"--config={self.config}", f"--run.dir={run}", f"--seed={seed}", *settings]
         with (run.parent / f"{run.name}.log").open("a") as log:
@@ -148,7 +148,7 @@ class Ladder:
         return {group.query.id: bool(group.responses[0].correct) for group in groups}
 
     def costs(self, row: Row, seed: int) -> dict[str, int]:
-        """Training responses, generated tokens of everything but measurements, and optimizer steps behind the warm-up's."""
+        """Training responses, generated tokens of all but measurements, and optimizer steps behind the warm-up's."""
         if row.name == "warmup":
             return {"responses": 0, "tokens": 0, "steps": 0}
         summary = json.loads((self.run(row.name, seed) / "summary.json").read_text())
@@ -289,7 +289,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(ladder.make_base, options.seeds))
             wanted = [(row, seed) for seed in options.seeds for row in rows if seed in range(row.seeds)]
-            for row, seed, _ in pool.map(lambda pair: (*pair, ladder.make(*pair)), wanted):
+            for (row, seed), _ in zip(wanted, pool.map(lambda pair: ladder.make(*pair), wanted), strict=True):
                 print(f"{row.name}, seed {seed}: finished", flush=True)
                 write_results(ladder, list(range(max(options.seeds) + 1)))
     print(table(write_results(ladder, list(range(max(options.seeds) + 1)))))

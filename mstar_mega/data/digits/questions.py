@@ -237,7 +237,8 @@ def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
     layout = rng.choice(LAYOUTS)
     scene = draw_scene(rng, part, layout, rng.choice(COUNTS[layout]))
     question, solve = kind.make(rng, scene)
-    name, choices = kind.name, ()
+    name = kind.name
+    choices: tuple[str, ...] = ()
     if rng.random() < kind.choices_share:
         _, result = solve(scene.values, Way())
         name, choices = f"{kind.name}, choices", _choices(rng, int(result))
