@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
-SelectionRule = Literal["top_k", "all_correct", "random_k", "threshold"]
+SelectionRule = Literal["top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct"]
 Reduction = Literal["min", "prod", "mean", "last"]
+LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
 
 
@@ -109,7 +110,15 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps of linear learning-rate warm-up."""
     batch_size: int = 128
-    """Responses per optimizer step, over all ranks. Responses of one query stay in one step."""
+    """Responses per optimizer step, over all ranks."""
+    shuffle: Literal["responses", "queries"] = "responses"
+    """What is shuffled into steps. responses: each by itself, as SFT does; those of a query that meet in a step share
+    its image and prompt. queries: all responses of a query in one step, which costs less to compute and makes the step
+    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128."""
+    loss_mean: LossMean = "token"
+    """What the loss is a mean over, in the whole batch. token: every counted token (the PRM: step) weighs the same, a
+    long response more than a short one. response: every response weighs the same (the paper is silent; the sum over a
+    batch's tokens is what megatron and most SFT trainers take)."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -117,7 +126,8 @@ class OptimizerConfig:
     """On matrices and embeddings, not on norms and biases."""
     clip_grad: float = 1.0
     microbatch_tokens: int = 4096
-    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank."""
+    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank. Responses of a query that do not fit
+    together are divided; one prompt with one response is never."""
 
 
 @dataclass
@@ -195,12 +205,17 @@ class SelectionConfig:
     """Which correct responses are trained on (paper section 4, operator H)."""
 
     rule: SelectionRule = "top_k"
+    """Of a query's correct responses, top_k: the k of highest process score; threshold: all above the threshold;
+    top_k_above: the k best of those; likelihood: the k of highest mean log-probability per token by the policy that
+    drew them, at their sampling temperature (needs no PRM); random_k; all_correct."""
     k: int = 2
-    """For top_k (by process score) and random_k."""
+    """For top_k, top_k_above, likelihood and random_k."""
     threshold: float = 0.5
-    """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
+    """For threshold and top_k_above: keep correct responses whose process score is above it (the paper's alpha is
+    unknown)."""
     distinct: bool = False
-    """Count responses of a query with the same tokens once (the paper is silent)."""
+    """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
+    silent)."""
 
 
 @dataclass
@@ -220,11 +235,11 @@ class TemperatureConfig:
 
     mode: TemperatureMode = "reward_pass_at_k"
     value: float = 1.0
-    """The temperature when mode is fixed."""
+    """The temperature when mode is fixed, and the one in use before the first sweep."""
     grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
     tolerance: float = 0.0
-    """The highest temperature within so many standard errors of the best is taken: it explores more at no loss that
-    the sweep could measure. 0: the best, the highest of equal ones (the paper is silent on both)."""
+    """Of the temperatures within so many standard errors of the best, the one nearest to that in use is taken: a change
+    that the sweep cannot tell from noise is not made. 0: the best; of equal ones the nearest (the paper is silent)."""
     every: int = 2
     """Iterations between two sweeps; the first is before the first iteration."""
     k: int = 2

@@ -145,8 +145,8 @@ def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warm
 
         monkeypatch.setattr(loop, name, call)
 
-    def tune(job: Job, actors: Any, number: int) -> float:
-        done.append(f"tune {number}")
+    def tune(job: Job, actors: Any, number: int, present: float | None) -> float:
+        done.append(f"tune {number} from {present}")
         return number / 10
 
     def generate(job: Job, actors: Any, now: Interval, position: Position) -> str:
@@ -202,8 +202,8 @@ def test_continuous_training_goes_on_and_sweeps_every_second_iteration(
 
     assert done == [
         "measure_exploration warmup 0",
-        *("tune 1", *iteration(1, 0.1), *iteration(2, 0.1)),
-        *("tune 3", *iteration(3, 0.3)),
+        *("tune 1 from None", *iteration(1, 0.1), *iteration(2, 0.1)),
+        *("tune 3 from 0.1", *iteration(3, 0.3)),
     ]
 
 

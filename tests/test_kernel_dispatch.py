@@ -18,7 +18,7 @@ from kernel_cases import BACKENDS, DEVICE, randn, relative_error
 from torch import Tensor
 
 from mstar_mega import kernels
-from mstar_mega.config import GenerationConfig, KernelsConfig, SelectionConfig
+from mstar_mega.config import GenerationConfig, KernelsConfig, OptimizerConfig, SelectionConfig
 from mstar_mega.data.types import Group, Query, Response, Step
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels import dispatch
@@ -184,7 +184,7 @@ def recipe_piece(policy: LMM, prm: LMM) -> Piece:
     score_groups(prm, prompt_of, groups, "min", 1000)
     selected = select(groups, SelectionConfig(rule="top_k", k=1), 0)
     chosen = [TrainGroup(g.query, [r.tokens for r in best]) for g, best in zip(groups, selected, strict=True)]
-    (batch,) = microbatches(chosen, prompt_of, 1000, 1)
+    (batch,) = microbatches(chosen, prompt_of, OptimizerConfig(microbatch_tokens=1000), 1)
     loss, _ = batch.loss(policy, tiny.hidden(policy, batch.packed))
     responses = [response for group in groups for response in group.responses]
     numbers = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from scripted import Asked, Events, Scripted, make_job, make_task
 from mstar_mega.config import (
     AnnotateConfig,
     Config,
+    EvaluationConfig,
     GenerationConfig,
     PromptsConfig,
     SelectionConfig,
     TemperatureConfig,
 )
 from mstar_mega.data.types import Group, Query
-from mstar_mega.recipe import rollouts
+from mstar_mega.generation.engine import Request, Sample
+from mstar_mega.recipe import evaluate, rollouts
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.choose import choose
-from mstar_mega.recipe.generate import check_log_probs
+from mstar_mega.recipe.evaluate import measure_exploration
+from mstar_mega.recipe.generate import check_log_probs, iteration_sampling
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 from mstar_mega.recipe.temperature import tune_temperature
@@ -159,6 +163,44 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     assert measured == {0.5: (pytest.approx(1 / 3), 1.0), 1.0: (pytest.approx(2 / 3), 0.0)}
     asked = {t: sorted((each.id, each.number) for each in actors.asked if each.temperature == t) for t in texts}
     assert asked[0.5] == asked[1.0] and len(asked[0.5]) == 2 * 3, "the same two queries at each temperature"
+    other = next(row for row in event["grid"] if row["temperature"] != chosen)
+    behind = {"reward_pass_at_k": -1.0, "pass_at_k": pytest.approx(-1 / 3)}
+    assert (other["difference"], other["difference_stderr"]) == (behind[mode], pytest.approx(0.0))
+    assert [row["difference"] for row in event["grid"] if row["temperature"] == chosen] == [0.0]
+    assert [row["random_pass_at_k"] for row in event["grid"]] == [row["pass_at_k"] for row in event["grid"]]
+
+
+def test_validation_responses_have_the_same_noise_at_every_temperature_and_after_every_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample 0 of a query has one key everywhere; training responses and other samples have others."""
+    keys: dict[str, set[int]] = {}
+    number = 0
+
+    def generate(requests: Sequence[Request], temperature: float) -> list[list[Sample]]:
+        first = next(each for each in requests if bytes(each.prompt.tokens) == b"b")
+        keys.setdefault(f"{now} at {temperature}", set()).add(first.samples[0].key)
+        assert len({spec.key for request in requests for spec in request.samples}) == sum(
+            len(request.samples) for request in requests
+        )
+        return [actors._answer(request, temperature) for request in requests]
+
+    monkeypatch.setattr(evaluate, "_greedy", lambda *arguments: [])  # draws nothing at random
+    settings = TemperatureConfig(mode="pass_at_k", grid=[0.5, 1.0], k=1, responses=3)
+    config = Config(temperature=settings, evaluation=EvaluationConfig(k=4))
+    with make_job(tmp_path, config, make_task(validation=[query(i) for i in "abc"])) as job:
+        actors = Scripted(job, lambda asked: RIGHT)
+        monkeypatch.setattr(actors, "generate", generate)
+        for number in (1, 3):
+            now = "sweep"
+            tune_temperature(job, actors, number)
+            now = "evaluation"
+            measure_exploration(job, actors, "evolve", number)
+            now = "training"
+            rollout(job, actors, [query(i) for i in "abc"], iteration_sampling(job, number, 1.0))
+    shared = keys["sweep at 0.5"]
+    assert len(shared) == 1 and shared == keys["sweep at 1.0"] == keys["evaluation at 1.0"]
+    assert len(keys["training at 1.0"]) == 2 and not shared & keys["training at 1.0"]
 
 
 # ------------------------------------------------------------------------------------------------- the selection

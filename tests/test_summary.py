@@ -13,8 +13,9 @@ from mstar_mega.report.metrics import MetricsLog
 from mstar_mega.report.summary import build_summary, write_summary
 
 SUMMARY_KEYS = [
-    "seed", "method", "parallel", "accuracy", "pass_at_k", "reward_pass_at_k", "temperatures", "responses_generated",
-    "responses_selected", "queries_without_correct_response", "prm", "log_prob_gap_max", "seconds", "peak_memory_bytes",
+    "seed", "method", "parallel", "accuracy", "pass_at_k", "reward_pass_at_k", "pass_at_reward_k", "temperatures",
+    "responses_generated", "responses_selected", "queries_without_correct_response", "right_reasoning", "prm",
+    "log_prob_gap_max", "seconds", "peak_memory_bytes",
 ]  # fmt: skip
 PHASES = ["warmup", "annotate", "prm", "temperature", "generate", "score", "improve", "evaluate", "total"]
 
@@ -30,7 +31,14 @@ def test_summary_of_a_finished_run(tmp_path: Path) -> None:
     assert summary["temperatures"] == [1.0, 1.0]
     assert (summary["responses_generated"], summary["responses_selected"]) == (320, 26)
     assert summary["queries_without_correct_response"] == 6
-    assert summary["prm"] == {"accuracy": 0.8, "auc": 0.85} and summary["log_prob_gap_max"] == 2e-6
+    assert summary["pass_at_reward_k"] == {"start": None, "end": 0.65} and summary["log_prob_gap_max"] == 2e-6
+    assert [summary["prm"][when]["within_query_auc"] for when in ("held_out", "start", "end")] == pytest.approx(
+        [0.7, 0.72, 0.66]
+    )
+    assert summary["prm"]["held_out"]["pooled_step_auc"] == 0.85
+    assert summary["prm"]["end"]["baselines"]["policy_log_prob"] == 0.61
+    of_all, of_selected = {"share": 0.5, "responses": 160}, {"share": 0.75, "responses": 24}
+    assert summary["right_reasoning"] == {"all_correct": of_all, "top_k": of_selected, "selected": of_selected}
     assert list(summary["seconds"]) == PHASES
     assert list(summary["seconds"].values()) == [2.0, 6.0, 0.5, 6.0, 20.0, 8.0, 10.0, 12.0, 103.5]
     assert summary["peak_memory_bytes"] == 300
@@ -41,7 +49,7 @@ def test_summary_before_anything_has_happened(tmp_path: Path) -> None:
     assert list(summary) == SUMMARY_KEYS
     assert summary.pop("temperatures") == []
     leaves = [leaf for part in summary.values() for leaf in (part.values() if isinstance(part, dict) else [part])]
-    assert len(leaves) == 27 and all(leaf is None for leaf in leaves)
+    assert len(leaves) == 31 and all(leaf is None for leaf in leaves)
 
 
 def test_summary_of_a_running_job(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -67,6 +67,10 @@ class Task:
     """What was left out of the sets, and why."""
     cut: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Settings that leave a part of a set out: how many are used, of how many."""
+    check_reasoning: Callable[[str, str], bool | None] | None = None
+    """(query id, response text) -> whether its reasoning is right, None where that cannot be told. For measurement
+    only: nothing that trains or selects asks it. Rank 0 sends it to the others, so it can be pickled (a function of a
+    module or a callable dataclass, no closure). None: the set cannot tell."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     while (now := next_interval(job, method, position)) is not None:
         with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
             if position.step == 0 and now.sweep:
-                position.temperature = tune_temperature(job, actors, now.number)
+                position.temperature = tune_temperature(job, actors, now.number, position.temperature)
             if job.config.evolve.method == "sft":
                 examples = gold_examples(job, now)
             else:
@@ -58,7 +58,7 @@ def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -
     """Train on the selected responses, within the step budget."""
     settings = job.config.evolve
     key = (job.config.seed, "improve", position.iteration)
-    batches = split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
+    batches = split_into_epochs(examples, settings.optimizer, settings.epochs, key)
     if settings.max_steps:
         batches = batches[: max(0, settings.max_steps - position.total_steps + position.step)]
     loss = fit(job, policy, "evolve", batches, position)

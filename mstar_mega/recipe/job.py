@@ -22,7 +22,7 @@ from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
-from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
+from mstar_mega.recipe.evaluate import exploration_in_words, measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
 from mstar_mega.recipe.generate import can_resume
@@ -137,9 +137,7 @@ def evaluate(config: Config) -> None:
             accuracy = measure_greedy(job, actors, "evaluate", done, split, at)
             job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
         result = measure_exploration(job, actors, "evaluate", done, at)
-        job.progress.say(f"validation: Pass@{result.k} {100 * (result.pass_at_k or 0.0):.1f}%")
-        if result.reward_pass_at_k is not None:
-            job.progress.say(f"validation: Reward-Pass@{result.reward_k} {100 * result.reward_pass_at_k:.1f}%")
+        job.progress.say(f"validation: {exploration_in_words(result)}")
 
 
 def warmup_data(config: Config) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mstar_mega.config import Config, EvolveConfig
+from mstar_mega.rewards.selection import SCORED_RULES
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def gold_response(answer: str) -> str:
 def needs_prm(config: Config) -> bool:
     """Whether any setting uses process scores."""
     return config.evolve.method != "sft" and (
-        config.selection.rule in ("top_k", "threshold")
+        config.selection.rule in SCORED_RULES
         or config.temperature.mode == "reward_pass_at_k"
         or config.prompts.unlabelled == "voting"
     )

@@ -22,6 +22,10 @@ from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.steps import split_steps
 from mstar_mega.rewards.voting import apply_pseudo_answers
 
+VALIDATION_NOISE = "validation"
+"""Names the random numbers of every measurement on validation queries. Sweeps, at all temperatures, and measurements
+after all iterations share them: two of these differ by what temperature and training have changed."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -88,6 +92,7 @@ def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
         "drawn_by": drawn_by,
         "temperature": sampling.temperature,
         "responses": sampling.responses,
+        **({"noise": sampling.key} if sampling.key else {}),
         "reduction": job.config.prm.reduction,
         "unlabelled": job.config.prompts.unlabelled,
         **sampling_limits(job),

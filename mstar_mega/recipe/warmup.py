@@ -16,7 +16,7 @@ def warmup_batches(job: Job) -> Batches:
     """All batches of the warm-up, epoch after epoch; a fractional epoch is cut short."""
     settings = job.config.warmup
     examples, key = _written_out(job), (job.config.seed, "warmup")
-    return split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
+    return split_into_epochs(examples, settings.optimizer, settings.epochs, key)
 
 
 def _written_out(job: Job) -> Examples:

@@ -19,6 +19,7 @@ from typing import Any
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.report.metrics import METRICS_FILE, Event, number
 from mstar_mega.report.plots import Plot, all_plots
+from mstar_mega.report.prm import prm_section, quality_in_short
 from mstar_mega.report.progress import clock
 from mstar_mega.report.samples import Samples, collect_samples
 from mstar_mega.report.summary import Run, load_run, summarize
@@ -57,6 +58,7 @@ def render(run: Run) -> str:
         "tiles": _tiles(run, summary),
         "story": escape(" ".join(_story(run, summary))),
         "plots": "".join(_figure(plot) for plot in all_plots(run)) or _empty("No measurements yet."),
+        "prm": prm_section(run) or _empty("No process reward model has been measured yet."),
         "iterations": _iteration_table(run),
         "samples_note": _samples_note(samples),
         "samples": script_json({"images": samples.images, "iterations": samples.iterations}),
@@ -152,14 +154,16 @@ def _tiles(run: Run, summary: dict[str, Any]) -> str:
     generated, selected = summary["responses_generated"], summary["responses_selected"]
     share = f" ({percent(selected / generated)})" if generated and selected else ""
     of_all = "none generated yet" if generated is None else f"of {count(generated)} generated{share}"
-    quality = "not trained yet" if prm["accuracy"] is None else f"step accuracy {percent(prm['accuracy'])}"
-    if prm["accuracy"] is not None and prm["auc"] is None:
-        quality += "; undefined, for all held-out steps have one label"
     tiles = [
         _change_tile("Test accuracy, greedy", accuracy["warmup"], accuracy["final"]),
         _change_tile(f"Pass@{ks[0]}", summary["pass_at_k"]["start"], summary["pass_at_k"]["end"]),
-        _change_tile(f"Reward-Pass@{ks[1]}", summary["reward_pass_at_k"]["start"], summary["reward_pass_at_k"]["end"]),
-        _tile("PRM, area under curve", _number(prm["auc"]), quality),
+        _change_tile(
+            f"Reward-Pass@{ks[1]}",
+            summary["reward_pass_at_k"]["start"],
+            summary["reward_pass_at_k"]["end"],
+            f"; {ks[1]} at random {percent(_newest(summary['pass_at_reward_k']))}",
+        ),
+        _tile("PRM, AUC within a query", *quality_in_short(prm["end"] or prm["start"] or prm["held_out"])),
         _tile("Responses selected", count(selected), of_all),
         _tile("Time", _time(summary["seconds"]["total"]), f"peak memory {memory / 2**30:.2f} GiB" if memory else ""),
     ]
@@ -173,12 +177,20 @@ def _tile(label: str, value: str, note: str, kind: str = "") -> str:
     )
 
 
-def _change_tile(label: str, start: float | None, end: float | None) -> str:
+def _newest(values: dict[str, float | None]) -> float | None:
+    return values["start"] if values["end"] is None else values["end"]
+
+
+def _change_tile(label: str, start: float | None, end: float | None, beside: str = "") -> str:
+    if start is None and end is None:
+        return _tile(label, percent(None), "")
     if start is None or end is None:
-        return _tile(label, percent(end if start is None else start), "" if start is None else "warm-up policy")
+        return _tile(
+            label, percent(end if start is None else start), ("warm-up policy" if start else "newest") + beside
+        )
     points = 100 * (end - start)
     arrow, kind = ("▲", "up") if points > 0 else ("▼", "down") if points < 0 else ("=", "")
-    return _tile(label, percent(end), f"{arrow} {abs(points):.1f} from {percent(start)}", kind)
+    return _tile(label, percent(end), f"{arrow} {abs(points):.1f} from {percent(start)}{beside}", kind)
 
 
 def _ks(run: Run) -> tuple[object, object]:
@@ -281,6 +293,7 @@ def _iteration_cells(run: Run, iteration: int, ks: tuple[object, object]) -> dic
         "valid. accur.": percent(number(validation, "greedy_accuracy")),
         f"Pass@{ks[0]}": percent(number(validation, "pass_at_k")),
         f"Reward-Pass@{ks[1]}": percent(number(validation, "reward_pass_at_k")),
+        f"{ks[1]} at random": percent(number(validation, "pass_at_reward_k")),
         "temp.": _number(number(generation, "temperature")),
         "queries": count(number(generation, "queries")),
         "resp.": count(responses),

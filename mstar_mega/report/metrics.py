@@ -9,17 +9,26 @@ event            fields
 run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run, and of a start in a layout
                  other than the last one's
 step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
-                 responses, seconds
+                 computed_tokens, queries (distinct), responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
-                 by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k, best_of_n, weighted_vote,
-                 majority_vote]
+                 by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k, pass_at_reward_k (of as
+                 many random responses), reward_gain (Reward-Pass@K minus that), reward_gain_stderr (paired), best_of_n,
+                 weighted_vote, majority_vote, right_reasoning {share, responses}]
 annotation       queries, responses, steps, rollouts, positive_share, without_steps, truncated, seconds
-prm_quality      accuracy, auc, steps, positive_share, threshold
-temperature      iteration, temperature, mode, k, grid [{temperature, reward_pass_at_k, pass_at_k}], seconds
+prm_quality      stage (prm, warmup, evolve), iteration, split (held_out, validation), within_query_auc,
+                 within_query_auc_stderr, mixed_queries, responses, right_share; by baseline (policy_log_prob, length,
+                 constant_per_query): baselines (their within-query AUC), baselines_stderr, difference (PRM minus
+                 baseline), difference_stderr (paired); pooled_auc {process_score and baselines}; reasoning (the same
+                 among responses with the right answer, right reasoning against wrong; null where that is not known);
+                 [pooled_step_accuracy, pooled_step_auc, steps, positive_share, threshold: of held-out steps]
+temperature      iteration, temperature, mode, k, distinct, queries, grid [{temperature, reward_pass_at_k, pass_at_k,
+                 [random_pass_at_k,] difference, difference_stderr}], seconds; difference: the criterion here minus at
+                 the chosen temperature, paired over queries
 generation       iteration, temperature, queries, responses, tokens, truncated, without_steps, correct,
                  queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds
 log_prob_gap     iteration, largest, mean, tokens, limit
-selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...}
+selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...},
+                 [right_reasoning {rule: {share, responses}}: of what each rule would select, where that is known]
 improve          iteration, steps, loss, total_steps, seconds
 stage            stage, seconds, [peak_memory_bytes]; written when a stage ends
 skipped          what, where, reason

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
 from mstar_mega.report.summary import Run, seconds_by_phase
+from mstar_mega.report.sweep import sweep_criterion, sweep_points, sweep_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,10 @@ MOST_POINTS = 300
 """Points of a loss curve; longer ones are averaged into bins."""
 MOST_KEPT = 5
 """Responses kept per query that have a bar colour of their own; more share the last one."""
+MOST_SWEEPS_WITH_ERRORS = 3
+"""Sweeps that all show their errors; of more the first and the last do."""
+MOST_SWEEPS_IN_WORDS = 6
+"""Newest sweeps that the caption tells of."""
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK,
@@ -81,13 +86,17 @@ def accuracy_plot(run: Run) -> Plot | None:
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K and Reward-Pass@K per iteration."""
     lines = []
-    for key, k_key, label in (("pass_at_k", "k", "Pass@"), ("reward_pass_at_k", "reward_k", "Reward-Pass@")):
+    for key, k_key, label in (
+        ("pass_at_k", "k", "Pass@"),
+        ("reward_pass_at_k", "reward_k", "Reward-Pass@"),
+        ("pass_at_reward_k", "reward_k", "random: Pass@"),
+    ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
         if events:
             lines.append((f"{label}{events[-1].get(k_key, 'K')}", latest_per_iteration(events, key), None))
     caption = (
-        "Share of validation queries with a correct response among K samples (Pass@K), and among the K that the "
-        "PRM scores highest (Reward-Pass@K)."
+        "Share of validation queries with a correct response among K random samples (Pass@K), and among the K of all "
+        "samples that the PRM scores highest (Reward-Pass@K)."
     )
     return _iterations_plot("exploration", "Exploration", caption, "validation queries (%)", lines)
 
@@ -133,32 +142,41 @@ def temperature_plot(run: Run) -> Plot | None:
 
 
 def sweep_plot(run: Run) -> Plot | None:
-    """Reward-Pass@K over temperature, a curve per sweep."""
-    sweeps = [event for event in run.of("temperature") if isinstance(event.get("grid"), list) and event["grid"]]
+    """The sweeps' criterion over temperature with paired standard errors, a curve per sweep."""
+    sweeps = [event for event in run.of("temperature") if sweep_points(event)]
     if not sweeps:
         return None
-    measure = "pass_at_k" if sweeps[-1].get("mode") == "pass_at_k" else "reward_pass_at_k"
-    name = f"{'Pass' if measure == 'pass_at_k' else 'Reward-Pass'}@{sweeps[-1].get('k', 'K')}"
+    name = sweep_criterion(sweeps[-1])
+    beside = any(point.random is not None for point in sweep_points(sweeps[-1]))
 
     def draw(axes: Axes) -> None:
         for index, sweep in enumerate(sweeps):
             color, label = _ramp(index, len(sweeps)), f"it. {sweep.get('iteration')}"
-            curve = _curve(sweep["grid"], measure)
-            axes.plot(list(curve), list(curve.values()), color=color, label=label)
-            chosen = number(sweep, "temperature")
-            if chosen in curve:
-                axes.plot([chosen], [curve[chosen]], "o", color=color, markeredgecolor=SURFACE, markersize=8)
+            points = sorted(sweep_points(sweep), key=lambda point: point.temperature)
+            x, y = [point.temperature for point in points], [100 * point.value for point in points]
+            axes.plot(x, y, color=color, label=label)
+            if len(sweeps) <= MOST_SWEEPS_WITH_ERRORS or index in (0, len(sweeps) - 1):
+                spread = [100 * (point.error or 0.0) for point in points]
+                axes.errorbar(x, y, spread, color=color, alpha=0.5, linewidth=0, elinewidth=1.2, capsize=2)
+            if sweep is sweeps[-1] and beside:
+                at_random = [100 * point.random if point.random is not None else math.nan for point in points]
+                axes.plot(x, at_random, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+            for point in points:
+                if point.temperature == number(sweep, "temperature"):
+                    place = [point.temperature], [100 * point.value]
+                    axes.plot(*place, "o", color=color, markeredgecolor=SURFACE, markersize=8)
         axes.set(xlabel="temperature", ylabel=f"{name} (%)")
         _legend(axes)
 
-    caption = f"{name} of the validation queries at each temperature, a curve per sweep. Dots: the one chosen."
-    return Plot("sweep", "Temperature sweeps", caption, _svg("sweep", draw))
-
-
-def _curve(grid: Sequence[Event], measure: str) -> dict[float, float]:
-    """Temperature -> percentage, of the finite points of a sweep."""
-    points = ((number(row, "temperature"), number(row, measure)) for row in grid)
-    return {t: 100 * y for t, y in points if t is not None and y is not None and math.isfinite(y)}
+    parts = [
+        f"{name} of the validation queries at each temperature, a curve per sweep. Dots: the one chosen. "
+        "Bars: ± one standard error of the difference to it, paired over queries"
+        + (" (first and last sweep)." if len(sweeps) > MOST_SWEEPS_WITH_ERRORS else ".")
+    ]
+    if beside:
+        parts.append(f"Dashed: {sweeps[-1].get('k', 'K')} responses at random, last sweep.")
+    parts += [f"Iteration {sweep.get('iteration')}: {sweep_words(sweep)}." for sweep in sweeps[-MOST_SWEEPS_IN_WORDS:]]
+    return Plot("sweep", "Temperature sweeps", " ".join(parts), _svg("sweep", draw))
 
 
 def kept_plot(run: Run) -> Plot | None:

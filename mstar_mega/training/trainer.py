@@ -36,11 +36,15 @@ class StepStats:
     """What one optimizer step did, equal on every rank."""
 
     loss: float
-    """Mean over the counted tokens (SFT) or steps (PRM) of the whole batch, in nats."""
+    """Mean over the whole batch's counted tokens (SFT) or steps (PRM), in nats; see ``optimizer.loss_mean``."""
     grad_norm: float
     learning_rate: float
     tokens: int
     """Counted tokens (SFT) or steps (PRM)."""
+    computed_tokens: int
+    """Tokens that went through the model: each response's, and a prompt's once for all responses that shared it."""
+    queries: int
+    """Distinct ones."""
     responses: int
 
 
@@ -122,9 +126,7 @@ class Trainer:
         """
         mine = self.share(groups) or [_without_loss(groups[0])]
         model = self.model
-        batches = microbatches(
-            mine, self.prompt_of, self.config.microbatch_tokens, model.stream_multiple, model.rope.regimes
-        )
+        batches = microbatches(mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes)
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
@@ -137,8 +139,9 @@ class Trainer:
             forward_only=False,
         )
         nothing = torch.zeros((), dtype=torch.float64)
-        total = torch.stack([sum((output[name] for output in outputs), nothing) for name in ("loss", "count")])
-        loss_sum, count = _over_the_job(total).tolist()
+        names = ("loss", "count", "tokens", "computed_tokens")
+        total = torch.stack([sum((output[name] for output in outputs), nothing) for name in names])
+        loss_sum, count, tokens, computed = _over_the_job(total).tolist()
         loss = loss_sum / max(count, 1.0)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -149,7 +152,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         # A batch knows its size without reading the other ranks' shares.
         responses = groups.responses if isinstance(groups, Batch) else sum(len(g.responses) for g in groups)
-        return StepStats(loss, grad_norm, learning_rate, int(count), responses)
+        return StepStats(loss, grad_norm, learning_rate, int(tokens), int(computed), len(groups), responses)
 
     def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
         """This data-parallel rank's part of a batch."""
@@ -187,7 +190,8 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[T
 def _loss(batch: Microbatch, wrapped: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss, count = batch.loss(wrapped.module, hidden)
     # Tensors: a number would have the host wait for this forward before it starts the backward.
-    return loss, count, {"loss": loss.detach().double(), "count": count.double()}
+    numbers = {"count": count, "tokens": torch.tensor(batch.loss.tokens), "computed_tokens": torch.tensor(batch.tokens)}
+    return loss, count, {"loss": loss.detach().double(), **{name: value.double() for name, value in numbers.items()}}
 
 
 def _without_loss(group: TrainGroup) -> TrainGroup:
