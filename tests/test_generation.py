@@ -24,8 +24,8 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, pack
 
 LIMIT = 14
-# One token in six or so ends a sample, so lengths differ.
-VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 130)), banned_tokens=[6, 7, 8])
+# One token in eight or so ends a sample, so lengths differ.
+VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 125)), banned_tokens=[6, 7, 8])
 
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
@@ -350,6 +350,14 @@ def test_group_table_finds_every_slot_in_its_group() -> None:
     assert table.shape == (5, 4)
     assert table.flatten()[place].tolist() == list(range(7))
     assert (place // 4).tolist() == entry.tolist()
+
+
+def test_prompts_wait_for_room_in_the_slab(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_engine(model).generate(make_requests(), 1.0)
+    longest = max(len(request.prompt.tokens) for request in make_requests())
+    for room in (0, 2 * longest):
+        monkeypatch.setattr(engine_module, "slab_tokens", lambda *sizes, room=room: room)
+        check_same(make_engine(model, slots=9).generate(make_requests(), 1.0), expected)
 
 
 def test_the_slab_gives_no_place_twice_and_takes_all_back() -> None:

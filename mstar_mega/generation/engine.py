@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.config import GenerationConfig
-from mstar_mega.generation.cache import CacheManager
+from mstar_mega.generation.cache import CacheManager, slab_tokens
 from mstar_mega.generation.runner import Drawing, Runner, kernels_fit
 from mstar_mega.models.attention import GroupPlan
 from mstar_mega.models.inference import inference, run_packed
@@ -149,10 +149,10 @@ class _Run:
         drawing = Drawing(temperature, self.config.top_k, self.config.top_p, engine._banned, engine.seed)
         lengths = [len(r.prompt.tokens) for r in requests]
         longest = max(lengths)
-        # At most one prompt for each slot, and those whose samples wait for one: all that a full queue can hold.
-        tokens = longest * min(len(self.work), self.capacity + 1)
         # Plain PyTorch sees the slab as rows of one length.
         granule = 16 if kernels_fit(self.model, engine.device) else longest
+        wanted = min(len(lengths) * longest, sum(-(-n // granule) * granule for n in lengths))
+        tokens = max(longest, slab_tokens(self.model, wanted, self.capacity * self.limit, engine.device))
         self.cache = CacheManager(self.model, self.capacity, self.limit, tokens, granule, engine.device)
         self.runner = Runner(self.model, self.cache, self.capacity, longest + self.limit, drawing, engine.device)
 
@@ -160,9 +160,8 @@ class _Run:
         refill_at = max(1, self.capacity // 8)
         while self.queue or self.running:
             # Refilling in batches keeps prefills large; the last samples are not worth waiting for.
-            if self.queue and (len(self.free) >= refill_at or not self.running):
-                self._admit()
-            else:
+            wanted = self.queue and (len(self.free) >= refill_at or not self.running)
+            if not (wanted and self._admit()):
                 if self.changed:
                     entries = [self.cache.entries[self.work[r.index].request] for r in self.running.values()]
                     self.runner.run_over(list(self.running), entries)
@@ -217,9 +216,12 @@ class _Run:
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Give free slots to waiting samples and draw their first tokens."""
+    def _admit(self) -> bool:
+        """Give free slots to waiting samples and draw their first tokens; False where no prompt finds room."""
         taken, missing = self._take()
+        if not taken:
+            assert self.running, "the slab is empty and has no room for a prompt"
+            return False
         for batch in cut_by_size(missing, self._tokens_of, self.config.prefill_tokens):
             self._prefill(batch)
         slots = [heappop(self.free) for _ in taken]
@@ -228,6 +230,7 @@ class _Run:
         self.changed = True
         self._forget_prefills()
         self._collect(slots, self.runner.draw(torch.tensor(slots, device=self.engine.device), hidden))
+        return True
 
     def _take(self) -> tuple[list[int], list[int]]:
         """Waiting samples for the free slots, in order, and the requests among them that are to be prefilled."""
