@@ -304,7 +304,9 @@ class KernelsConfig:
     """The best correct responses, for all queries at once."""
     norms: bool = True
     attention: bool = True
-    """Attention of many responses to one prompt, in decoding and training."""
+    """Attention of many responses to one prompt, in training and scoring."""
+    decode: bool = True
+    """What a decode step does between its matrix products, attention included."""
 
 
 @dataclass
