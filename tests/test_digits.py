@@ -98,7 +98,7 @@ def test_recorded_digits_are_those_of_the_set(problems: list[Problem]) -> None:
 def test_right_chains_say_nothing_but_what_is_true(problems: list[Problem]) -> None:
     for problem in problems:
         chains = problem.right_chains()
-        assert 8 <= len(chains) <= 16
+        assert len(chains) in (4, 8, 16)
         for chain in chains:
             *steps, marker, answer = chain.split("\n\n")
             assert (marker, answer) == ("# Answer", problem.answer) and 2 <= len(steps) <= 8
@@ -175,7 +175,7 @@ def test_rendered_colours_and_places() -> None:
         for digit in scene.digits:
             box = pixels[digit.y : digit.y + digit.size, digit.x : digit.x + digit.size].astype(int)
             outside[digit.y : digit.y + digit.size, digit.x : digit.x + digit.size] = False
-            assert np.abs(box - COLOURS[digit.colour]).sum(-1).min() < 60
+            assert np.abs(box - COLOURS[digit.colour]).sum(-1).min() < 130
         assert (pixels[outside] == scene.background).all()
 
 
