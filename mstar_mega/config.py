@@ -94,6 +94,12 @@ class DataConfig:
     """Threads per rank that decode images ahead of the device; 0: none."""
     prefetch_mb: int = 1024
     """Most memory per rank for decoded images that wait, in MiB."""
+    picture_rotation: Literal["exif", "none"] = "exif"
+    """Turn pictures as their EXIF data say, as every viewer does; none: as the policies' original code reads them."""
+    picture_transparency: Literal["white", "drop"] = "white"
+    """What lies behind transparent pictures; drop: ignore transparency, as the original code does."""
+    picture_depth: Literal["scale", "clip"] = "scale"
+    """Gray of 16 bits, 32 bits or floats is scaled to 8 bits; clip: above 255 is white, as in the original code."""
     instruct: bool = True
     """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 
@@ -299,7 +305,9 @@ class KernelsConfig:
     """The best correct responses, for all queries at once."""
     norms: bool = True
     attention: bool = True
-    """Attention of many responses to one prompt, in decoding and training."""
+    """Attention of many responses to one prompt, in training and scoring."""
+    decode: bool = True
+    """What a decode step does between its matrix products, attention included."""
 
 
 @dataclass

@@ -125,14 +125,6 @@ STRIDED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "selection": (lambda s, o, c: kernels.select_topk(s, c, o, 2).index, [randn(7), OFFSETS, randn(7, seed=1) > -0.5]),
     "rms_norm": (kernels.rms_norm, float_inputs((3, 8), (8,))),
     "layer_norm": (kernels.layer_norm, float_inputs((3, 8), (8,), (8,))),
-    "decode_attention": (
-        lambda q, kp, vp, bp, ko, vo, bo, t, p: kernels.decode_attention(q, kp, vp, bp, ko, vo, bo, t, p, 0.3),
-        [
-            *(randn(*shape, seed=i) for i, shape in enumerate([(3, 4, 8), *[(2, 2, 5, 8)] * 2])), 0 * randn(2, 5),
-            randn(3, 2, 6, 8, seed=3), randn(3, 2, 6, 8, seed=4), 0 * randn(3, 6), TABLE,
-            torch.tensor([2, 0, 1], device=DEVICE),
-        ],
-    ),
     "prefix_attention": (
         lambda q, kp, vp, ko, vo, bp, bo: kernels.prefix_attention(q, kp, vp, bp, ko, vo, bo, 0.3),
         [

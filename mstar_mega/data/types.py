@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+
+from pydantic import ConfigDict
+
+_NOTHING_ELSE = ConfigDict(extra="forbid")
+"""A field that is read from a file and not known would be lost with the next writing."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
     """An image by reference: pixels are decoded where they are needed and never copied between processes."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     path: str
     digest: str
@@ -25,6 +31,8 @@ def image_digest(content: bytes) -> str:
 @dataclass(frozen=True)
 class Query:
     """A question about images: the unit of work of every stage."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     id: str
     question: str
@@ -77,6 +85,8 @@ class Task:
 class Step:
     """One reasoning step of a response: tokens [start, end) of ``Response.tokens``, its separator included."""
 
+    __pydantic_config__ = _NOTHING_ELSE
+
     start: int
     end: int
     text: str
@@ -89,6 +99,8 @@ class Step:
 @dataclass
 class Response:
     """One sampled response of a query."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     index: int
     """Sample index within the query; with the query id it names the random numbers."""
@@ -114,23 +126,9 @@ class Response:
 class Group:
     """A query with its responses."""
 
+    __pydantic_config__ = _NOTHING_ELSE
+
     query: Query
     responses: list[Response]
     continuation_tokens: int = 0
     """Annotation: tokens drawn to continue beginnings of the responses."""
-
-
-def query_from_json(obj: dict[str, Any]) -> Query:
-    """Inverse of ``dataclasses.asdict`` for a query. Raises KeyError or TypeError on a malformed object."""
-    fields = dict(obj)
-    fields["images"] = tuple(ImageRef(**image) for image in obj["images"])
-    fields["choices"] = tuple(obj["choices"])
-    return Query(**fields)
-
-
-def group_from_json(obj: dict[str, Any]) -> Group:
-    """Inverse of ``dataclasses.asdict`` for a group. Raises KeyError or TypeError on a malformed object."""
-    responses = [
-        Response(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}) for fields in obj["responses"]
-    ]
-    return Group(query_from_json(obj["query"]), responses, obj.get("continuation_tokens", 0))

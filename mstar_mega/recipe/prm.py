@@ -12,7 +12,7 @@ from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import log_prm_quality
-from mstar_mega.recipe.fit import Position, fit, restore, restore_weights, save
+from mstar_mega.recipe.fit import Position, fit, note_more_steps, restore, restore_weights, save
 from mstar_mega.recipe.rollouts import gather_groups
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
@@ -41,6 +41,7 @@ def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
         model = build_prm(job, policy)
         trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
         position = restore(job, trainer, "prm") or Position()
+        note_more_steps(job, "prm", position, len(batches))
         if not position.finished:
             fit(job, trainer, "prm", batches, position)
             position.finished = True

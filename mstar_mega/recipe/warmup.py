@@ -6,7 +6,7 @@ from array import array
 
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_greedy
-from mstar_mega.recipe.fit import Position, fit, load_start, restore, save
+from mstar_mega.recipe.fit import Position, fit, load_start, note_more_steps, restore, save
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import Trainer
@@ -37,6 +37,7 @@ def warmup(job: Job, policy: Trainer, batches: Batches) -> Position:
         if position is None:
             load_start(job, policy)
             position = Position()
+        note_more_steps(job, "warmup", position, len(batches))
         if not position.finished:
             fit(job, policy, "warmup", batches, position)
             position.finished = True

@@ -6,15 +6,17 @@ Every text of the run is data (escaped here, ``textContent`` in the browser): a 
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import html
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.report.accounting import in_words, judged_responses
@@ -25,6 +27,8 @@ from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run, load_run
 from mstar_mega.report.samples import Samples, collect_samples
 from mstar_mega.report.summary import summarize
+
+T = TypeVar("T")
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -50,25 +54,55 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; equal run directories give equal pages."""
-    summary = summarize(run)
-    samples = collect_samples(run)
+    problems = [*run.problems, *_lost_events(run)]
+    safe = _Sections(problems)
+    empty = Run(run.directory, {}, "", [])
+    summary = safe.make("the summary", lambda: summarize(run), summarize(empty))
+    samples = safe.make("the sample queries", lambda: collect_samples(run), Samples())
+    problems += samples.problems
     fields = {
         "name": escape(run.directory.resolve().name),
-        "status": _status(run),
-        "facts": _facts(run, summary),
-        "notices": _notices([*run.problems, *_lost_events(run), *samples.problems]),
-        "tiles": _tiles(run, summary),
-        "story": escape(" ".join(_story(run, summary))),
-        "plots": "".join(_figure(plot) for plot in all_plots(run)) or _empty("No measurements yet."),
-        "prm": prm_section(run) or _empty("No process reward model has been measured yet."),
-        "iterations": _iteration_table(run),
+        "status": safe.make("the status", lambda: _status(run)),
+        "facts": safe.make("the facts", lambda: _facts(run, summary)),
+        "tiles": safe.make("the headline numbers", lambda: _tiles(run, summary)),
+        "story": safe.make("the story", lambda: escape(" ".join(_story(run, summary)))),
+        "plots": "".join(_figure(plot) for plot in all_plots(run, problems)) or _empty("No measurements yet."),
+        "prm": safe.make("the process reward model", lambda: prm_section(run))
+        or _empty("No process reward model has been measured yet."),
+        "iterations": safe.make("the table of iterations", lambda: _iteration_table(run)),
         "samples_note": _samples_note(samples),
         "samples": script_json({"images": samples.images, "iterations": samples.iterations}),
-        "skipped": _skipped(run),
+        "skipped": safe.make("the list of what was skipped", lambda: _skipped(run)),
         "settings": escape(run.settings_text) or "No settings yet.",
     }
+    return fill(TEMPLATE, {**fields, "notices": _notices(problems)})
+
+
+class _Sections:
+    """Parts of the page: one that fails is named in ``problems`` and never takes the page with it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+
+    def make(self, name: str, make: Callable[[], T], instead: T | None = None) -> T:
+        """What ``make`` returns, or ``instead`` (an empty text) where it fails."""
+        try:
+            return make()
+        except Exception as error:  # the log may hold anything
+            self.problems.append(f"{name} cannot be shown ({type(error).__name__}: {error})")
+            return instead if instead is not None else cast(T, "")
+
+
+def fill(template: Path, fields: Mapping[str, str]) -> str:
+    """A page. Its policy lets only the template's own script run: a second wall behind the escaping."""
+    page = template.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert "{{" not in script, "what a run says is data of the page, never part of its script"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values = {**fields, "script_policy": f"'sha256-{digest}'"}
     # One pass over the template: braces inside the run's own text are never taken for a field.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    filled = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+    return filled.encode("utf-8", "replace").decode()
 
 
 def escape(value: object) -> str:

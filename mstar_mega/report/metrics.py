@@ -54,7 +54,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic_core import from_json
+
 from mstar_mega.platform.files import write_bytes_atomic
+from mstar_mega.platform.inputs import open_input
 
 Event = dict[str, Any]
 
@@ -94,7 +97,10 @@ def number(event: Event, key: str) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
 
 
@@ -114,9 +120,9 @@ def scan_metrics(path: str | Path) -> tuple[list[Event], list[str]]:
 def _parse(path: Path) -> list[Event | str]:
     """Every whole line's event, or what is wrong with the line."""
     parsed: list[Event | str] = []
-    for index, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for index, line in enumerate(_lines(path)[:-1], start=1):
         try:
-            event = json.loads(line)
+            event = from_json(line)
         except ValueError as error:
             parsed.append(f"{path}, line {index}: not JSON ({error})")
             continue
@@ -261,6 +267,11 @@ class NullMetrics:
 
 def _line(event: Event) -> bytes:
     return json.dumps(standard_json(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def _lines(path: Path) -> list[bytes]:
+    with open_input(path) as file:
+        return file.read().split(b"\n")
 
 
 def _complete_bytes(path: Path) -> int:

@@ -12,8 +12,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mstar_mega.platform.terminal import visible
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run
@@ -42,6 +44,10 @@ MOST_SWEEPS_WITH_ERRORS = 3
 MOST_SWEEPS_IN_WORDS = 6
 """Newest sweeps that the caption tells of."""
 
+MOST_KINDS = 40
+LONGEST_NAME = 32
+"""Characters of a name beside a plot."""
+
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK,
     "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
@@ -63,13 +69,27 @@ class Plot:
     svg: str
 
 
-def all_plots(run: Run) -> list[Plot]:
-    """Every plot that there is data for yet, in reading order."""
+def all_plots(run: Run, problems: list[str] | None = None) -> list[Plot]:
+    """Every plot that there is data for yet, in reading order.
+
+    One that cannot be drawn is named in ``problems`` and left out; without these its error is raised.
+    """
     makers: list[Callable[[Run], Plot | None]] = [
         accuracy_plot, exploration_plot, answering_plot, temperature_plot, sweep_plot, kept_plot, kinds_plot,
-        *(lambda run, stage=stage: loss_plot(run, stage) for stage in _LOSSES), time_plot,
+        *(partial(loss_plot, stage=stage) for stage in _LOSSES), time_plot,
     ]  # fmt: skip
-    return [plot for make in makers if (plot := make(run)) is not None]
+    plots = []
+    for make in makers:
+        try:
+            plot = make(run)
+        except Exception as error:  # whatever matplotlib makes of a run's names and numbers
+            if problems is None:
+                raise
+            name = getattr(make, "__name__", "loss_plot").removesuffix("_plot")
+            problems.append(f"the plot '{name}' cannot be drawn ({type(error).__name__}: {error})")
+            continue
+        plots += [plot] if plot is not None else []
+    return plots
 
 
 def accuracy_plot(run: Run) -> Plot | None:
@@ -187,7 +207,7 @@ def kept_plot(run: Run) -> Plot | None:
         row = [0.0] * (MOST_KEPT + 1)
         for kept, queries in (event.get("kept_per_query") or {}).items():
             row[min(int(kept), MOST_KEPT)] += queries
-        counts[int(event["iteration"])] = row
+        counts[int(number(event, "iteration") or 0)] = row
     if not any(sum(row) for row in counts.values()):
         return None
     used = [kept for kept in range(MOST_KEPT + 1) if any(row[kept] for row in counts.values())]
@@ -214,7 +234,8 @@ def kinds_plot(run: Run) -> Plot | None:
     if not events:
         return None
     first, last = events[0]["by_kind"], events[-1]["by_kind"]
-    kinds = sorted(last, key=lambda kind: (number(last, kind) or 0.0, kind))
+    kinds = sorted(last, key=lambda kind: (number(last, kind) or 0.0, kind))[:MOST_KINDS]
+    labels = [short(kind.replace("_", " ")) for kind in kinds]
 
     def draw(axes: Axes) -> None:
         start, end = ([100 * (number(row, kind) or 0.0) for kind in kinds] for row in (first, last))
@@ -223,7 +244,7 @@ def kinds_plot(run: Run) -> Plot | None:
         if len(events) > 1:
             axes.plot(start, y, "o", color=SERIES[1], label=_policy(events[0]), markersize=7)
         axes.plot(end, y, "o", color=SERIES[0], label=_policy(events[-1]), markersize=7)
-        axes.set_yticks(y, [str(kind).replace("_", " ") for kind in kinds])
+        axes.set_yticks(y, labels)
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set(xlabel="greedy test accuracy (%)", ylabel="kind of question", ylim=(-0.6, len(kinds) - 0.4))
@@ -231,7 +252,16 @@ def kinds_plot(run: Run) -> Plot | None:
 
     height = max(2.1, 0.9 + 0.26 * len(kinds))
     caption = "Greedy test accuracy by kind of question, at the start and now."
-    return Plot("kinds", "Accuracy by kind", caption, _svg("kinds", draw, height, [str(kind) for kind in kinds]))
+    if len(last) > len(kinds):
+        caption += f" The {len(kinds)} lowest of {len(last)}."
+    return Plot("kinds", "Accuracy by kind", caption, _svg("kinds", draw, height, labels))
+
+
+def short(name: str) -> str:
+    """A name that fits beside a plot: in one line, the middle of a long one left out, control characters escaped."""
+    name = visible(" ".join(name.split()))
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 _LOSSES = {

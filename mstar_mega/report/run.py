@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from mstar_mega.platform.inputs import read_input
+from mstar_mega.report.event_schema import sound
 from mstar_mega.report.metrics import METRICS_FILE, Event, scan_metrics
 from mstar_mega.settings import CONFIG_FILE
+from mstar_mega.settings_yaml import MOST_BYTES, parse_yaml
 
 
 @dataclass
@@ -48,16 +51,27 @@ class Run:
 def load_run(run_dir: str | Path) -> Run:
     """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``."""
     directory = Path(run_dir)
-    events, problems = scan_metrics(directory / METRICS_FILE)
+    events: list[Event] = []
+    problems: list[str] = []
+    try:
+        found, problems = scan_metrics(directory / METRICS_FILE)
+    except (OSError, ValueError) as error:
+        found, problems = [], [str(error)]
+    for number_, event in enumerate(found, start=1):
+        good, wrong = sound(event)
+        events += [good] if good is not None else []
+        problems += [f"{directory / METRICS_FILE}, event {number_}, {line}" for line in wrong]
     text = ""
     settings: dict[str, Any] = {}
     path = directory / CONFIG_FILE
     if path.exists():
-        text = path.read_bytes().decode(errors="replace")
         try:
-            settings = yaml.safe_load(text) or {}
+            text = read_input(path, MOST_BYTES).decode(errors="replace")
+            settings = parse_yaml(text) or {}
         except yaml.YAMLError as error:
             problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: {error}")
         if not isinstance(settings, dict):
             problems.append(f"{path}: not a tree of settings")
             settings = {}

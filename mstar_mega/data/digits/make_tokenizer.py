@@ -23,11 +23,12 @@ CONTROL_SYMBOLS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEX
 FORMAT_PIECES = ("\n\n", "\n", "# Answer", "user", "assistant", "system", "A. ", "B. ", "C. ", ", ", ": ")
 READING_PIECES = tuple(f"{reading}: " for reading in dict.fromkeys([*READINGS.values(), BACKWARDS]))
 ARITHMETIC_PIECES = (
-    *(sign for signs in WORDINGS for sign in signs), " - ", " > ", " is ", CLOSING, "count ", "none", "not ", "yes", "no",
+    *(sign for signs in WORDINGS for sign in signs), " - ", " > ", " is ", CLOSING, "count ", "none", "not ", "yes",
+    "no",
 )  # fmt: skip
 QUESTION_PIECES = (
-    "What is the", "Is the", "How many", "Are all", "Are more", "Which", " there", " sum of the", " digits", " digit", " are", " minus the",
-    " than",
+    "What is the", "Is the", "How many", "Are all", "Are more", "Which", " there", " sum of the", " digits", " digit",
+    " are", " minus the", " than",
 )  # fmt: skip
 NAMES = ("largest", "smallest", "even", "odd", "greater than")
 NAME_PIECES = tuple(form.format(name) for name in NAMES for form in ("{}", " {}", "{} "))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from mstar_mega.data.digits.render import LAYOUTS, Handwriting, Layout, Scene, draw_scene
@@ -72,13 +72,14 @@ def careful_ways() -> Iterator[Way]:
 
 
 def hasty_way(rng: random.Random) -> Way:
-    """How the writer of the warm-up's chains likes to write."""
+    """How the writer of the warm-up's chains likes to write: backwards where he takes care."""
+    overlooks = rng.random() < 0.8
     return Way(
-        backwards=rng.random() < 0.4,
+        backwards=rng.random() < (0.1 if overlooks else 0.5),
         wording=rng.randrange(len(WORDINGS)),
-        leap=rng.random() < 0.6,
+        leap=rng.random() < 0.4,
         closing=rng.random() < 0.3,
-        overlooks=rng.random() < 0.8,
+        overlooks=overlooks,
     )
 
 
@@ -138,10 +139,10 @@ def _sum(rng: random.Random, scene: Scene) -> Draft:
 
 
 def _sum_above(rng: random.Random, scene: Scene) -> Draft:
-    limit = max(1, sum(scene.values) + rng.randint(-6, 5))
+    limit = max(1, sum(scene.values) + rng.choice((-5, -4, -3, -2, -1, -1, 0, 1, 3)))
 
     def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
-        total, steps = _add_up(values, way)
+        total, steps = _add_up(values, replace(way, leap=False))
         answer = _yes(total > limit)
         return [*steps, f"{total} > {limit}: {answer}"], answer
 
@@ -220,13 +221,13 @@ class _Kind:
 
 
 KINDS = (
-    _Kind("sum", 0.22, _sum),
-    _Kind("sum above", 0.24, _sum_above),
-    _Kind("difference", 0.14, _difference, choices_share=0.15),
-    _Kind("extreme", 0.10, _extreme, choices_share=0.15),
-    _Kind("count", 0.12, _count, choices_share=0.15),
-    _Kind("all", 0.06, _all),
-    _Kind("more", 0.12, _more),
+    _Kind("sum", 0.20, _sum),
+    _Kind("sum above", 0.26, _sum_above),
+    _Kind("difference", 0.18, _difference, choices_share=0.15),
+    _Kind("extreme", 0.08, _extreme, choices_share=0.15),
+    _Kind("count", 0.16, _count, choices_share=0.15),
+    _Kind("all", 0.04, _all),
+    _Kind("more", 0.08, _more),
 )
 
 
@@ -236,7 +237,8 @@ def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
     layout = rng.choice(LAYOUTS)
     scene = draw_scene(rng, part, layout, rng.choice(COUNTS[layout]))
     question, solve = kind.make(rng, scene)
-    name, choices = kind.name, ()
+    name = kind.name
+    choices: tuple[str, ...] = ()
     if rng.random() < kind.choices_share:
         _, result = solve(scene.values, Way())
         name, choices = f"{kind.name}, choices", _choices(rng, int(result))

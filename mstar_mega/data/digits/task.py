@@ -17,6 +17,7 @@ from mstar_mega.config import DataConfig
 from mstar_mega.data.digits.questions import Problem, draw_problem, draw_reading
 from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, render
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
+from mstar_mega.platform.inputs import read_object
 
 MANIFEST = "manifest.json"
 PARTS: dict[str, Handwriting] = {
@@ -149,7 +150,7 @@ def _write_images(problems: dict[str, Problem], dir: Path, seed: int) -> dict[st
 def _known_digests(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Digest by id of the pictures that the manifest lists; none if it is missing, damaged or of other settings."""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_object(path)
         if manifest["settings"] != settings:
             return {}
         return {str(id): str(value) for id, value in manifest["images"].items()}
