@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,9 +24,9 @@ from mstar_mega.config import (
     TemperatureConfig,
 )
 from mstar_mega.data.types import Group, Query
+from mstar_mega.generation.cache import Entry
 from mstar_mega.generation.engine import Request, Sample
-from mstar_mega.generation.slots import Prefixes, Slots
-from mstar_mega.models.attention import KeyValues
+from mstar_mega.generation.runner import Runner
 from mstar_mega.recipe import evaluate, rollouts
 from mstar_mega.recipe import generate as generate_phase
 from mstar_mega.recipe.annotate import annotate
@@ -289,7 +290,7 @@ def tiny_policy() -> Any:
 
 @contextmanager
 def checked(directory: Path, tiny_policy: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """A job, and what draws and checks 24 queries in three blocks whose slots are refilled and moved."""
+    """A job, and what draws and checks 24 queries in three blocks whose slots are refilled."""
     policy, family = tiny_policy
     generation = GenerationConfig(
         max_new_tokens=24, log_prob_gap_queries=6, slots=12, queries_per_block=8, prefill_tokens=40
@@ -330,34 +331,37 @@ def test_checked_queries_lie_in_all_blocks_and_not_at_their_beginnings(tmp_path:
     assert {row for _, row in places} == set(range(8)), "over the iterations every place is looked at"
 
 
-def test_moved_slots_with_a_wrong_cache_stop_the_run(
+def test_refilled_slots_with_their_predecessors_state_stop_the_run(
     tmp_path: Path, tiny_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remove = Slots.remove
+    """Their positions go on from the prompt that the slot had before. Queries that had fresh slots do not show it."""
+    start = Runner.start
 
-    def without_moving_caches(self: Slots, finished: list[int]) -> None:
-        kept = self.cache
-        self.cache = {}
-        remove(self, finished)
-        self.cache = kept
+    def without_renewing(self: Runner, slots: Sequence[int], lengths: Any, prompts: Any, keys: Any) -> None:
+        before = self.prompt_length.clone()
+        start(self, slots, lengths, prompts, keys)
+        self.prompt_length.copy_(torch.where(before > 0, before, self.prompt_length))
 
-    monkeypatch.setattr(Slots, "remove", without_moving_caches)
-    with checked(tmp_path, tiny_policy) as (_, draw, check), pytest.raises(ValueError, match="log-prob of a generated"):
-        check(draw())
+    monkeypatch.setattr(Runner, "start", without_renewing)
+    with checked(tmp_path, tiny_policy) as (_, draw, check):
+        groups = draw()
+        with pytest.raises(ValueError, match="log-prob of a generated"):
+            check(groups)
+        monkeypatch.setattr(generate_phase, "spread_over_blocks", lambda blocks, *_: list(blocks)[:4])
+        check(groups)
 
 
-def test_wrongly_renumbered_prompts_stop_the_run(
+def test_rows_that_read_another_prompt_after_a_refill_stop_the_run(
     tmp_path: Path, tiny_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When prompts leave the cache, the running samples of the others must find theirs."""
-    keep, sizes = Prefixes.keep, []
+    """The list of the rows' prompts is right at first, and mixed up when samples and prompts have come and gone."""
+    run_over, calls = Runner.run_over, Counter[int]()
 
-    def in_another_order(self: Prefixes, live: list[int]) -> None:
-        keep(self, live)
-        sizes.append(len(live))
-        self.cache = {n: KeyValues(kv.k.flip(0), kv.v.flip(0)) for n, kv in self.cache.items()}
+    def mixed_up(self: Runner, slots: list[int], entries: Sequence[Entry]) -> None:
+        calls[id(self)] += 1
+        run_over(self, slots, entries if calls[id(self)] == 1 else [*entries[1:], entries[0]])
 
-    monkeypatch.setattr(Prefixes, "keep", in_another_order)
+    monkeypatch.setattr(Runner, "run_over", mixed_up)
     with checked(tmp_path, tiny_policy) as (_, draw, check), pytest.raises(ValueError, match="log-prob of a generated"):
         check(draw())
 

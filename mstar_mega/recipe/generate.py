@@ -162,9 +162,9 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Blocks, temper
     if above_share > allowed:
         raise ValueError(
             f"iteration {now.number}: the log-prob of a generated token differs by {float(largest):.2e} between the "
-            f"generation engine and the training forward (mean {mean:.2e}; {above_share:.1e} of the tokens are above the "
-            f"limit, {limit:.0e}). The responses do not come from the policy that is trained: this is a defect of the "
-            "engine or of the hardware, not of the data. "
+            f"generation engine and the training forward (mean {mean:.2e}; {above_share:.1e} of the tokens are above "
+            f"the limit, {limit:.0e}). The responses do not come from the policy that is trained: a defect of "
+            "the engine or of the hardware, not of the data. "
             "Raise generation.log_prob_gap_limit only if you know why they differ"
         )
 
@@ -172,7 +172,7 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Blocks, temper
 def spread_over_blocks(blocks: Blocks, most: int, key: tuple[object, ...]) -> list[Group]:
     """At most so many of this rank's groups with responses, as evenly over its blocks as they go, by hash in each.
 
-    The first queries of a block are decoded in slots that nothing has moved into: these alone would show nothing.
+    A block's first queries are decoded in slots that are used for the first time: these alone would show little.
     """
     ranked = []
     for block in blocks.mine:
