@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mstar_mega.rewards.answers import normalize, resolve_choice
+from mstar_mega.rewards.choices import resolve_choice
+from mstar_mega.rewards.dressing import normalize
 from mstar_mega.rewards.prose import NO_ANSWER, declines, numbers, sentences, statements
-from mstar_mega.rewards.quantities import parse_number
+from mstar_mega.rewards.quantities import parse_quantity
 
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 _FIRST = re.compile(r"\(?([A-Z])\)?(?:[.):,]|$|\s)")
@@ -18,6 +19,8 @@ _WORD = re.compile(r"\w+")
 _DENIES = re.compile(r"\b(?:not|no|never|neither|none)\b|n't\b", re.IGNORECASE)
 _MAX_CHARS = 2000
 _MAX_STATEMENT = 80
+_MAX_BLOCK = 120
+"""What may still be an answer by itself; a longer text is prose."""
 
 
 def find_option(text: str, options: Mapping[str, str]) -> str:
@@ -28,7 +31,7 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     """
     if text in options.values():
         return text
-    if "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+    if len(text) <= _MAX_BLOCK and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
         letter = resolve_choice(text, list(options.values()))
         if letter is not None:
             return letter
@@ -137,4 +140,4 @@ def _by_number(text: str, options: Mapping[str, str]) -> str | None:
 
 def _is_number(option: str) -> bool:
     form = normalize(option)
-    return parse_number(form) is not None or bool(re.match(r"[-+]?[0-9.]+ ?[^\W\d]{1,3}$", form))
+    return parse_quantity(form) is not None or bool(re.match(r"[-+]?[0-9.]+ ?[^\W\d]{1,3}$", form))
