@@ -2,6 +2,7 @@
 # make test   set up everything and run the tests, two files at a time     (ARGS="-n 0 -k resume": one process, some)
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
 # make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
+# make fuzz   mutated files of every kind at every command, ten minutes; seeds nobody tried (ARGS="--seconds 3600")
 # make clean  remove the environment and caches; runs/ stays
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.setup-done
 OMP_NUM_THREADS ?= 1
 TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --standalone --nproc-per-node
 
-.PHONY: setup run smoke test lint kernel-report gpu-check clean
+.PHONY: setup run smoke test lint fuzz kernel-report gpu-check clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -37,6 +38,9 @@ smoke: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz.run $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mstar_mega import kernels
+from mstar_mega.kernels import decode_attention as attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -200,13 +201,30 @@ def _selection(queries: int) -> Contest:
     return Contest(f"top 2 of 16, {queries} queries", inputs, entries, 0.0, 5.0 * queries * n, backward=False)
 
 
+def _decoding(G: int, n: int, P: int, R: int, Hq: int, Hk: int, D: int) -> Callable[..., Tensor]:
+    """Decode attention of G prompts with n slots each, by the kernels where they run."""
+    B, groups = G * n, torch.arange(G * n, device=DEVICE)
+    if not attention.fits(torch.empty(1, 1, D, dtype=DTYPE, device=DEVICE)):
+        zeros = torch.zeros(G, P, device=DEVICE), torch.zeros(B, R, device=DEVICE)
+        plain = attention.PlainReading(groups.view(G, n), groups, slice(0, G), P, zeros[0], slice(0, B), None, zeros[1])
+        return lambda q, kp, vp, ko, vo: attention.decode_reference(q, kp, vp, ko, vo, plain, D**-0.5)
+    items, cuts = attention.work_items([(g * P, P, P) for g in range(G)], [n] * G, Hq // Hk, Hk, parts=8)
+    lists = (groups, [R] * B, groups, [cuts[b // n] for b in range(B)], items, [len(items)])
+    reading = attention.Reading(*(torch.as_tensor(x, device=DEVICE) for x in lists))
+    scratch = torch.empty(8, B, Hq, D, device=DEVICE), torch.empty(8, B, Hq, device=DEVICE)
+
+    def run(q: Tensor, kp: Tensor, vp: Tensor, ko: Tensor, vo: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        return attention.decode_attention(q, kp.view(-1), vp.view(-1), ko, vo, reading, D**-0.5, *scratch, out)
+
+    return run
+
+
 def _attention(shrink: int) -> list[Contest]:
     G, n, P, R, Hq, Hk, D = (8, 16, 2048, 512, 32, 8, 128) if shrink == 1 else (2, 8, 256, 64, 4, 2, 32)
     prefix = lambda: [make(G, Hk, P, D, seed=s) for s in (1, 2)]  # noqa: E731
-    prefix_bias = torch.zeros(G, P, device=DEVICE)
     B = G * n
-    table = torch.arange(B, device=DEVICE).view(G, n)
-    place, own_bias = table.flatten(), torch.zeros(B, R, device=DEVICE)
+    decode_attention = _decoding(G, n, P, R, Hq, Hk, D)
 
     def unshared(q: Tensor, kp: Tensor, vp: Tensor, ko: Tensor, vo: Tensor) -> Tensor:
         k, v = (torch.cat([a.repeat_interleave(n, 0), b], dim=2) for a, b in ((kp, ko), (vp, vo)))
@@ -216,9 +234,7 @@ def _attention(shrink: int) -> list[Contest]:
         f"decode attention, {G} prompts of {P} tokens, {n} samples of {R}",
         lambda: [make(B, Hq, D), *prefix(), make(B, Hk, R, D, seed=3), make(B, Hk, R, D, seed=4)],
         {
-            "mstar_mega": lambda q, kp, vp, ko, vo: kernels.decode_attention(
-                q, kp, vp, prefix_bias, ko, vo, own_bias, table, place, D**-0.5
-            ),
+            "mstar_mega": decode_attention,
             "torch, prefix copied to every sample": unshared,
         },
         4.0 * B * Hq * (P + R) * D,

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
-from mstar_mega.models.description import MODEL_FILES, copy_model_files, read_config
+from mstar_mega.models.copying import copy_model_files, model_files
+from mstar_mega.models.description import MODEL_FILES, family_from_hf, read_config
 from mstar_mega.models.mapping import Mapping
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import sync_tree
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import write_checkpoint, write_plain_state
 from mstar_mega.training.manifest import verify_checkpoint
 
@@ -41,6 +44,8 @@ SHARD_BYTES = 10**9
 HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
 _LISTED = 30
+_QUANTIZED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv")
+"""Ends of the names that bitsandbytes, GPTQ, AWQ and float8 formats store beside their weights."""
 
 Shape = tuple[int, ...]
 Export = Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]]
@@ -61,13 +66,16 @@ class Converted:
     bytes: int
     dtypes: tuple[str, ...]
     seconds: float
+    copies: tuple[str, ...] = ()
+    """Tied tensors that were stored beside, or instead of, the one that they are a copy of."""
 
     def __str__(self) -> str:
+        tied = f"; {', '.join(self.copies)}: the same as the embedding, kept once" if self.copies else ""
         rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
         return (
             f"{self.out}: {self.family}, {self.head} head, {self.tensors} Hugging Face tensors <-> {self.parameters} "
             f"parameters, {self.values:,} values, {', '.join(self.dtypes)}, {self.bytes / 1e9:.2f} GB in "
-            f"{self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"{self.seconds:.1f} s ({rate:.2f} GB/s){tied}"
         )
 
 
@@ -81,8 +89,10 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     _must_be_free(out)
     config = read_config(hf)
     model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
-    weights = HFWeights(hf)
+    weights = HFWeights(hf, model.tied)
     _check_sources(hf, model, weights)
+    model_files(hf)
+    _check_tokenizer(hf)
     _check_layout(model, tensor, pipeline)
     sizes = [sum(weights.tensors[source.name].bytes for source in mapping.sources) for mapping in model.mappings]
     mine = _share(model.mappings, sizes)
@@ -108,7 +118,7 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
         "conversion": {"family": model.family, "head": model.head, "tensor": tensor, "pipeline": pipeline},
     }
     write_checkpoint(out, write, common)
-    return _summary(out, model, weights.tensors.values(), started)
+    return replace(_summary(out, model, weights.tensors.values(), started), copies=tuple(weights.copies))
 
 
 def megatron_to_hf(
@@ -141,6 +151,7 @@ def _to_hf(
 ) -> Converted:
     started = time.monotonic()
     config = read_config(files)
+    model_files(files)
     model = map_of(config, head_of(weights.parameters), files / "config.json")
     _check_parameters(checkpoint, model, weights)
     config.pop(HEAD_KEY, None)
@@ -199,8 +210,31 @@ def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
 
 def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
     wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
+    _refuse_other_weights(hf, weights, wanted)
     found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
     _check_shapes(hf, model.family, wanted, found)
+
+
+def _refuse_other_weights(hf: Path, weights: HFWeights, wanted: Collection[str]) -> None:
+    """Raises ValueError for quantized weights and adapters, whose names alone would tell a user nothing."""
+    for name, tensor in weights.tensors.items():
+        is_float = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        if name.endswith(_QUANTIZED) or (name in wanted and not is_float):
+            raise ValueError(
+                f"{tensor.file}: {name} ({str(tensor.dtype).removeprefix('torch.')}) belongs to quantized weights, and "
+                f"{hf} can be converted as floats only: take the model as published, unquantized"
+            )
+        if ".lora_" in name:
+            raise ValueError(
+                f"{tensor.file}: {name} belongs to an adapter (LoRA): merge it into its base model (peft's "
+                "merge_and_unload), save the merged model and convert that"
+            )
+
+
+def _check_tokenizer(hf: Path) -> None:
+    """Raises ValueError for a tokenizer that no job could use. A directory may have none: weights alone convert."""
+    with suppress(FileNotFoundError):
+        family_from_hf(hf)
 
 
 def _check_parameters(checkpoint: Path, model: ModelMap, weights: MegatronWeights) -> None:
@@ -278,6 +312,8 @@ def _share(mappings: Sequence[Mapping], sizes: Sequence[int]) -> list[Mapping]:
 
 
 def _must_be_free(out: Path) -> None:
+    if broadcast_object(out.is_symlink()):
+        raise ValueError(f"--out {out} is a link: name the directory itself that the result goes to")
     taken = broadcast_object(out.exists() and (not out.is_dir() or any(out.iterdir())))
     if taken:
         raise ValueError(f"--out {out} exists and is not empty; choose another or remove it")
@@ -325,7 +361,7 @@ def run(options: argparse.Namespace) -> None:
         export = to_native if options.layout == "native" else None
         done = megatron_to_hf(options.checkpoint, options.out, options.like, options.shard_bytes, export)
     if dist.get_rank() == 0:
-        print(done)
+        say(done)
     distributed.shutdown()
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mstar_mega.models.description import other_kind
+from mstar_mega.platform.files import refuse_lfs_pointer
+from mstar_mega.platform.inputs import checked, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,11 +29,20 @@ _DTYPES = {
 }  # fmt: skip
 
 
+class _Index(BaseModel):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+_WEIGHT_MAP = TypeAdapter(_Index)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a shard's header says of one tensor."""
 
     file: Path
+    name: str
+    """In the shard."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -42,9 +57,12 @@ class HFWeights:
 
     Raises ValueError, naming file and tensor and what was expected, for a missing, truncated or unreadable shard, an
     index that is not the shards' content, and a name that stands in two shards.
+
+    ``tied``: tensors that are a copy of another one (name -> that one's name). They are left out where the values are
+    equal (ValueError where they are not), and stand for the other one where that is not stored.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, tied: Mapping[str, str] | None = None) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ValueError(f"{directory}: there is no such directory; expected one with config.json and safetensors")
@@ -61,11 +79,29 @@ class HFWeights:
         if surplus:
             raise ValueError(f"{self.tensors[surplus[0]].file}: tensor {surplus[0]!r} is not named in {INDEX}")
 
+        self.copies = [name for name in tied or {} if name in self.tensors]
+        """Tied tensors that were stored."""
+        for name in self.copies:
+            self._untie(name, (tied or {})[name])
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. The shard is mapped only as long as the tensor lives."""
-        with safe_open(self.tensors[name].file, "pt", device="cpu") as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        info = self.tensors[name]
+        with safe_open(info.file, "pt", device="cpu") as shard:
+            tensor: Tensor = shard.get_tensor(info.name)
             return tensor
+
+    def _untie(self, copy: str, original: str) -> None:
+        if original in self.tensors:
+            one, other = self.read(copy), self.read(original)
+            if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one, other):
+                raise ValueError(
+                    f"{self.directory}: {copy} and {original} are one tied embedding, but the two that are stored "
+                    "differ: remove the one that training did not use"
+                )
+            del self.tensors[copy]
+        else:
+            self.tensors[original] = self.tensors.pop(copy)
 
     def _add_shard(self, file: Path) -> None:
         if not file.is_file():
@@ -80,8 +116,9 @@ class HFWeights:
                     part = shard.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
                         raise ValueError(f"{file}: tensor {name!r} has dtype {part.get_dtype()}, which is not known")
-                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self.tensors[name] = TensorInfo(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
         except (SafetensorError, OSError) as error:
+            refuse_lfs_pointer(file)
             size = file.stat().st_size
             raise ValueError(f"{file} ({size:,} bytes) is truncated or not a safetensors file: {error}") from error
 
@@ -91,13 +128,14 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX
     if not path.exists():
         if not (directory / SINGLE).exists():
+            if other := other_kind(directory):
+                raise ValueError(other)
             raise ValueError(f"{directory}: neither {INDEX} nor {SINGLE} is there; expected the model's weights")
         return None
+    refuse_lfs_pointer(path)
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError("weight_map is empty or does not name files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = checked(_WEIGHT_MAP, read_object(path), "it").weight_map
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a safetensors index with a weight_map ({error})") from error
     outside = [file for file in weight_map.values() if Path(file).name != file]
     if outside:

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
 from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, TensorInfo
 from mstar_mega.checkpoint_tools.maps import head_of, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
-from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.models.description import MODEL_FILES, other_kind, read_config
+from mstar_mega.platform.inputs import checked
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 
@@ -28,6 +32,29 @@ _PARTS = (
     ("language layers", r".*"),
 )
 """First match wins; names of all families and of ours."""
+
+
+class _Conversion(BaseModel):
+    tensor: int
+    pipeline: int
+
+
+class _Position(BaseModel):
+    step: int
+    iteration: int
+    total_steps: int
+    temperature: float | None = None
+
+
+class _Common(BaseModel):
+    """What is shown of a checkpoint's common state."""
+
+    conversion: _Conversion | None = None
+    position: _Position | None = None
+    stage: str | None = None
+
+
+_COMMON = TypeAdapter(_Common)
 
 
 @dataclass(frozen=True)
@@ -58,6 +85,8 @@ def inspect(path: Path) -> list[Inspection]:
         if newest:
             return [_megatron(each) for each in newest]
         raise ValueError(f"{path} is a run directory without a finished checkpoint")
+    if other := other_kind(path):
+        raise ValueError(other)
     raise ValueError(
         f"{path} is no checkpoint: expected {INDEX}, {SINGLE}, {MANIFEST}, or a run directory with checkpoints/"
     )
@@ -78,22 +107,19 @@ def _megatron(path: Path) -> Inspection:
     if problem:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problem}")
     weights = MegatronWeights(path)
-    common = manifest["common"]
+    common = checked(_COMMON, manifest["common"], f"{path / MANIFEST}: common")
     files = sum(name.endswith(".distcp") for name in manifest["files"])
     size = sum(size for size, _ in manifest["files"].values())
     lines = [
         ("checkpoint", str(path)),
         ("format", f"megatron torch_dist, {_files(files)}, {size:,} bytes (loads at any tensor x pipeline)"),
     ]
-    if conversion := common.get("conversion"):
-        lines.append(("cut for", f"tensor {conversion['tensor']} x pipeline {conversion['pipeline']}"))
-    if position := common.get("position"):
-        lines.append(("stage", str(common.get("stage"))))
-        lines.append(
-            ("step", f"{position['step']} of iteration {position['iteration']}; {position['total_steps']} in total")
-        )
-        temperature = position.get("temperature")
-        lines += [("temperature", str(temperature))] if temperature is not None else []
+    if (cut := common.conversion) is not None:
+        lines.append(("cut for", f"tensor {cut.tensor} x pipeline {cut.pipeline}"))
+    if (at := common.position) is not None:
+        lines.append(("stage", str(common.stage)))
+        lines.append(("step", f"{at.step} of iteration {at.iteration}; {at.total_steps} in total"))
+        lines += [("temperature", str(at.temperature))] if at.temperature is not None else []
     if run := _run_model(path):
         lines.append(("run's model", run))
     lines += _model_lines(path / MODEL_FILES, weights.parameters)
@@ -126,6 +152,7 @@ def _model_lines(folder: Path, tensors: Dictionary[str, Any]) -> list[tuple[str,
     return [
         ("family", f"{model.family}, {model.head} head"),
         ("language", f"{t.layers} layers, hidden {t.hidden}, ffn {t.ffn}, {heads}, vocabulary {t.vocab}"),
+        ("rotary", f"theta {t.rope_theta:,.0f}, {t.rope_scaling or 'no scaling'}"),
         ("vision", f"{v.layers} layers, hidden {v.hidden}, ffn {v.ffn}, heads {v.heads}, {pixels}"),
     ]
 
@@ -150,7 +177,7 @@ def _files(count: int) -> str:
 
 
 def _part(name: str) -> str:
-    return next(part for part, pattern in _PARTS if re.fullmatch(pattern, name))
+    return next(part for part, pattern in _PARTS if re.fullmatch(pattern, name, re.DOTALL))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,4 +187,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """``mstar inspect``."""
-    print("\n\n".join(map(str, inspect(options.directory))))
+    say("\n\n".join(map(str, inspect(options.directory))))

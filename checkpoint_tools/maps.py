@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class ModelMap:
     vision: VisionSize
     language: LanguageSize
     mappings: list[Mapping]
+    tied: dict[str, str] = field(default_factory=dict)
+    """See ``Family.tied``."""
 
     @property
     def layers(self) -> int:
@@ -39,6 +41,12 @@ class ModelMap:
 
 def map_of(config: dict[str, Any], head: str, file: Path) -> ModelMap:
     """The model of a config.json (``file`` is named in errors). Raises ValueError for a family that is not known."""
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{file}: quantization_config says that the weights are quantized ({method}); they are converted and "
+            "trained as floats only: take the model as published, unquantized"
+        )
     if head not in HEADS:
         raise ValueError(f"{file}: head {head!r} is unknown; known: {', '.join(HEADS)}")
     try:
@@ -51,4 +59,4 @@ def map_of(config: dict[str, Any], head: str, file: Path) -> ModelMap:
         raise ValueError(f"{file}: {error}") from error
     sources = [source.name for mapping in mappings for source in mapping.sources]
     assert len(set(sources)) == len(sources), "a source stands in two mappings"
-    return ModelMap(family.name, head, vision, language, mappings)
+    return ModelMap(family.name, head, vision, language, mappings, family.tied)

@@ -7,7 +7,6 @@ pipeline layout would cut it, and read back whole from what any layout wrote.
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from collections.abc import Iterable
@@ -17,18 +16,12 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from mstar_mega.models.mapping import Mapping
+from mstar_mega.platform.inputs import open_input
+from mstar_mega.training.index import DTYPES, INDEX, TORCH_INDEX, Index, Piece, Place, Whole
 from mstar_mega.training.manifest import read_index
+from mstar_mega.training.pieces import read_piece
 
 _LAYER = re.compile(r"(language\.decoder\.layers\.)(\d+)\.(.+)")
 _RENAMED = {
@@ -63,7 +56,7 @@ class Stored:
     """A piece of a whole tensor in a file; without a box: an object that is not a tensor."""
 
     key: str
-    place: _StorageInfo
+    place: Place
     size: tuple[int, ...] = ()
     """Of the whole tensor."""
     dtype: torch.dtype | None = None
@@ -121,7 +114,7 @@ class MegatronWriter:
         stream = self._files[file]
         offset = stream.tell()
         torch.save(value, stream)
-        self.stored.append(entry(_StorageInfo(name, offset, stream.tell() - offset)))
+        self.stored.append(entry(Place(name, offset, stream.tell() - offset)))
 
 
 def _boxes(mapping: Mapping, whole: Tensor, tensor: int) -> Iterable[tuple[int, tuple[int, ...], Tensor]]:
@@ -142,25 +135,26 @@ def _boxes(mapping: Mapping, whole: Tensor, tensor: int) -> Iterable[tuple[int, 
 
 
 def write_index(directory: Path, stored: Iterable[Stored]) -> None:
-    """The index over all processes' files. Raises ValueError for a piece that was written twice."""
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    """The index over all processes' files, ours and torch's. Raises ValueError for a piece that was written twice."""
+    tensors: dict[str, Whole] = {}
+    objects: dict[str, Place] = {}
+    seen: set[tuple[str, tuple[int, ...]]] = set()
     for piece in stored:
-        if piece.dtype is None:
-            entries[piece.key] = BytesStorageMetadata()
-            where = MetadataIndex(piece.key)
-        else:
-            whole = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(piece.size), [])
-            known = entries.setdefault(piece.key, whole)
-            if (known.size, known.properties.dtype) != (whole.size, piece.dtype):
-                raise ValueError(f"{piece.key}: layers of different shape or dtype cannot be stored in one tensor")
-            known.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)))
-            where = MetadataIndex(piece.key, torch.Size(piece.offset), len(known.chunks) - 1)
-        if where in places:
+        if (piece.key, piece.offset) in seen:
             raise ValueError(f"{piece.key} was written twice")
-        places[where] = piece.place
-    with open(directory / ".metadata", "wb") as file:
-        pickle.dump(Metadata(entries, storage_data=places), file)
+        seen.add((piece.key, piece.offset))
+        if piece.dtype is None:
+            objects[piece.key] = piece.place
+            continue
+        whole = Whole(str(piece.dtype).removeprefix("torch."), piece.size, [])
+        known = tensors.setdefault(piece.key, whole)
+        if (known.size, known.dtype) != (whole.size, whole.dtype):
+            raise ValueError(f"{piece.key}: layers of different shape or dtype cannot be stored in one tensor")
+        known.pieces.append(Piece(piece.offset, piece.shape, piece.place))
+    index = Index(tensors, objects)
+    (directory / INDEX).write_bytes(index.to_json())
+    with open(directory / TORCH_INDEX, "wb") as file:
+        pickle.dump(index.to_torch(), file)
 
 
 @dataclass(frozen=True)
@@ -190,10 +184,10 @@ class MegatronWeights:
         self.parameters: dict[str, Parameter] = {}
         names = {stored: ours for ours, stored in _RENAMED.items()}
         prefix = "language.decoder.layers."
-        for key, entry in self.index.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata) or key.startswith(OPTIMIZER):
+        for key, whole in self.index.tensors.items():
+            if key.startswith(OPTIMIZER):
                 continue
-            size, dtype = tuple(entry.size), entry.properties.dtype
+            size, dtype = whole.size, DTYPES[whole.dtype]
             rest = key.removeprefix(prefix)
             if rest == key:
                 self.parameters[key] = Parameter(key, None, size, dtype)
@@ -205,27 +199,25 @@ class MegatronWeights:
     def optimizer_bytes(self) -> int:
         """Size of the optimizer's tensors."""
         return sum(
-            entry.size.numel() * entry.properties.dtype.itemsize
-            for key, entry in self.index.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and key.startswith(OPTIMIZER)
+            torch.Size(whole.size).numel() * DTYPES[whole.dtype].itemsize
+            for key, whole in self.index.tensors.items()
+            if key.startswith(OPTIMIZER)
         )
 
     def read(self, name: str) -> Tensor:
         """One whole parameter. Raises ValueError, naming file and tensor, when its pieces do not fill it."""
         parameter = self.parameters[name]
-        entry = self.index.state_dict_metadata[parameter.key]
-        assert isinstance(entry, TensorStorageMetadata)
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         filled = 0
-        for number, chunk in enumerate(entry.chunks):
-            offset, sizes = list(chunk.offsets), list(chunk.sizes)
+        for stored in self.index.tensors[parameter.key].pieces:
+            offset, sizes = stored.offset, stored.shape
             inside: tuple[int, ...] = ()
             if parameter.layer is not None:
                 if not offset[0] <= parameter.layer < offset[0] + sizes[0]:
                     continue
                 inside = (parameter.layer - offset[0],)
                 offset, sizes = offset[1:], sizes[1:]
-            piece = self._load(MetadataIndex(parameter.key, chunk.offsets, number), tuple(chunk.sizes), name)
+            piece = self._load(stored, name)
             box = tuple(slice(start, start + length) for start, length in zip(offset, sizes, strict=True))
             whole[box] = piece[inside] if inside else piece
             filled += torch.Size(sizes).numel()
@@ -233,16 +225,11 @@ class MegatronWeights:
             raise ValueError(f"{self.directory}: {name} has {filled} of its {whole.numel()} values")
         return whole
 
-    def _load(self, where: MetadataIndex, shape: tuple[int, ...], name: str) -> Tensor:
-        place: _StorageInfo = self.index.storage_data[where]
-        file = self.directory / place.relative_path
-        try:
-            with open(file, "rb") as stream:
-                stream.seek(place.offset)
-                piece = torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file}: {name} cannot be read at byte {place.offset}: {error}") from error
-        if not isinstance(piece, Tensor) or tuple(piece.shape) != shape:
+    def _load(self, stored: Piece, name: str) -> Tensor:
+        file, place = self.directory / stored.place.file, stored.place
+        with open_input(file) as stream:
+            piece = read_piece(stream, place.start, place.length, f"{file}: {name}")
+        if not isinstance(piece, Tensor) or tuple(piece.shape) != stored.shape:
             found = list(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
-            raise ValueError(f"{file}: {name} is {found} where the index announces {list(shape)}")
+            raise ValueError(f"{file}: {name} is {found} where the index announces {list(stored.shape)}")
         return piece

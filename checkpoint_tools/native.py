@@ -6,15 +6,15 @@ own. Names and config keys: transformers 5, ``InternVLForConditionalGeneration``
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.checkpoint_tools.maps import ModelMap
+from mstar_mega.data.tokenizer_schema import added_controls, config_controls
 from mstar_mega.models.mapping import Interleaved, Mapping, PaddedRows, Source, Stacked
+from mstar_mega.models.sizes import DynamicNTK
 
 _CONTEXT = "<IMG_CONTEXT>"
 _V, _L = "vision_tower.", "language_model.model."
@@ -58,7 +58,7 @@ def to_native(config: dict[str, Any], model: ModelMap, files: Path) -> tuple[dic
     groups = (text["num_key_value_heads"], vision["num_attention_heads"])
     shared = text["num_attention_heads"] // text["num_key_value_heads"]
     mappings = [_native(mapping, *groups, shared) for mapping in model.mappings]
-    return _config(config, context_token(files)), replace(model, mappings=mappings)
+    return _config(config, model, context_token(files)), replace(model, mappings=mappings)
 
 
 def _native(mapping: Mapping, language_groups: int, vision_groups: int, shared: int) -> Mapping:
@@ -81,20 +81,19 @@ def _native(mapping: Mapping, language_groups: int, vision_groups: int, shared: 
     return replace(mapping, sources=(Source(theirs, shape),))
 
 
-def _config(config: dict[str, Any], context_token: int) -> dict[str, Any]:
-    text, vision = config["llm_config"], config["vision_config"]
-    scaling = text.get("rope_scaling") or {"type": "default"}
-    rope = {"rope_theta": text["rope_theta"], "rope_type": scaling["type"]}
-    if "factor" in scaling:
-        rope["factor"] = scaling["factor"]
-    side, patch = config.get("force_image_size") or vision["image_size"], vision["patch_size"]
-    keep: Callable[..., dict[str, Any]] = lambda source, *keys: {key: source[key] for key in keys}  # noqa: E731
+def _config(config: dict[str, Any], model: ModelMap, context_token: int) -> dict[str, Any]:
+    """Sizes are those that the family read, so that every spelling of the original's config gives the same."""
+    text, v, t = config["llm_config"], model.vision, model.language
+    rope: dict[str, Any] = {"rope_theta": t.rope_theta, "rope_type": "default"}
+    if isinstance(t.rope_scaling, DynamicNTK):
+        rope |= {"rope_type": "dynamic", "factor": t.rope_scaling.factor}
+    side, patch = v.image_size, v.patch_size
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
-        "dtype": config.get("torch_dtype", "bfloat16"),
-        "downsample_ratio": config["downsample_ratio"],
-        "image_seq_length": int((side // patch * config["downsample_ratio"]) ** 2),
+        "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+        "downsample_ratio": 0.5,
+        "image_seq_length": (v.grid // 2) ** 2,
         "image_token_id": context_token,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,
@@ -107,35 +106,44 @@ def _config(config: dict[str, Any], context_token: int) -> dict[str, Any]:
             "mlp_bias": False,
             "tie_word_embeddings": False,
             "rope_parameters": rope,
-            **keep(
-                text, "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "intermediate_size",
-                "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-                "rms_norm_eps", "vocab_size",
-            ),
+            "hidden_act": "silu",
+            "hidden_size": t.hidden,
+            "intermediate_size": t.ffn,
+            "num_attention_heads": t.heads,
+            "num_hidden_layers": t.layers,
+            "num_key_value_heads": t.kv_heads,
+            "rms_norm_eps": t.eps,
+            "vocab_size": t.vocab,
+            **{
+                key: text[key]
+                for key in ("bos_token_id", "eos_token_id", "max_position_embeddings")
+                if text.get(key) is not None
+            },
         },
         "vision_config": {
             "model_type": "internvl_vision",
-            "attention_bias": vision["qkv_bias"],
+            "attention_bias": True,
             "image_size": [side, side],
             "patch_size": [patch, patch],
             "norm_type": "layer_norm",
             "use_mean_pooling": True,  # no norm behind the last layer
-            **keep(vision, "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "num_attention_heads",
-                   "num_hidden_layers"),
+            "hidden_act": "gelu",
+            "hidden_size": v.hidden,
+            "intermediate_size": v.ffn,
+            "layer_norm_eps": v.eps,
+            "num_attention_heads": v.heads,
+            "num_hidden_layers": v.layers,
         },
-    }  # fmt: skip
+    }
 
 
 def context_token(files: Path) -> int:
     """Id of the token under which image features are written. Raises ValueError where no tokenizer file has it."""
     added: dict[str, int] = {}
     if (files / "added_tokens.json").is_file():
-        added = json.loads((files / "added_tokens.json").read_text(encoding="utf-8"))
+        added = added_controls(files / "added_tokens.json")
     elif (files / "tokenizer_config.json").is_file():
-        decoder = json.loads((files / "tokenizer_config.json").read_text(encoding="utf-8")).get(
-            "added_tokens_decoder", {}
-        )
-        added = {entry["content"]: int(number) for number, entry in decoder.items()}
+        added = config_controls(files / "tokenizer_config.json")
     if _CONTEXT not in added:
         raise ValueError(
             f"{files}: no added_tokens.json or tokenizer_config.json with {_CONTEXT}, which the layout needs"

@@ -18,6 +18,7 @@ from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, 
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.platform.terminal import say
 from mstar_mega.settings_rules import validate
 
 USABLE = 0.9
@@ -237,6 +238,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = settings.parse(overrides, prog="mstar plan")
     validate(config)
     text, any_fits = report(config, options.gpus, memory)
-    print(text, flush=True)
+    say(text)
     if not any_fits:
         raise SystemExit(1)

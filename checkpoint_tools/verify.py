@@ -1,7 +1,7 @@
 """A checkpoint's features, logits and greedy tokens against a recorded case of the original implementation.
 
     mstar verify --checkpoint DIR --golden CASE.safetensors
-    torchrun --nproc-per-node 4 -m mstar_mega.cli verify --tensor 2 --pipeline 2 --checkpoint DIR --golden CASE...
+    torchrun --nproc-per-node 4 -m mstar_mega.cli verify --parallel.tensor 2 --parallel.pipeline 2 --checkpoint DIR ...
 
 A case is a safetensors file with the inputs (``input_ids``, ``pixel_values``, and ``image_flags``, ``image_sizes`` or
 ``tgt_sizes``, ``image_bound``, ``slice_sample_index``) and the expected ``vision_features``, ``logits`` and
@@ -23,7 +23,6 @@ from torch import Tensor
 from mstar_mega.checkpoint_tools.hf_files import HFWeights
 from mstar_mega.checkpoint_tools.native import context_token
 from mstar_mega.config import Config, ModelConfig, ParallelConfig
-from mstar_mega.data.tokenizer import read_json
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.models import golden
 from mstar_mega.models.build import build_model
@@ -32,6 +31,8 @@ from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.weights import load_originals
 from mstar_mega.platform import distributed
+from mstar_mega.platform.inputs import must_be_regular, read_object
+from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import load_checkpoint
 
 FEATURES, LOGITS = 1e-4, 5e-4
@@ -87,15 +88,16 @@ def open_checkpoint(directory: Path, parallel: ParallelConfig, model: ModelConfi
         state, _ = load_checkpoint(directory, {"model": module.sharded_state_dict()})
         module.load_state_dict(state["model"])
     else:
-        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory).read)
+        load_originals(module, family.weight_map(read_config(files)), HFWeights(directory, family.tied).read)
     return module, family
 
 
 def read_golden(file: Path) -> dict[str, Tensor]:
     """The tensors of a case. Raises ValueError naming the file and what it lacks."""
     try:
+        must_be_regular(file)
         recorded = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} is not a safetensors file with a recorded case ({error})") from error
     lacks = [name for name in ("input_ids", "logits", "greedy_tokens") if name not in recorded]
     if lacks:
@@ -132,7 +134,9 @@ def _largest(found: Tensor, expected: Tensor, file: Path, what: str) -> float:
 def _image_token(checkpoint: Path, case: Path) -> int | None:
     """The id under which the case holds image places, from the case's own notes or the model's tokenizer."""
     meta = case.parent / "meta.json"
-    if meta.is_file() and "img_context_token_id" in (notes := read_json(meta)):
+    if meta.is_file() and "img_context_token_id" in (notes := read_object(meta)):
+        if not isinstance(notes["img_context_token_id"], int):
+            raise ValueError(f"{meta}: img_context_token_id is not a whole number")
         return int(notes["img_context_token_id"])
     files = checkpoint / MODEL_FILES
     try:
@@ -145,8 +149,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``mstar verify``."""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="ours, or from Hugging Face")
     parser.add_argument("--golden", type=Path, required=True, nargs="+", metavar="CASE.safetensors", help="case files")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (default: %(default)s)")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
+    parser.add_argument(
+        "--parallel.tensor", "--tensor", dest="tensor", type=int, default=1, metavar="N",
+        help="tensor-parallel ranks (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parallel.pipeline", "--pipeline", dest="pipeline", type=int, default=1, metavar="N",
+        help="pipeline stages (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)"
     )
@@ -166,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
     for file in options.golden:
         differences = compare(model, family, file, _image_token(options.checkpoint, file))
         if dist.get_rank() == 0:
-            print(differences, flush=True)
+            say(differences)
         excess = differences.excess(options.features_tolerance, options.logits_tolerance)
         problems += [f"{file.name}: {text}" for text in excess]
     distributed.shutdown()

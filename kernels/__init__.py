@@ -4,7 +4,7 @@ from mstar_mega.kernels.dispatch import backend, configure, force_backend, force
 from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logits, linear_logprob
 from mstar_mega.kernels.logprob import vocab_parallel_logprob
 from mstar_mega.kernels.norms import layer_norm, rms_norm
-from mstar_mega.kernels.prefix_attention import decode_attention, prefix_attention
+from mstar_mega.kernels.prefix_attention import prefix_attention
 from mstar_mega.kernels.process_scores import reduce_steps, step_scores
 from mstar_mega.kernels.sampling import sample_with_logprob
 from mstar_mega.kernels.selection import select_topk
@@ -12,7 +12,6 @@ from mstar_mega.kernels.selection import select_topk
 __all__ = [
     "backend",
     "configure",
-    "decode_attention",
     "force_backend",
     "forced_backend",
     "layer_norm",

@@ -28,6 +28,7 @@ KERNELS = (
     "selection",
     "norms",
     "attention",
+    "decode",
 )
 """Each is also a switch of the ``kernels`` settings."""
 

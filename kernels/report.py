@@ -22,7 +22,18 @@ from typing import Any
 
 import torch
 
-from mstar_mega.kernels import attend, linear_stats, norms, process_scores, row_stats, sampling, selection, top_p
+from mstar_mega.kernels import (
+    attend,
+    decode_attention,
+    decode_layer,
+    linear_stats,
+    norms,
+    process_scores,
+    row_stats,
+    sampling,
+    selection,
+    top_p,
+)
 from mstar_mega.kernels.language import INTERPRETED, triton
 
 SHARED_LIMIT = 232_448
@@ -125,6 +136,12 @@ def _row_cases() -> Iterator[Case]:
         yield Case(f"reduce steps, {how}", function, "*fp64 *i64 *fp64", constants, {"num_warps": 1})
     types, constants = "*fp64 *u8 *i64 *i64 *i64 *i64 i32", {"BLOCK": selection.BLOCK}
     yield Case("select top-k", selection.select_topk_kernel, types, constants, {"num_warps": 1})
+    constants = {"BLOCK": 4096, "ADD": True, "INTERP": False}
+    options = {"num_warps": norms.warps_for(4096)}
+    types = "*bf16 *bf16 *bf16 *bf16 i32! fp32"
+    yield Case("decode, add and norm, H 4096", decode_layer.add_norm_kernel, types, constants, options, wide=True)
+    constants, options = {"BLOCK": decode_layer.BLOCK, "INTERP": False}, {"num_warps": 4}
+    yield Case("decode, SwiGLU", decode_layer.swiglu_kernel, "*bf16 *bf16 i32!", constants, options, wide=True)
     for name, width, centred in (("rms_norm", 4096, False), ("layer_norm", 1024, True)):
         constants = {"BLOCK": width, "CENTRED": centred, "INTERP": False}
         options = {"num_warps": norms.warps_for(width)}
@@ -138,14 +155,18 @@ def _attention_cases() -> Iterator[Case]:
     sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32"
     head = {"D": 128, "BD": 128, "INTERP": False}
     types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides} i32 i32 i32!"
-    for name, tile, row_bias, tabled in (
-        ("decode, shared prefix", attend.FORWARD, False, True),
-        ("decode, own tokens", attend.FEW_ROWS, False, False),
-        ("training, own tokens", attend.FORWARD, True, False),
-    ):
+    for name, tile, row_bias, tabled in (("training, own tokens", attend.FORWARD, True, False),):
         constants = {**head, **tile, "ROW_BIAS": row_bias, "TABLED": tabled}
         wgmma = tile is attend.FORWARD  # fewer than 64 rows cannot be
         yield Case(f"attention, {name}", attend.attend_kernel, types, constants, attend.FORWARD_OPTIONS, wgmma=wgmma)
+    types = "*bf16 *bf16 *bf16 *i64 *i64 *i64 *fp32 *fp32 i32 i32 i32 fp32"
+    function, options = decode_attention.decode_prefix_kernel, decode_attention.PREFIX_OPTIONS
+    yield Case("decode, prompts", function, types, {**head, **decode_attention.PREFIX}, options, wgmma=True)
+    types = "*bf16 *bf16 *bf16 *i64 *i64 *i64 *fp32 *fp32 *bf16 i32 i32 i32 i32 fp32"
+    function, options = decode_attention.decode_own_kernel, decode_attention.OWN_OPTIONS
+    yield Case("decode, own tokens and join", function, types, {**head, **decode_attention.OWN}, options)
+    types = "*bf16 *bf16 *bf16 *i64 *i64 *i64 *bf16 *bf16 *bf16 i32 i32 i32 i32"
+    yield Case("decode, rotate and store", decode_layer.rotate_store_kernel, types, head, {"num_warps": 1})
     types = "*fp32 *fp32 *bf16 *fp32 i32 i32"
     constants = {**head, "BR": attend.MERGE_ROWS}
     yield Case("attention, merge", attend.merge_kernel, types, constants, {"num_warps": 4})

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from mstar_mega.config import Config
 from mstar_mega.platform.files import DISK_FULL
+from mstar_mega.platform.terminal import say, tame_logging, visible
 
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
@@ -29,9 +30,9 @@ BROKEN_PIPE = 141
 
 _USER_OS_ERRORS = (
     *DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENXIO,
 )  # fmt: skip
-"""A path that the user gave leads nowhere, or may not be used."""
+"""A path that the user gave leads nowhere, may not be used, or cannot be read to its end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``MSTAR_TRACEBACK=1`` shows where it came from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    tame_logging()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
@@ -80,7 +82,7 @@ def _job(until: str | None) -> Callable[[str, list[str]], None]:
     def command(name: str, rest: list[str]) -> None:
         config = _config_of_job(name, rest)
         if _rank() == 0 and not _gives(rest, "--config"):
-            print(
+            say(
                 "NOTE: without --config every setting is the paper's, for models of billions of parameters; "
                 "examples/configs/digits.yaml has those of the built-in task",
                 file=sys.stderr,
@@ -169,7 +171,7 @@ def _report_page(name: str, rest: list[str]) -> None:
     if _rank() == 0:
         from mstar_mega.report.html import write_report
 
-        print(write_report(run_dir))
+        say(write_report(run_dir))
 
 
 def _score(name: str, rest: list[str]) -> None:
@@ -182,7 +184,7 @@ def _score(name: str, rest: list[str]) -> None:
     command.add_settings(parser, command.SCORING)
     options = parser.parse_args(rest)
     if _rank() == 0:
-        print(command.run_score(options))
+        say(command.run_score(options))
 
 
 def _data(name: str, rest: list[str]) -> int:
@@ -194,12 +196,12 @@ def _data(name: str, rest: list[str]) -> int:
     if action not in _DATA_ACTIONS:
         usage = "\n".join(f"  mstar data {action} {text}" for action, (text, _) in _DATA_ACTIONS.items())
         if action in ("-h", "--help"):
-            print(f"{COMMANDS[name][0]}\n\n{usage}\n\n--NAME VALUE are settings, as in 'mstar evolve --help'.")
+            say(f"{COMMANDS[name][0]}\n\n{usage}\n\n--NAME VALUE are settings, as in 'mstar evolve --help'.")
             return 0
         raise ValueError(f"mstar data: choose {' or '.join(_DATA_ACTIONS)} ('mstar data --help' shows how)")
     usage, help = _DATA_ACTIONS[action]
     if any(argument in ("-h", "--help") for argument in rest):
-        print(f"usage: mstar data {action} {usage}\n\n{help}\n{_DATA_SETTINGS}")
+        say(f"usage: mstar data {action} {usage}\n\n{help}\n{_DATA_SETTINGS}")
         return 0
     names: list[str] = []
     own: dict[str, list[str]] = {"--out": [], "--against": []}
@@ -226,10 +228,10 @@ def _data(name: str, rest: list[str]) -> int:
         return 0
     out = own["--out"][-1] if own["--out"] else None
     if action == "show":
-        print(data_show.show(config, names[-1], out))
+        say(data_show.show(config, names[-1], out))
         return 0
     text, usable = data_check.check(config, own["--against"], out)
-    print(text)
+    say(text)
     return 0 if usable else UNUSABLE
 
 
@@ -370,11 +372,10 @@ def _fit_layout(config: Config, overrides: Sequence[str]) -> None:
     config.parallel = replace(parallel, tensor=1, pipeline=1, sequence=False)
     if _rank() == 0:
         was = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
-        print(
+        say(
             f"mstar: the run's {was} needs a multiple of {needed} ranks and this job has {ranks}: taking tensor 1 x "
             "pipeline 1 for this command",
             file=sys.stderr,
-            flush=True,
         )
 
 
@@ -390,7 +391,7 @@ def _rank() -> int:
 def _report(message: str) -> None:
     """Print on rank 0; on every rank leave the message where torchrun looks for the cause of a failure."""
     if _rank() == 0:
-        print(f"mstar: error: {message}", file=sys.stderr, flush=True)
+        say(f"mstar: error: {message}", sys.stderr)
     # When one rank alone fails, its line in torchrun's closing table is the only place that says why.
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -401,17 +402,17 @@ def _one_line(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.errno and not error.filename else str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL and "disk is full" not in str(text):
         text = f"the disk is full ({text}). Free some space and give the same command again"
-    return " ".join(str(text).split()) or type(error).__name__
+    return visible(" ".join(str(text).split())) or type(error).__name__
 
 
 def _print_help() -> None:
     if _rank() != 0:
         return
     width = max(map(len, COMMANDS))
-    print("usage: mstar COMMAND [arguments]\n\nSelf-evolving training of multimodal reasoners.\n\ncommands:")
+    say("usage: mstar COMMAND [arguments]\n\nSelf-evolving training of multimodal reasoners.\n\ncommands:")
     for name, (what, _) in COMMANDS.items():
-        print(f"  {name:<{width}}  {what}")
-    print("\n'mstar COMMAND --help' shows its settings. On several processes: torchrun ... -m mstar_mega.cli COMMAND")
+        say(f"  {name:<{width}}  {what}")
+    say("\n'mstar COMMAND --help' shows its settings. On several processes: torchrun ... -m mstar_mega.cli COMMAND")
 
 
 if __name__ == "__main__":

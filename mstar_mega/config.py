@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
-SelectionRule = Literal["top_k", "all_correct", "random_k", "threshold"]
+SelectionRule = Literal["top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct"]
 Reduction = Literal["min", "prod", "mean", "last"]
+LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
 
 
@@ -93,6 +94,12 @@ class DataConfig:
     """Threads per rank that decode images ahead of the device; 0: none."""
     prefetch_mb: int = 1024
     """Most memory per rank for decoded images that wait, in MiB."""
+    picture_rotation: Literal["exif", "none"] = "exif"
+    """Turn pictures as their EXIF data say, as every viewer does; none: as the policies' original code reads them."""
+    picture_transparency: Literal["white", "drop"] = "white"
+    """What lies behind transparent pictures; drop: ignore transparency, as the original code does."""
+    picture_depth: Literal["scale", "clip"] = "scale"
+    """Gray of 16 bits, 32 bits or floats is scaled to 8 bits; clip: above 255 is white, as in the original code."""
     instruct: bool = True
     """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 
@@ -109,7 +116,15 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps of linear learning-rate warm-up."""
     batch_size: int = 128
-    """Responses per optimizer step, over all ranks. Responses of one query stay in one step."""
+    """Responses per optimizer step, over all ranks."""
+    shuffle: Literal["responses", "queries"] = "responses"
+    """What is shuffled into steps. responses: each by itself, as SFT does; those of a query that meet in a step share
+    its image and prompt. queries: all responses of a query in one step, which costs less to compute and makes the step
+    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128."""
+    loss_mean: LossMean = "token"
+    """What the loss is a mean over, in the whole batch. token: every counted token (the PRM: step) weighs the same, a
+    long response more than a short one. response: every response weighs the same (the paper is silent; the sum over a
+    batch's tokens is what megatron and most SFT trainers take)."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -117,7 +132,8 @@ class OptimizerConfig:
     """On matrices and embeddings, not on norms and biases."""
     clip_grad: float = 1.0
     microbatch_tokens: int = 4096
-    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank."""
+    """Most tokens (prompts and responses, unpadded) in one microbatch of one rank. Responses of a query that do not fit
+    together are divided; one prompt with one response is never."""
 
 
 @dataclass
@@ -175,16 +191,19 @@ class EvolveConfig:
     interval: float | None = None
     """Share of the labelled queries per iteration; None: the method's own (continuous 0.25, others 1.0)."""
     optimizer_state: Literal["inherit", "reset"] | None = None
-    """Optimizer and scheduler between iterations; None: the method's own (continuous inherits, others reset)."""
-    start_from: Literal["last", "warmup"] | None = None
-    """Weights at the start of an iteration; None: the method's own (rest_em warmup, others last)."""
+    """Optimizer and scheduler between iterations; None: the method's own (iterative_rft and rest_em reset, continuous
+    and sft inherit). A schedule that is reset falls within each iteration."""
+    start_from: Literal["last", "warmup", "base"] | None = None
+    """Weights at the start of an iteration; base: those before the warm-up. None: the method's own (rest_em warmup, sft
+    base, others last). sft's iterations are one training: it starts there once, and goes on."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
     """Passes over each iteration's selected responses."""
     responses: int = 16
     """Responses sampled per query."""
     max_steps: int = 10_000
-    """Optimizer steps in total, the warm-up's included; 0: no limit."""
+    """Optimizer steps in total, the warm-up's included (of sft from the base too); 0: no limit. The iteration that
+    reaches it is the last, and is trained whole: nothing is generated for nothing (the paper's ends at 10,066)."""
     passes: float = 0.0
     """Passes over the labelled queries, up to whole iterations; 0: no limit. The run ends at whichever limit comes
     first."""
@@ -195,12 +214,17 @@ class SelectionConfig:
     """Which correct responses are trained on (paper section 4, operator H)."""
 
     rule: SelectionRule = "top_k"
+    """Of a query's correct responses, top_k: the k of highest process score; threshold: all above the threshold;
+    top_k_above: the k best of those; likelihood: the k of highest mean log-probability per token by the policy that
+    drew them, at their sampling temperature (needs no PRM); random_k; all_correct."""
     k: int = 2
-    """For top_k (by process score) and random_k."""
+    """For top_k, top_k_above, likelihood and random_k."""
     threshold: float = 0.5
-    """For threshold: keep correct responses whose process score is above it (the paper's alpha is unknown)."""
+    """For threshold and top_k_above: keep correct responses whose process score is above it (the paper's alpha is
+    unknown)."""
     distinct: bool = False
-    """Count responses of a query with the same tokens once (the paper is silent)."""
+    """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
+    silent)."""
 
 
 @dataclass
@@ -212,6 +236,9 @@ class PromptsConfig:
     mixin: float = 0.0
     """Share of the budget of steps (the warm-up's included) or passes that is spent before unlabelled prompts join
     (T_mixin)."""
+    ratio: float | None = None
+    """Most unlabelled queries per labelled one in an iteration; None: as large a share of theirs as of the labelled
+    (the paper is silent)."""
 
 
 @dataclass
@@ -220,11 +247,11 @@ class TemperatureConfig:
 
     mode: TemperatureMode = "reward_pass_at_k"
     value: float = 1.0
-    """The temperature when mode is fixed."""
+    """The temperature when mode is fixed, and the one in use before the first sweep."""
     grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
     tolerance: float = 0.0
-    """The highest temperature within so many standard errors of the best is taken: it explores more at no loss that
-    the sweep could measure. 0: the best, the highest of equal ones (the paper is silent on both)."""
+    """Of the temperatures within so many standard errors of the best, the one nearest to that in use is taken: a change
+    that the sweep cannot tell from noise is not made. 0: the best; of equal ones the nearest (the paper is silent)."""
     every: int = 2
     """Iterations between two sweeps; the first is before the first iteration."""
     k: int = 2
@@ -277,7 +304,9 @@ class KernelsConfig:
     """The best correct responses, for all queries at once."""
     norms: bool = True
     attention: bool = True
-    """Attention of many responses to one prompt, in decoding and training."""
+    """Attention of many responses to one prompt, in training and scoring."""
+    decode: bool = True
+    """What a decode step does between its matrix products, attention included."""
 
 
 @dataclass

@@ -18,7 +18,9 @@ import jsonargparse
 import yaml
 
 from mstar_mega.config import Config
+from mstar_mega.platform.inputs import read_input
 from mstar_mega.settings_tree import field_docs, flatten, leaves, shown
+from mstar_mega.settings_yaml import MOST_BYTES, read_yaml
 
 CONFIG_FILE = "config.yaml"
 """In a run directory: its settings, resolved."""
@@ -75,7 +77,7 @@ def load(path: str | Path) -> Config:
         file = file / CONFIG_FILE
     if not file.exists():
         raise ValueError(f"{path} is not the directory of a run: there is no {file}. Give the run.dir of a started run")
-    if not file.read_bytes().endswith(END_OF_FILE.encode()):
+    if not read_input(file, MOST_BYTES).endswith(END_OF_FILE.encode()):
         raise ValueError(f"{file} is cut off (its last line is not '...'): {_MEND}")
     flat = _read(file)
     parser = _parser("mstar", None)
@@ -168,29 +170,12 @@ def _nearest(name: str, known: set[str], dashes: str = "") -> str:
     return "did you mean " + " or ".join(f"'{dashes}{full}'" for full in near) + "?"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and drops the first without a word; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises yaml.constructor.ConstructorError on a repeated key."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read(file: Path) -> dict[str, Any]:
     """Dotted name -> raw value of a YAML file; names are checked, values are not."""
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        tree = read_yaml(file)
     except OSError as error:
         raise ValueError(f"cannot read the settings file {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the settings file {file} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"the settings file {file} is not valid YAML: {_yaml_problem(error)}") from None
     if tree is not None and not isinstance(tree, dict):
         raise ValueError(f"the settings file {file} holds {shown(tree)}: expected lines like 'seed: 0'")
     return dict(_flat(tree or {}, "", {leaf.name for leaf in leaves()}, file))
@@ -267,8 +252,3 @@ def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is list:
         return f"a list of {_type_text(arguments[0])}, like [0.5, 1.0]"
     return {bool: "true or false", str: "text"}.get(hint, str(getattr(hint, "__name__", hint)))
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())

@@ -29,6 +29,9 @@ _DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
 _TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
 _GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
 
+RESETTING = ("iterative_rft", "rest_em")
+"""Methods that reset the optimizer between iterations by themselves (``recipe/method.py``)."""
+
 _NAMES_OF_RULE = (
     (
         _COUNT,
@@ -59,7 +62,10 @@ _NAMES_OF_RULE = (
     ),
     (
         _NOT_NEGATIVE,
-        "optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance",
+        """
+        optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance
+        prompts.ratio
+        """,
     ),
     (_SHARE, "generation.top_p evolve.interval optimizer.decay_share data.labelled_share"),
     (_UNIT, "selection.threshold prompts.mixin"),
@@ -101,7 +107,11 @@ def _validate_pairs(config: Config) -> None:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:
         raise ValueError("evolve.max_steps and evolve.passes are both 0: one must be above 0, or the run never ends")
-    if config.evolve.max_steps == 0 and config.evolve.optimizer.schedule != "constant":
+    # With a reset optimizer the schedule starts over in each iteration and falls within it.
+    inherits = (
+        config.evolve.optimizer_state or ("reset" if config.evolve.method in RESETTING else "inherit")
+    ) != "reset"
+    if inherits and config.evolve.max_steps == 0 and config.evolve.optimizer.schedule != "constant":
         raise ValueError(
             f"evolve.optimizer.schedule is '{config.evolve.optimizer.schedule}' and evolve.max_steps is 0: a learning "
             "rate that falls needs the number of steps; set evolve.max_steps, or the schedule to constant"

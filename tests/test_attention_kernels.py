@@ -10,7 +10,7 @@ from kernel_cases import DEVICE, randn, relative_error
 from torch import Tensor
 
 from mstar_mega.kernels import attend
-from mstar_mega.kernels.prefix_attention import _prefix_reference, causal_attention, decode_attention, prefix_attention
+from mstar_mega.kernels.prefix_attention import _prefix_reference, causal_attention, prefix_attention
 from mstar_mega.models.attention import GroupPlan
 
 INF = float("inf")
@@ -73,37 +73,6 @@ def test_prefix_attention_is_full_attention_of_every_continuation(
             total = total + (expected * upstream[g, j, :r]).sum()
     for got, wanted in zip(gradients, torch.autograd.grad(total, exact), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1)])
-def test_decode_attention_is_prefix_attention_of_one_token(
-    backend: str, heads: int, kv_heads: int, dtype: torch.dtype
-) -> None:
-    G, P, L, D, scale = 3, 5, 4, 6, 0.3
-    group_of = [2, 0, 2, 2, 0, 1, 2]  # slots of a group lie anywhere
-    B = len(group_of)
-    q, kp, vp = randn(B, heads, D), randn(G, kv_heads, P, D, seed=1), randn(G, kv_heads, P, D, seed=2)
-    ko, vo = randn(B, kv_heads, L, D, seed=3), randn(B, kv_heads, L, D, seed=4)
-    q, kp, vp, ko, vo = (x.to(dtype) for x in (q, kp, vp, ko, vo))
-    prefix_bias, own_bias = torch.zeros(G, P), torch.zeros(B, L)
-    prefix_bias[1, 3:] = prefix_bias[2, 1:] = -INF
-    for slot in range(B):
-        own_bias[slot, 1 + slot % L :] = -INF
-    table = torch.tensor([[1, 4, 0, 0], [5, 6, 6, 6], [0, 2, 3, 6]])  # padded with any slot
-    place = torch.tensor([8, 0, 9, 10, 1, 4, 11])
-    assert table.flatten()[place].tolist() == list(range(B))
-    out = decode_attention(q, kp, vp, prefix_bias, ko, vo, own_bias, table, place, scale)
-    assert out.dtype == dtype
-    q, kp, vp, ko, vo = (x.float() for x in (q, kp, vp, ko, vo))
-    for slot, g in enumerate(group_of):
-        one = slice(slot, slot + 1)
-        expected = _prefix_reference(
-            q[one, None, None], kp[g : g + 1], vp[g : g + 1], prefix_bias[g : g + 1], ko[one, None], vo[one, None],
-            own_bias[one, None, None], scale,
-        )  # fmt: skip
-        accuracy = 1e-6 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(out[slot].float(), expected[0, 0, 0], rtol=0, atol=accuracy)
 
 
 def test_long_prefixes_in_splits_and_low_precision(backend: str) -> None:

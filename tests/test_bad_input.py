@@ -379,3 +379,11 @@ def test_a_reason_is_one_line_of_plain_text() -> None:
     assert screen([query("a", (ImageRef("x", ""),))], "test", fail)[1] == [
         Skipped("query a of the test set", "x", "several lines")
     ]
+
+
+def test_a_finished_stage_says_that_it_trains_nothing_more(tmp_path: Path) -> None:
+    good(start(tmp_path / "run"))
+    again = ("--warmup.epochs", "2", "--run.allow_changed_settings", "true")
+    output = good(start(tmp_path / "run", *again))
+    assert "WARNING: warmup ended after 3 steps, and the settings now ask for 6: it is finished and trains" in output
+    assert checkpoints(tmp_path / "run", "warmup")[-1].endswith("000003")

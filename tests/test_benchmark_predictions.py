@@ -11,8 +11,9 @@ from benchmark_rows import load, m3cot_row, write_m3cot
 from mstar_mega.cli import main
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.evaluation.benchmarks import find
+from mstar_mega.evaluation.predictions import Prediction, Predictions, read_predictions
 from mstar_mega.evaluation.problem import Rules
-from mstar_mega.evaluation.scoring import Prediction, Predictions, read_predictions, score
+from mstar_mega.evaluation.scoring import score
 
 
 def test_odd_predictions_are_said_and_divide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

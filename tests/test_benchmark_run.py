@@ -19,8 +19,9 @@ from mstar_mega import cli
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.evaluation.benchmarks import find, load_problems
+from mstar_mega.evaluation.predictions import Prediction, read_predictions
 from mstar_mega.evaluation.problem import Problem, Rules
-from mstar_mega.evaluation.scoring import Prediction, read, read_predictions, score
+from mstar_mega.evaluation.scoring import read, score
 from mstar_mega.recipe.benchmark import candidate, first, sample_measures
 from mstar_mega.rewards.checker import AnswerChecker
 

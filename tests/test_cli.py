@@ -172,7 +172,7 @@ def test_a_full_disk_is_the_users_and_a_bug_is_not(
     job.error = OSError(errno.ENOSPC, "cannot write a.jsonl: the disk is full")
     assert cli.main(["evolve"]) == 2
     assert capsys.readouterr().err.endswith("task\nmstar: error: cannot write a.jsonl: the disk is full\n")
-    for error in (RuntimeError("shapes"), OSError(errno.EIO, "broken"), AssertionError()):
+    for error in (RuntimeError("shapes"), OSError(errno.EBADF, "broken"), AssertionError()):
         job.error = error
         with pytest.raises(type(error)):
             cli.main(["evolve"])

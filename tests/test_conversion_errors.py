@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mstar_mega.checkpoint_tools import convert, hf_files
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron, megatron_to_hf
+from mstar_mega.checkpoint_tools.inspection import inspect
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 
@@ -143,3 +144,66 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
     hf_to_megatron(tmp_path / "hf", tmp_path / "again")
     assert_same_bytes(all_tensors(tmp_path / "back"), original)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "back", "hf", "there"]
+
+
+def test_tied_copies_of_phi_are_kept_once_where_they_are_equal(tmp_path: Path) -> None:
+    original = make_checkpoint(tmp_path / "hf", "phi3_5_vision")
+    embedding, copy = "model.embed_tokens.weight", "model.vision_embed_tokens.wte.weight"
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({copy: tensors[embedding].clone()}))
+    done = hf_to_megatron(tmp_path / "hf", tmp_path / "both")
+    assert done.copies == (copy,) and f"{copy}: the same as the embedding, kept once" in str(done)
+    rewrite(tmp_path / "hf", lambda tensors: tensors.pop(embedding))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "instead")
+    for name in ("both", "instead"):
+        megatron_to_hf(tmp_path / name, tmp_path / f"{name}_back")
+        assert_same_bytes(all_tensors(tmp_path / f"{name}_back"), original)
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({embedding: tensors[copy] + 1}))
+    with pytest.raises(ValueError, match=rf"{copy} and {embedding} are one tied embedding, but the two .* differ"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "differ")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    make_checkpoint(tmp_path / "hf", "internvl2", shards=3)
+    (tmp_path / "hf" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(ValueError, match=rf"{name} \(\d+ bytes\) is a Git LFS pointer, .*: run `git lfs pull`"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+
+
+def test_quantized_checkpoints_are_called_so(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", "minicpm_v2_5")
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config says .* quantized \(bitsandbytes\)"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+    file.write_text(json.dumps(config))
+    weight = "llm.model.layers.0.mlp.up_proj.weight"
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({weight: tensors[weight].to(torch.int8)}))
+    with pytest.raises(ValueError, match=rf"{weight} \(int8\) belongs to quantized weights"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+
+
+def test_adapters_and_other_formats_are_called_what_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file({"base_model.model.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "openbmb/MiniCPM"}))
+    message = r"adapter holds an adapter \(PEFT, LoRA\), not a whole model: merge it into openbmb/MiniCPM"
+    for look in (lambda: hf_to_megatron(folder, tmp_path / "there"), lambda: inspect(folder)):
+        with pytest.raises(ValueError, match=message):
+            look()
+    make_checkpoint(tmp_path / "hf", "internvl2")
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"mlp1.1.lora_A.weight": torch.zeros(2)}))
+    with pytest.raises(ValueError, match=r"mlp1\.1\.lora_A\.weight belongs to an adapter"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"hf holds PyTorch weights \(pytorch_model.bin\); only safetensors are read"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")
+
+
+def test_a_stored_buffer_of_integers_is_no_quantization(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", "phi3_5_vision")
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"model.position_ids": torch.arange(3)}))
+    with pytest.raises(ValueError, match=r"1 not known to phi3_5_vision: model\.position_ids"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "there")

@@ -21,6 +21,7 @@ from mstar_mega.config import (
 from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe import evolve as loop
+from mstar_mega.recipe import fit as fitting
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.intervals import Interval, next_interval
@@ -132,6 +133,9 @@ class Watched:
     def reset_optimizer(self) -> None:
         self.done.append("reset")
 
+    def set_total_steps(self, steps: int) -> None:
+        self.done.append(f"schedule of {steps}")
+
 
 def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warmup_steps: int = 0) -> list[str]:
     """The loop with everything around it noted instead of done; each iteration selects so many responses."""
@@ -145,8 +149,8 @@ def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warm
 
         monkeypatch.setattr(loop, name, call)
 
-    def tune(job: Job, actors: Any, number: int) -> float:
-        done.append(f"tune {number}")
+    def tune(job: Job, actors: Any, number: int, present: float | None) -> float:
+        done.append(f"tune {number} from {present}")
         return number / 10
 
     def generate(job: Job, actors: Any, now: Interval, position: Position) -> str:
@@ -164,6 +168,7 @@ def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warm
     chosen = Examples([query.id for query in LABELLED[:responses]], array("i", [1] * responses), read)
     monkeypatch.setattr(loop, "Actors", lambda *arguments: None)
     monkeypatch.setattr(loop, "restore", lambda *arguments: None)
+    monkeypatch.setattr(fitting, "base_weights", lambda job: "base weights")
     for name, value in (("tune_temperature", tune), ("generate", generate), ("fit", fit)):
         monkeypatch.setattr(loop, name, value)
     note("check_log_probs")
@@ -202,35 +207,47 @@ def test_continuous_training_goes_on_and_sweeps_every_second_iteration(
 
     assert done == [
         "measure_exploration warmup 0",
-        *("tune 1", *iteration(1, 0.1), *iteration(2, 0.1)),
-        *("tune 3", *iteration(3, 0.3)),
+        *("tune 1 from None", *iteration(1, 0.1), *iteration(2, 0.1)),
+        *("tune 3 from 0.1", *iteration(3, 0.3)),
     ]
 
 
 @pytest.mark.parametrize(
     ("method", "between"),
-    [("iterative_rft", ["reset"]), ("rest_em", ["load warm-up weights", "reset"]), ("sft", ["reset"])],
+    [("iterative_rft", ["reset"]), ("rest_em", ["load warm-up weights", "reset"])],
 )
 def test_other_methods_start_over_behind_the_selection(
     method: str, between: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, _ = run_settings(tmp_path, monkeypatch, method=method, passes=2)
-    source = ["gold_examples"] if method == "sft" else ["choose"]
-    for start in (i for i, what in enumerate(done) if what in source):
-        assert done[start : start + len(between) + 2] == [*source, *between, "fit 2"]
+    for start in (i for i, what in enumerate(done) if what == "choose"):
+        assert done[start : start + len(between) + 3] == ["choose", *between, "schedule of 2", "fit 2"]
     assert done.count("reset") == done.count("fit 2") == 2
-    assert any(what.startswith(("generate", "tune")) for what in done) == (method != "sft")
     nothing, improved = run_settings(tmp_path, monkeypatch, method=method, passes=1, responses=0)
     assert not set(between) & set(nothing) and "fit 0" in nothing, "nothing to train on: nothing starts over"
     assert [event["steps"] for event in improved] == [0]
 
 
-def test_the_step_budget_holds_the_warmup_and_cuts_the_last_iteration_short(
+@pytest.mark.parametrize(
+    ("start_from", "loaded"), [(None, ["load base weights"]), ("warmup", ["load warm-up weights"])]
+)
+def test_sft_is_one_training_on_gold_answers_from_the_base_or_the_warm_up(
+    start_from: Any, loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, _ = run_settings(tmp_path, monkeypatch, method="sft", start_from=start_from, passes=2)
+    steps = [what for what in done if what.startswith(("gold", "load", "reset", "schedule", "fit", "generate", "tune"))]
+    assert steps == ["gold_examples", *loaded, "fit 2", "gold_examples", "fit 2"]
+
+
+def test_the_iteration_that_reaches_the_step_budget_is_trained_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The budget holds the warm-up's steps; no iteration begins beyond it."""
     done, improved = run_settings(tmp_path, monkeypatch, max_steps=17, epochs=3, warmup_steps=7)
-    assert [what for what in done if what.startswith("fit")] == ["fit 6", "fit 4"]
-    assert [(event["iteration"], event["total_steps"]) for event in improved] == [(1, 13), (2, 17)]
+    assert [what for what in done if what.startswith("fit")] == ["fit 6", "fit 6"]
+    assert [(event["iteration"], event["total_steps"]) for event in improved] == [(1, 13), (2, 19)]
+    _, improved = run_settings(tmp_path, monkeypatch, max_steps=13, epochs=3, warmup_steps=7)
+    assert [event["total_steps"] for event in improved] == [13]
 
 
 @pytest.mark.parametrize(("every", "measured"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (3, [0, 3]), (0, [0, 3])])

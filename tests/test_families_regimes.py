@@ -21,7 +21,7 @@ from mstar_mega.models.sizes import DynamicNTK, LongRope
 BORDER = 24
 LONG = LongRope((1.0, 1.1, 1.3, 1.5), (1.0, 3.0, 9.0, 20.0), BORDER, 1.2)
 NTK = DynamicNTK(2.0, BORDER)
-VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 90)), banned_tokens=[6, 7, 8])
+VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 78)), banned_tokens=[6, 7, 8])
 
 
 pytestmark = pytest.mark.usefixtures("job_of_one")

@@ -168,7 +168,7 @@ def test_minicpm_template(family: Family, tmp_path: Path) -> None:
         return [piece("<|start_header_id|>"), *encode(role), piece("<|end_header_id|>"), *encode("\n\n")]
 
     assert prompt.tokens == [
-        piece("<|begin_of_text|>"), *header("user"), *place, *slices, *encode("\nWhy?"), piece("<|eot_id|>"),
+        piece("<|begin_of_text|>"), *header("user"), *place, *slices, *encode("\n Why?"), piece("<|eot_id|>"),
         *header("assistant"),
     ]  # fmt: skip
 

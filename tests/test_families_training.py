@@ -114,7 +114,7 @@ REAL: dict[str, tuple[int, int, dict[str, Any]]] = {
         4_146_621_440,
         {
             "model_type": "phi3_v", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "rope_scaling": None,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "rope_theta": 10_000.0,
             "embd_layer": {"embedding_cls": "image"}, "img_processor": {"name": "clip_vision_model"},
         },
     ),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mstar_mega.config import GenerationConfig
 from mstar_mega.generation import engine as engine_module
+from mstar_mega.generation.cache import Slab, group_table
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
-from mstar_mega.generation.slots import group_table
+from mstar_mega.generation.runner import Runner
 from mstar_mega.kernels.noise import counters, key_of
 from mstar_mega.kernels.sampling import sample_with_logprob
 from mstar_mega.models.inference import inference
@@ -23,8 +24,8 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, pack
 
 LIMIT = 14
-# One token in six or so ends a sample, so lengths differ.
-VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 130)), banned_tokens=[6, 7, 8])
+# One token in eight or so ends a sample, so lengths differ.
+VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 125)), banned_tokens=[6, 7, 8])
 
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
@@ -308,13 +309,21 @@ def test_each_image_is_encoded_and_each_prompt_prefilled_once(
 
 def test_finished_slots_are_refilled_with_waiting_work(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[tuple[int, int]] = []
-    decode = engine_module._Run._decode
+    step = Runner.step
 
-    def spy(self: Any) -> Tensor | None:
-        batches.append((self.slots.count, len(self.queue)))
-        return decode(self)
+    def spy(self: Runner, longest: int) -> Tensor:
+        batches.append((len(runs[-1].running), len(runs[-1].queue)))
+        return step(self, longest)
 
-    monkeypatch.setattr(engine_module._Run, "_decode", spy)
+    runs: list[Any] = []
+    finish = engine_module._Run.finish
+
+    def watched(self: Any) -> Any:
+        runs.append(self)
+        return finish(self)
+
+    monkeypatch.setattr(Runner, "step", spy)
+    monkeypatch.setattr(engine_module._Run, "finish", watched)
     capacity = 6
     samples = flat(make_engine(model, slots=capacity).generate(make_requests(6), 1.0))
     lengths = [len(sample.tokens) for sample in samples]
@@ -341,3 +350,31 @@ def test_group_table_finds_every_slot_in_its_group() -> None:
     assert table.shape == (5, 4)
     assert table.flatten()[place].tolist() == list(range(7))
     assert (place // 4).tolist() == entry.tolist()
+
+
+def test_prompts_wait_for_room_in_the_slab(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_engine(model).generate(make_requests(), 1.0)
+    longest = max(len(request.prompt.tokens) for request in make_requests())
+    for room in (0, 2 * longest):
+        monkeypatch.setattr(engine_module, "slab_tokens", lambda *sizes, room=room: room)
+        check_same(make_engine(model, slots=9).generate(make_requests(), 1.0), expected)
+
+
+def test_the_slab_gives_no_place_twice_and_takes_all_back() -> None:
+    slab, chance = Slab(500, 16), random.Random(0)
+    held: list[tuple[int, int]] = []
+    refused = 0
+    for _ in range(400):
+        if held and chance.random() < 0.5:
+            slab.release(*held.pop(chance.randrange(len(held))))
+            continue
+        place = slab.allocate(chance.randint(1, 120))
+        refused += place is None
+        held += [place] if place else []
+        taken = sorted(held)
+        assert all(start + size <= after for (start, size), (after, _) in zip(taken, taken[1:], strict=False))
+        assert all(start % 16 == 0 and start + size <= slab.tokens for start, size in taken)
+    assert refused > 5
+    for place in held:
+        slab.release(*place)
+    assert slab.allocate(slab.tokens) == (0, slab.tokens)

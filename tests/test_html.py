@@ -23,8 +23,9 @@ from mstar_mega.report import samples as samples_module
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import MetricsLog
 from mstar_mega.report.plots import all_plots
+from mstar_mega.report.run import load_run
 from mstar_mega.report.samples import choose_groups, collect_samples, data_url, pieces
-from mstar_mega.report.summary import build_summary, load_run
+from mstar_mega.report.summary import build_summary
 
 
 class Page(HTMLParser):
@@ -106,6 +107,8 @@ def test_the_plots_fit_one_page(finished: tuple[Path, Page]) -> None:
     labels = {plot.name: re.findall(r"<text[^>]*>([^<]+)</text>", plot.svg) for plot in plots}
     assert "greedy accuracy (%)" in labels["accuracy"] and "iteration" in labels["accuracy"]
     assert "loss (nats per token)" in labels["loss_warmup"] and "optimizer step" in labels["loss_warmup"]
+    sweeps = next(plot.caption for plot in plots if plot.name == "sweep")
+    assert "Iteration 2: temperature 1 is chosen by Reward-Pass@2, 70.0%; +5.0 ± 1.0 points" in sweeps
     assert "Reward-Pass@2 (%)" in labels["sweep"] and "time (seconds)" in labels["time"]
     assert "cost in $" in labels["kinds"]
 
@@ -162,10 +165,21 @@ def test_many_skipped_items_are_counted(tmp_path: Path) -> None:
     assert "250 × cut off" in page.text and "199.png" in page.text and "50 more are listed" in page.text
 
 
-def test_a_prm_whose_labels_are_all_alike_was_trained_all_the_same(tmp_path: Path) -> None:
-    MetricsLog(tmp_path / "metrics.jsonl").append("prm_quality", accuracy=1.0, auc=None, steps=9, positive_share=0.0)
-    page = Page(write_report(tmp_path))
-    assert "step accuracy 100.0%; undefined" in page.text
+def test_the_prm_stands_beside_what_is_free(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "run")))
+    section = page.source.split('id="prm"')[1].split("</section>")[0]
+    assert section.count("<tr>") == 2 * 5 + 3, "after training, at the start, two iterations; among the correct; rules"
+    assert "0.660 ± 0.020" in section and "<td>+0.160 ± 0.025</td>" in section
+    assert "<b>+0.050 ± 0.025</b>" in section, "not above two standard errors"
+    assert "75.0%" in section and "top k by PRM" in section
+    assert "0.660" in page.text and "the best free score, policy log-prob: 0.610" in page.text
+
+
+def test_a_prm_without_anything_to_order(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append("prm_quality", stage="prm", iteration=0, split="held_out", within_query_auc=None, mixed_queries=0)
+    log.append("prm_quality", accuracy=0.9)  # of an older version
+    assert "no query has right and wrong responses" in Page(write_report(tmp_path)).text
 
 
 def test_the_sample_does_not_depend_on_the_blocks(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kernel_cases import BACKENDS, DEVICE, randn, relative_error
 from torch import Tensor
 
 from mstar_mega import kernels
-from mstar_mega.config import GenerationConfig, KernelsConfig, SelectionConfig
+from mstar_mega.config import GenerationConfig, KernelsConfig, OptimizerConfig, SelectionConfig
 from mstar_mega.data.types import Group, Query, Response, Step
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.kernels import dispatch
@@ -125,14 +125,6 @@ STRIDED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "selection": (lambda s, o, c: kernels.select_topk(s, c, o, 2).index, [randn(7), OFFSETS, randn(7, seed=1) > -0.5]),
     "rms_norm": (kernels.rms_norm, float_inputs((3, 8), (8,))),
     "layer_norm": (kernels.layer_norm, float_inputs((3, 8), (8,), (8,))),
-    "decode_attention": (
-        lambda q, kp, vp, bp, ko, vo, bo, t, p: kernels.decode_attention(q, kp, vp, bp, ko, vo, bo, t, p, 0.3),
-        [
-            *(randn(*shape, seed=i) for i, shape in enumerate([(3, 4, 8), *[(2, 2, 5, 8)] * 2])), 0 * randn(2, 5),
-            randn(3, 2, 6, 8, seed=3), randn(3, 2, 6, 8, seed=4), 0 * randn(3, 6), TABLE,
-            torch.tensor([2, 0, 1], device=DEVICE),
-        ],
-    ),
     "prefix_attention": (
         lambda q, kp, vp, ko, vo, bp, bo: kernels.prefix_attention(q, kp, vp, bp, ko, vo, bo, 0.3),
         [
@@ -192,7 +184,7 @@ def recipe_piece(policy: LMM, prm: LMM) -> Piece:
     score_groups(prm, prompt_of, groups, "min", 1000)
     selected = select(groups, SelectionConfig(rule="top_k", k=1), 0)
     chosen = [TrainGroup(g.query, [r.tokens for r in best]) for g, best in zip(groups, selected, strict=True)]
-    (batch,) = microbatches(chosen, prompt_of, 1000, 1)
+    (batch,) = microbatches(chosen, prompt_of, OptimizerConfig(microbatch_tokens=1000), 1)
     loss, _ = batch.loss(policy, tiny.hidden(policy, batch.packed))
     responses = [response for group in groups for response in group.responses]
     numbers = {

@@ -89,7 +89,8 @@ def make_trainer(parallel: ParallelConfig, head: Head, seed: int = 0) -> tuple[T
 
 def train(trainer: Trainer, groups: list[TrainGroup], steps: range) -> list[StepStats]:
     """Optimizer steps of these numbers, epoch after epoch over the groups."""
-    batches = [batch[:] for batch in split_into_epochs(Examples.of(groups), 6, STEPS + MORE, ("truth",))]
+    cut = split_into_epochs(Examples.of(groups), OptimizerConfig(batch_size=6), STEPS + MORE, ("truth",))
+    batches = [batch[:] for batch in cut]
     batches[2] = batches[2][:1]  # one of two data-parallel ranks has no share
     return [trainer.step(batches[i]) for i in steps]
 

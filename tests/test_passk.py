@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
@@ -19,12 +22,13 @@ from mstar_mega.evaluation.passk import (
     greedy_accuracy,
     majority_vote_accuracy,
     measure,
+    paired_difference,
     pass_at_k,
+    random_pass_at_k_of_each,
     reward_pass_at_k,
     sample_accuracy,
     weighted_vote_accuracy,
 )
-from mstar_mega.recipe.temperature import choose_temperature
 
 
 def make_group(
@@ -134,17 +138,28 @@ def test_by_kind() -> None:
     assert sample_accuracy([make_group("a", [])]) == 0.0
 
 
+def gain_over_random(groups: Sequence[Group], k: int) -> Any:
+    """Reward-Pass@K minus Pass@K, and the standard error of the paired difference."""
+    gains = [(reward_pass_at_k([group], k) or 0.0) - (pass_at_k([group], k) or 0.0) for group in groups]
+    average = sum(gains) / len(gains)
+    error = (sum((gain - average) ** 2 for gain in gains) / (len(gains) - 1) / len(gains)) ** 0.5
+    return pytest.approx(average), pytest.approx(error)
+
+
 def test_measure_bundles_everything() -> None:
     groups = random_groups(random.Random(4), 30, 16)
+    gain, error = gain_over_random(groups, 2)
     assert measure(groups, 8, 2) == Exploration(
-        pass_at_k(groups, 8), 8, reward_pass_at_k(groups, 2), 2,
+        pass_at_k(groups, 8), 8, reward_pass_at_k(groups, 2), 2, pass_at_k(groups, 2), gain, error,
         best_of_n_accuracy(groups), weighted_vote_accuracy(groups), majority_vote_accuracy(groups),
     )  # fmt: skip
 
 
 def test_measure_without_scores_or_queries() -> None:
-    assert measure([make_group("a", [True, False])], 2, 2) == Exploration(1.0, 2, None, 2, None, None, 1.0)
-    assert measure([], 2, 2) == Exploration(None, 2, None, 2, None, None, None)
+    nothing = Exploration(None, 2, None, 2, None, None, None, None, None, None)
+    assert measure([], 2, 2) == nothing
+    unscored = replace(nothing, pass_at_k=1.0, pass_at_reward_k=1.0, majority_vote=1.0)
+    assert measure([make_group("a", [True, False])], 2, 2) == unscored
 
 
 def test_auc_matches_pairs_and_sklearn() -> None:
@@ -177,15 +192,30 @@ def test_auc_and_accuracy_edges() -> None:
             measure_of([0.1, float("nan")], [1, 0])
 
 
-def test_the_temperature_within_the_tolerance_is_the_highest() -> None:
-    rng = random.Random(5)
-    good = [float(rng.random() < 0.6) for _ in range(200)]
-    # One query in 40 lost: as good within a standard error or two; one in 4: clearly worse.
-    a_bit_worse = [0.0 if i % 40 == 0 else value for i, value in enumerate(good)]
-    worse = [0.0 if i % 4 == 0 else value for i, value in enumerate(good)]
-    criterion = {0.5: good, 1.0: a_bit_worse, 1.5: worse}
-    assert sum(worse) < sum(a_bit_worse) < sum(good)
-    assert choose_temperature(criterion, 0.0) == 0.5
-    assert choose_temperature(criterion, 2.0) == 1.0
-    assert choose_temperature({**criterion, 0.7: list(reversed(good))}, 0.0) == 0.7, "the highest of equal ones"
-    assert choose_temperature({0.5: [1.0], 1.0: [1.0]}, 0.0) == 1.0
+def test_distinct_texts_take_one_place_each() -> None:
+    """Three copies of the best text fill both places, unless they count once."""
+    responses = [
+        Response(0, [1], "a", correct=False, score=0.9), Response(1, [1], "a", correct=False, score=0.9),
+        Response(2, [2], "b", correct=True, score=0.5), Response(3, [3], "c", correct=False, score=0.1),
+    ]  # fmt: skip
+    group = Group(Query("q", "?", (), "1"), responses)
+    assert reward_pass_at_k([group], 2) == 0.0 and reward_pass_at_k([group], 2, distinct=True) == 1.0
+    assert measure([group], 4, 2, distinct=True).reward_pass_at_k == 1.0
+    assert random_pass_at_k_of_each([group], 2) == [pytest.approx(1 / 2)]
+    assert random_pass_at_k_of_each([group], 2, distinct=True) == [pytest.approx(2 / 3)]
+    copies = Group(group.query, responses[:2])
+    assert random_pass_at_k_of_each([copies, group], 2, distinct=True)[0] == 0.0, "fewer than K different ones"
+    with pytest.raises(ValueError, match="K = 3 needs at least 3"):
+        random_pass_at_k_of_each([copies], 3, distinct=True)
+
+
+def test_a_paired_difference_has_the_error_of_the_differences() -> None:
+    rng = random.Random(3)
+    one = [rng.random() for _ in range(50)]
+    other = [value + 0.1 + rng.gauss(0, 0.01) for value in one]
+    difference, error = paired_difference(one, other)
+    assert difference == pytest.approx(-0.1, abs=0.01)
+    assert error == pytest.approx(np.std(np.subtract(one, other), ddof=1) / 50**0.5)
+    assert paired_difference([1.0], [0.0]) == (1.0, None) and paired_difference([], []) == (None, None)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        paired_difference([1.0], [])

@@ -14,7 +14,7 @@ from scripted import Events, make_job, make_task
 from torch import Tensor
 
 from mstar_mega.config import AnnotateConfig, Config, OptimizerConfig, PRMConfig
-from mstar_mega.data.types import Group, Query, Response, Step
+from mstar_mega.data.types import Group, ImageRef, Query, Response, Step
 from mstar_mega.models.packing import pack, step_index
 from mstar_mega.recipe import prm as stage
 from mstar_mega.recipe.context import Job
@@ -34,10 +34,14 @@ def annotated(count: int) -> list[Group]:
     def group(number: int) -> Group:
         first, second = SHARES[number % 4], SHARES[number // 4 % 4]
         two = Response(
-            0, [5 + number, 6, 7, 8, 9], "", steps=[Step(0, 2, "", label=first), Step(2, 5, "", label=second)]
+            0,
+            [5 + number, 6, 7, 8, 9],
+            "",
+            steps=[Step(0, 2, "", label=first), Step(2, 5, "", label=second)],
+            correct=second > 0,
         )
-        one = Response(1, [20 + number, 21], "", steps=[Step(0, 2, "", label=second)])
-        return Group(Query(f"q{number:02d}", "?", (), "1"), [two, one, Response(2, [3], "")])
+        one = Response(1, [20 + number, 21], "", steps=[Step(0, 2, "", label=second)], correct=second > 0)
+        return Group(Query(f"q{number:02d}", "?", (), "1"), [two, one, Response(2, [3], "", correct=False)])
 
     return [group(number) for number in range(count)]
 
@@ -75,7 +79,8 @@ def train(directory: Path, monkeypatch: pytest.MonkeyPatch, settings: PRMConfig,
 
 
 def settings(**changes: Any) -> PRMConfig:
-    return PRMConfig(optimizer=OptimizerConfig(batch_size=4), **{"epochs": 1, **changes})
+    optimizer = OptimizerConfig(batch_size=4, shuffle="queries")  # whole groups, to look at
+    return PRMConfig(optimizer=optimizer, **{"epochs": 1, **changes})
 
 
 def test_a_quarter_of_the_queries_is_kept_out_and_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +92,27 @@ def test_a_quarter_of_the_queries_is_kept_out_and_measured_on(tmp_path: Path, mo
     assert len(held_out) == 5 and quality["steps"] == sum(len(r.steps) for g in held_out for r in g.responses)
     good = [float((step.label or 0) > 0) for g in held_out for r in g.responses for step in r.steps]
     assert quality["positive_share"] == pytest.approx(sum(good) / len(good))
+    mixed = [group for group in held_out if len({bool(response.correct) for response in group.responses}) == 2]
+    assert quality["split"] == "held_out" and quality["mixed_queries"] == len(mixed)
+
+
+def test_queries_that_share_a_picture_are_on_one_side(tmp_path: Path) -> None:
+    """Pictures of two questions each, one of twelve, and a query with two pictures that ties two of them together."""
+    pictures = [["big"] if i < 12 else ["a", "b"] if i == 12 else [f"p{i // 2}"] for i in range(40)]
+    pictures[13], pictures[14] = ["a"], ["b"]
+    groups = [
+        Group(Query(f"q{i:02d}", "?", tuple(ImageRef("", name) for name in names), "1"), [])
+        for i, names in enumerate(pictures)
+    ]
+    for seed in range(8):
+        config = Config(seed=seed, annotate=AnnotateConfig(held_out=0.2))
+        with make_job(tmp_path, config, make_task(), tiny.family()) as job:
+            train, held_out = stage._split(job, groups)
+            again = stage._split(job, groups[::-1])
+        assert sorted(group.query.id for group in train + held_out) == [group.query.id for group in groups]
+        seen = [{image.digest for group in side for image in group.query.images} for side in (train, held_out)]
+        assert not seen[0] & seen[1] and 8 <= len(held_out) <= 20
+        assert (train, held_out) == again
 
 
 def test_labels_that_are_all_alike_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

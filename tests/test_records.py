@@ -101,7 +101,7 @@ def test_a_changed_bit_is_damage(tmp_path: Path) -> None:
     [
         (b'"version": 1', b'"version": 9', "version 9, this program reads version 1"),
         (b'"groups": 2', b'"groups": 3', "announces 3 groups, 2 are there"),
-        (b'"groups": 2', b'"grupps": 2', "lacks the checksum or the number of groups"),
+        (b'"groups": 2', b'"grupps": 2', "header: groups is missing"),
         (b"mstar-groups", b"mstar-things", "does not begin with a mstar-groups header"),
         (b"{", b"[", "does not begin with a mstar-groups header"),
     ],

@@ -34,8 +34,8 @@ from mstar_mega import settings
 from mstar_mega.data.records import read_groups, read_seconds
 from mstar_mega.data.types import Group
 from mstar_mega.report.metrics import read_metrics
+from mstar_mega.report.run import load_run
 from mstar_mega.report.samples import collect_samples
-from mstar_mega.report.summary import load_run
 
 EXHAUSTIVE = int(os.environ.get("MSTAR_RESUME_ROUNDS", "0"))
 """Further rounds of kills at random times, for each number of processes."""

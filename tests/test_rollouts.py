@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from scripted import Asked, Events, Scripted, make_job, make_task
 from mstar_mega.config import (
     AnnotateConfig,
     Config,
+    EvaluationConfig,
     GenerationConfig,
     PromptsConfig,
     SelectionConfig,
     TemperatureConfig,
 )
 from mstar_mega.data.types import Group, Query
-from mstar_mega.recipe import rollouts
+from mstar_mega.generation.engine import Request, Sample
+from mstar_mega.recipe import evaluate, rollouts
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.choose import choose
-from mstar_mega.recipe.generate import check_log_probs
+from mstar_mega.recipe.evaluate import measure_exploration
+from mstar_mega.recipe.fit import Position
+from mstar_mega.recipe.generate import check_log_probs, generate, iteration_sampling
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.rollouts import Actors, Sampling, rollout
 from mstar_mega.recipe.temperature import tune_temperature
@@ -67,6 +72,11 @@ def test_a_steps_label_is_its_share_of_right_continuations(tmp_path: Path) -> No
         groups = {group.query.id: group for group in annotate(job, actors)}
         assert isinstance(job.metrics, Events)
         (event,) = job.metrics.of("annotation")
+    length = {text: len(job.family.response_tokens(text)) for text in ("", RIGHT, WRONG)}
+    drawn = [length[continue_or_begin(asked)] for asked in actors.asked if asked.start]
+    assert sum(group.continuation_tokens for group in groups.values()) == sum(drawn)
+    whole = sum(len(response.tokens) for group in groups.values() for response in group.responses)
+    assert event["tokens"] == sum(drawn) + whole and event["rollouts"] == len(drawn)
     labels = [[step.label for step in response.steps] for response in groups["q"].responses]
     # so: 1 of 4, half: 2 of 4; a last step's label is the answer's verdict.
     assert labels == [[1.0, 0.25, 1.0], [1.0, 0.0, 0.0], [0.5, 0.25, 1.0], [0.0]]
@@ -104,6 +114,35 @@ def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
         first, second = rollout(job, actors, [hidden, known], Sampling("a", 1.0, 3))
     assert first.query.answer == answer and [r.correct for r in first.responses] == right
     assert second.query == known and [r.correct for r in second.responses] == [True, True, False]
+
+
+@pytest.mark.parametrize("unlabelled", ["oracle", "voting"])
+def test_what_agrees_with_a_vote_is_not_counted_as_correct(
+    unlabelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vote's winner always agrees with itself: only hidden answers tell whether it is right."""
+    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
+    # "b" answers 8 three times, which is what its hidden answer is; "c" nothing at all; the others 7 twice.
+    texts = {"b": [f"1\n\n{WRONG}"] * 3, "c": ["1"] * 3}
+    hidden = {"a": "8", "b": "8.0", "c": "7", "d": None}
+    queries = [query(id, None, hidden_answer=answer) for id, answer in hidden.items()]
+    now = Interval(1, [query("known"), query("other", "9")], queries, False)
+    with make_job(tmp_path, config, make_task()) as job:
+        usual = [f"1\n\n{RIGHT}", f"1\n\n{RIGHT}", f"1\n\n{WRONG}"]
+        actors = Scripted(job, lambda asked: texts.get(asked.id, usual)[asked.number], prm="a PRM")
+        monkeypatch.setattr(job.config.evolve, "responses", 3)
+        generate(job, actors, now, Position(iteration=1))
+        assert isinstance(job.metrics, Events)
+        (event,) = job.metrics.of("generation")
+    assert (event["queries"], event["responses"], event["unlabelled_queries"]) == (6, 18, 4)
+    if unlabelled == "oracle":  # the true answers judge: 2 of known, 1 of a, 3 of b
+        assert "vote" not in event and (event["correct"], event["queries_without_correct"]) == (6, 3)
+        return
+    assert (event["correct"], event["queries_without_correct"]) == (2, 1) and sum(event["checker"].values()) == 6
+    assert event["vote"] == {
+        "queries": 4, "responses": 12, "agreeing": 2 + 3 + 2, "answers_known": 3, "answers_right": 1,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- blocks on disk
@@ -159,6 +198,47 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     assert measured == {0.5: (pytest.approx(1 / 3), 1.0), 1.0: (pytest.approx(2 / 3), 0.0)}
     asked = {t: sorted((each.id, each.number) for each in actors.asked if each.temperature == t) for t in texts}
     assert asked[0.5] == asked[1.0] and len(asked[0.5]) == 2 * 3, "the same two queries at each temperature"
+    other = next(row for row in event["grid"] if row["temperature"] != chosen)
+    behind = {"reward_pass_at_k": -1.0, "pass_at_k": pytest.approx(-1 / 3)}
+    assert (other["difference"], other["difference_stderr"]) == (behind[mode], pytest.approx(0.0))
+    assert event["responses"] == 2 * 2 * 3 and event["tokens"] == sum(
+        len(job.family.response_tokens(texts[each.temperature][each.number])) for each in actors.asked
+    )
+    assert [row["difference"] for row in event["grid"] if row["temperature"] == chosen] == [0.0]
+    assert [row["random_pass_at_k"] for row in event["grid"]] == [row["pass_at_k"] for row in event["grid"]]
+
+
+def test_validation_responses_have_the_same_noise_at_every_temperature_and_after_every_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample 0 of a query has one key everywhere; training responses and other samples have others."""
+    keys: dict[str, set[int]] = {}
+    number = 0
+
+    def generate(requests: Sequence[Request], temperature: float) -> list[list[Sample]]:
+        first = next(each for each in requests if bytes(each.prompt.tokens) == b"b")
+        keys.setdefault(f"{now} at {temperature}", set()).add(first.samples[0].key)
+        assert len({spec.key for request in requests for spec in request.samples}) == sum(
+            len(request.samples) for request in requests
+        )
+        return [actors._answer(request, temperature) for request in requests]
+
+    monkeypatch.setattr(evaluate, "_greedy", lambda *arguments: [])  # draws nothing at random
+    settings = TemperatureConfig(mode="pass_at_k", grid=[0.5, 1.0], k=1, responses=3)
+    config = Config(temperature=settings, evaluation=EvaluationConfig(k=4))
+    with make_job(tmp_path, config, make_task(validation=[query(i) for i in "abc"])) as job:
+        actors = Scripted(job, lambda asked: RIGHT)
+        monkeypatch.setattr(actors, "generate", generate)
+        for number in (1, 3):
+            now = "sweep"
+            tune_temperature(job, actors, number)
+            now = "evaluation"
+            measure_exploration(job, actors, "evolve", number)
+            now = "training"
+            rollout(job, actors, [query(i) for i in "abc"], iteration_sampling(job, number, 1.0))
+    shared = keys["sweep at 0.5"]
+    assert len(shared) == 1 and shared == keys["sweep at 1.0"] == keys["evaluation at 1.0"]
+    assert len(keys["training at 1.0"]) == 2 and not shared & keys["training at 1.0"]
 
 
 # ------------------------------------------------------------------------------------------------- the selection

@@ -7,7 +7,7 @@ import random
 import pytest
 from groups import make_group, make_response
 
-from mstar_mega.config import SelectionConfig
+from mstar_mega.config import SelectionConfig, SelectionRule
 from mstar_mega.data.types import Group
 from mstar_mega.kernels.dispatch import turn_off
 from mstar_mega.rewards.selection import select
@@ -29,7 +29,13 @@ def test_selection_rules() -> None:
     assert picked(group, "top_k", 99) == [0, 1, 2, 3, 5]
     assert picked(group, "threshold", threshold=0.7) == [0], "above, not at"
     assert picked(group, "threshold", threshold=0.1) == [0, 1, 2, 3, 5]
+    assert picked(group, "top_k_above", 2, 0.1) == [0, 2] and picked(group, "top_k_above", 2, 0.8) == [0]
+    assert picked(group, "top_k_above", 2, 0.95) == []
+    for response, log_prob in zip(group.responses, (-9, -1, -2, -1, -0.1, -3), strict=True):
+        response.log_probs = [log_prob - 0.5, log_prob + 0.5] * (response.index + 1)  # the mean, not the sum
+    assert picked(group, "likelihood", 3) == [1, 2, 3] and picked(group, "likelihood", 1) == [1]
     group.responses.reverse()
+    assert picked(group, "likelihood", 1) == [1], "ties go to the lower index"
     assert picked(group, "top_k", 3) == [0, 2, 3]
     assert picked(make_group([make_response(0, 0.5, False)]), "top_k") == []
 
@@ -52,9 +58,14 @@ def test_all_queries_at_once_as_one_by_one_and_without_the_kernel() -> None:
     ]
     together = select(groups, SelectionConfig("top_k", 3), 0)
     assert together == [select([group], SelectionConfig("top_k", 3), 0)[0] for group in groups]
+    for response in (response for group in groups for response in group.responses):
+        response.log_probs = [random.randint(-3, 0)]
+    rules: list[SelectionRule] = ["top_k", "top_k_above", "likelihood"]
+    configs = [SelectionConfig(rule, 3) for rule in rules]
+    with_kernel = [select(groups, config, 0) for config in configs]
     turn_off(["selection"])
     try:
-        assert together == select(groups, SelectionConfig("top_k", 3), 0)
+        assert with_kernel == [select(groups, config, 0) for config in configs] and with_kernel[0] == together
     finally:
         turn_off([])
 
@@ -81,4 +92,5 @@ def test_selection_refuses_what_it_cannot_judge() -> None:
         picked(make_group([make_response(0, 0.5, True)]), "random_k", 0)
     with pytest.raises(ValueError, match="selection.rule"):
         picked(make_group([make_response(0, 0.5, True)]), "best")
-    assert picked(make_group([make_response(0, None, True)]), "all_correct") == [0], "needs no scores"
+    for rule in ("all_correct", "likelihood"):
+        assert picked(make_group([make_response(0, None, True)]), rule) == [0], "needs no scores"

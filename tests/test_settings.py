@@ -181,6 +181,10 @@ def test_a_falling_learning_rate_needs_the_number_of_steps() -> None:
     argv = ["--evolve.optimizer.schedule=cosine", "--evolve.passes=2"]
     assert message([*argv, "--evolve.max_steps=0"]).startswith("evolve.optimizer.schedule is 'cosine'")
     settings_rules.validate(settings.parse(argv))
+    for restarts in (["--evolve.method=rest_em"], ["--evolve.optimizer_state=reset"]):  # falls in each iteration
+        settings_rules.validate(settings.parse([*argv, "--evolve.max_steps=0", *restarts]))
+    assert message([*argv, "--evolve.max_steps=0", "--evolve.method=rest_em", "--evolve.optimizer_state=inherit"])
+    assert {name for name, method in METHODS.items() if not method.inherit_optimizer} == set(settings_rules.RESETTING)
 
 
 def test_unlabelled_prompts_need_unlabelled_queries() -> None:
@@ -219,7 +223,7 @@ def test_each_method_brings_its_own_choices() -> None:
         "continuous": ResolvedMethod(0.25, True, "last"),
         "iterative_rft": ResolvedMethod(1.0, False, "last"),
         "rest_em": ResolvedMethod(1.0, False, "warmup"),
-        "sft": ResolvedMethod(1.0, False, "last"),
+        "sft": ResolvedMethod(1.0, True, "base", starts_once=True),
     }
 
 

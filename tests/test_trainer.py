@@ -141,3 +141,33 @@ def test_loaded_weights_are_those_that_the_optimizer_goes_on_from(batch: list[Tr
     trainer.reconfigure(OptimizerConfig(lr=0.0), 10)
     trainer.step(batch)
     assert all(torch.equal(value, trainer.copy_weights()[name]) for name, value in start.items())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_a_schedule_that_is_reset_falls_within_its_iteration_and_on_a_resume_too(
+    schedule: Any, batch: list[TrainGroup]
+) -> None:
+    """However long the budget was that the trainer was made for."""
+
+    def make(total_steps: int) -> Trainer:
+        model, family = tiny.build()
+        config = OptimizerConfig(lr=1e-3, min_lr=1e-5, schedule=schedule, warmup_steps=2, decay_share=0.5)
+        return Trainer(model, config, family.prompt, total_steps)
+
+    def rates(trainer: Trainer, steps: int) -> list[float]:
+        return [trainer.step(batch).learning_rate for _ in range(steps)]
+
+    expected = rates(make(6), 6)
+    assert expected[1] == pytest.approx(1e-3) and expected[-1] == pytest.approx(1e-5)
+    trainer = make(1000)
+    for _ in range(2):  # two iterations
+        trainer.reset_optimizer()
+        trainer.set_total_steps(6)
+        first = rates(trainer, 3)
+        scheduler = trainer.scheduler.state_dict()
+        assert first + rates(trainer, 3) == pytest.approx(expected)
+    resumed = make(1000)
+    resumed.scheduler.num_steps = 0
+    resumed.scheduler.load_state_dict(scheduler)
+    resumed.set_total_steps(6)
+    assert rates(resumed, 3) == pytest.approx(expected[3:])

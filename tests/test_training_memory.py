@@ -42,7 +42,7 @@ def allocations(directory: str, parallel: ParallelConfig, head: Head) -> list[tu
     if head != "vocabulary":
         group.step_ends, group.step_labels = [[50, len(r)] for r in responses], [[1.0, 0.0]] * len(responses)
     trainer = Trainer(model, OptimizerConfig(lr=1e-4), family.prompt, 4)
-    (batch,) = microbatches([group], family.prompt, trainer.config.microbatch_tokens, model.stream_multiple)
+    (batch,) = microbatches([group], family.prompt, trainer.config, model.stream_multiple)
     whole = batch.packed.tokens.numel() * family.language.padded_vocab // parallel.tensor
     found = []
     for settings in (KernelsConfig(), KernelsConfig(linear_cross_entropy=False, linear_logprob=False)):

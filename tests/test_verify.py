@@ -58,7 +58,8 @@ def test_verify_sees_one_changed_value(tmp_path: Path, capsys: pytest.CaptureFix
     case = tmp_path / "case_made.safetensors"
     record_case(tmp_path / "native", case)
     for directory in ("there", "hf"):
-        assert cli.main(["verify", "--checkpoint", str(tmp_path / directory), "--golden", str(case)]) == 0
+        layout = ["--parallel.tensor", "1", "--parallel.pipeline", "1"] if directory == "hf" else ["--tensor", "1"]
+        assert cli.main(["verify", "--checkpoint", str(tmp_path / directory), "--golden", str(case), *layout]) == 0
         assert "greedy tokens 4 of 4 equal" in capsys.readouterr().out
         distributed.initialize(ParallelConfig(), 0)
     rewrite(tmp_path / "hf", lambda tensors: tensors["mlp1.3.bias"][:1].add_(0.5))

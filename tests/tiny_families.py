@@ -114,7 +114,10 @@ def _llama_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in PHI_SPECIALS])
+    # In the published file </s> is an ordinary added token that takes the white space behind it.
+    tokenizer.add_tokens([AddedToken("</s>", special=False, normalized=False, rstrip=True)])
+    others = [piece for piece in PHI_SPECIALS if piece != "</s>"]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in others])
     return tokenizer
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.disk import Source
+from mstar_mega.data.pictures import DEFAULT, PictureReading
+from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.splits import LEFT_OVER, SPLITS
 from mstar_mega.data.types import image_digest
+from mstar_mega.platform.inputs import read_input
+from mstar_mega.platform.terminal import one_line
 
 EXAMPLES = 3
 """So many rows are named for each problem and each leak."""
@@ -31,11 +35,6 @@ class EvaluationItem:
     """Of its image's bytes; empty without an image."""
 
 
-def printable(text: str) -> str:
-    """A file's text for a terminal: control characters as their escapes."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 @dataclass
 class Found:
     """How often something was found, with a few places."""
@@ -47,7 +46,7 @@ class Found:
         """One more."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(printable(example))
+            self.examples.append(one_line(example))
 
 
 @dataclass
@@ -68,6 +67,8 @@ class FileReport:
     """Good rows that no split has, as their image is set aside with enough others."""
     images: dict[str, int]
     """Distinct paths, pictures (by bytes), unreadable ones; smallest and largest width and height of readable ones."""
+    changed: dict[str, Found]
+    """Pictures that a plain reading of the file would show otherwise, by what is done with them."""
     splits: dict[str, dict[str, int]]
     """Queries and pictures of each split."""
     shared_between_splits: dict[str, int]
@@ -80,8 +81,8 @@ class FileReport:
         return asdict(self)
 
 
-def report_on(source: Source, evaluation: Iterable[EvaluationItem]) -> FileReport:
-    """The facts about a source and its overlap with evaluation questions."""
+def report_on(source: Source, evaluation: Iterable[EvaluationItem], reading: PictureReading = DEFAULT) -> FileReport:
+    """The facts about a source and its overlap with evaluation questions; ``reading``: how its pictures are read."""
     path = source.file.source
     with source.file.opened() as (index, _):
         one = _Asker(index)
@@ -95,6 +96,7 @@ def report_on(source: Source, evaluation: Iterable[EvaluationItem]) -> FileRepor
             letters_without_choices=_letters_without_choices(index),
             left_over=one(f"SELECT count(*) FROM rows WHERE field = '{LEFT_OVER}'"),
             images=_images(index, one),
+            changed=_changed(index, reading),
             splits={split: _split(one, split) for split in SPLITS},
             shared_between_splits=_shared(one),
             leaks=_leaks(index, evaluation),
@@ -160,6 +162,15 @@ def _images(index: sqlite3.Connection, one: _Asker) -> dict[str, int]:
     }
 
 
+def _changed(index: sqlite3.Connection, reading: PictureReading) -> dict[str, Found]:
+    found: dict[str, Found] = defaultdict(Found)
+    sql = "SELECT min(path), traits FROM images WHERE problem = '' AND traits != '' GROUP BY digest ORDER BY 1"
+    for path, traits in index.execute(sql):
+        for trait in traits.split(","):
+            found[reading.tells(trait)].add(path)
+    return dict(found)
+
+
 def _split(one: _Asker, split: str) -> dict[str, int]:
     joined = "FROM places JOIN rows USING (number) WHERE split = ?"
     return {
@@ -208,13 +219,14 @@ def to_text(report: FileReport) -> str:
     lines = [f"{report.path}: {report.rows} rows, {report.bytes / 1e6:.1f} MB, {report.usable} usable"]
     lines.append("sources:")
     for source, types in report.sources.items():
-        source = printable(source)
+        source = one_line(source)
         lines.append(f"  {source:<16}" + ", ".join(f"{count} {name}" for name, count in types.items()))
     images = report.images
     lines.append(
         f"images: {images['paths']} paths, {images['pictures']} pictures, {images['unreadable']} unreadable, "
         f"{images['min_width']} to {images['max_width']} wide, {images['min_height']} to {images['max_height']} high"
     )
+    lines += [f"  {found.count:>6}  {what}: {places(found)}" for what, found in report.changed.items()]
     lines.append("splits:")
     for split, counts in report.splits.items():
         lines.append(f"  {split:<16}{counts['queries']} queries about {counts['pictures']} pictures")
@@ -250,4 +262,4 @@ def _dash(text: str) -> str:
 
 def digest_of(path: Path) -> str:
     """An image file's digest as the index notes it; empty when there is no such file."""
-    return image_digest(path.read_bytes()) if path.is_file() else ""
+    return image_digest(read_input(path, MAX_BYTES)) if path.is_file() else ""

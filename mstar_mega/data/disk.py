@@ -13,6 +13,7 @@ from mstar_mega.config import DataConfig
 from mstar_mega.data.index import IndexedFile, build_index, file_mark
 from mstar_mega.data.mathv360k import parse_row, to_query
 from mstar_mega.data.order import OnDemand
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.prompts import TRAINING_SETS
 from mstar_mega.data.rows import has_surrogate, read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
@@ -214,7 +215,12 @@ def open_source(config: DataConfig, dir: Path) -> Source:
         raise ValueError(f"data.images {images} is no folder: give the one that the rows' image paths begin in")
     file = IndexedFile(dir / ROWS_INDEX, path)
     settings = SplitSettings(
-        str(images), config.validation_queries, config.test_queries, config.conflicts, config.labelled_share
+        str(images),
+        config.validation_queries,
+        config.test_queries,
+        config.conflicts,
+        config.labelled_share,
+        PictureReading.of(config).rotate,
     )
     build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
     return Source(file, images, config.name, config.instruct)

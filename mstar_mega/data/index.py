@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from mstar_mega.platform.files import sha256_file
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever what an index holds changes."""
 
 

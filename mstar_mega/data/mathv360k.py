@@ -16,11 +16,14 @@ from mstar_mega.data.rows import has_surrogate
 from mstar_mega.data.types import ImageRef, Query
 
 IMAGE_MARK = "<image>"
-_CHOICES = re.compile(r"^[^\S\n]*Choices:[^\S\n]*$", re.MULTILINE)
+_CHOICES = re.compile(r"^[^\S\n]*Choices:[^\S\n]*(?=$|\(A\)|A[.:)])", re.MULTILINE)
 _CHOICE = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.:)])[^\S\n]*", re.MULTILINE)
+_ANYWHERE = re.compile(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.:)])(?:\s+|$)")
+"""A choice's mark, also behind another choice on its line."""
 _HINT = re.compile(r"\A\s*(Hint:[^\n]*)\n")
 _QUESTION = re.compile(r"\A\s*Question:[^\S\n]*")
-_ANSWER = re.compile(r"\A\s*the\s+(?:final\s+)?answer\s+is\b[:\s]*", re.IGNORECASE)
+_ANSWER = re.compile(r"\A\s*(\*\*)?(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)[:\s]*(?(1)\*\*)", re.IGNORECASE)
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
 
 class RowProblem(ValueError):
@@ -105,15 +108,32 @@ def split_question(text: str) -> tuple[str, str, tuple[str, ...]]:
         return hint, text.strip(), ()
     heading = headings[-1]  # a question may speak of choices itself
     listed = text[heading.end() :]
-    marks = list(_CHOICE.finditer(listed))
+    marks = _marks(listed)
     names = [mark[1] or mark[2] for mark in marks]
     if not names:
         raise RowProblem("choices", "no line below 'Choices:' begins with (A), A., A: or A)")
     if names != letters(min(len(names), 26)):
         raise RowProblem("choices", f"they are lettered {', '.join(names)}, not A, B, C ...")
+    if len(names) == 1:
+        raise RowProblem("choices", "there is only one")
     ends = [mark.start() for mark in marks[1:]] + [len(listed)]
     choices = tuple(listed[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
     return hint, text[: heading.start()].strip(), choices
+
+
+def _marks(listed: str) -> list[re.Match[str]]:
+    """Where each choice begins: at the beginning of lines or, where lines hold several, also behind white space."""
+    marks = list(_CHOICE.finditer(listed))
+    if len(marks) > 1 and [mark[1] or mark[2] for mark in marks] == letters(min(len(marks), 26)):
+        return marks
+    found: list[re.Match[str]] = []
+    for mark in _ANYWHERE.finditer(listed):
+        alike = not found or (mark[1] is None) == (found[0][1] is None)
+        if alike and (mark[1] or mark[2]) == chr(ord("A") + len(found)):
+            found.append(mark)
+    starts = {mark.start(1) if mark[1] else mark.start(2) for mark in found}
+    covers = all((mark.start(1) if mark[1] else mark.start(2)) in starts for mark in marks)
+    return found if len(found) > 1 and covers else marks
 
 
 def _image(image: Any) -> str | None:
@@ -145,10 +165,19 @@ def _turns(conversations: Any) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
+def _plain(answer: str) -> str:
+    """Without the emphasis around the whole of it, and without a full stop."""
+    answer = answer.strip()
+    for _ in range(2):
+        if answer.endswith(".") and not answer.endswith(".."):
+            answer = answer[:-1].rstrip()
+        if bold := _BOLD.fullmatch(answer):
+            answer = bold[1].strip()
+    return answer
+
+
 def _gold(text: str, choices: tuple[str, ...]) -> str:
-    answer = _ANSWER.sub("", text, count=1).strip()
-    if answer.endswith(".") and not answer.endswith(".."):
-        answer = answer[:-1].rstrip()
+    answer = _plain(_ANSWER.sub("", _plain(text), count=1))
     if not answer:
         raise RowProblem("answer", "it is empty")
     if not choices:
@@ -158,9 +187,11 @@ def _gold(text: str, choices: tuple[str, ...]) -> str:
     letter = answer if answer in valid else (named[1] or named[2]) if named else ""
     if letter in valid:
         text = answer[named.end() :].strip().casefold() if named else ""
-        others = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == text]
+        others = [name for name, choice in zip(valid, choices, strict=True) if text and choice.casefold() == text]
         if others and letter not in others:
             raise RowProblem("answer", f"{answer[:40]!r} names {letter}, but its text is that of {others[0]}")
+        if not choices[valid.index(letter)]:
+            raise RowProblem("answer", f"choice {letter}, which it names, is empty")
         return letter
     same = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == answer.casefold()]
     if len(same) == 1:

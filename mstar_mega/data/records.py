@@ -12,16 +12,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from mstar_mega.data.types import Group, Query, group_from_json, query_from_json
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from mstar_mega.data.types import Group, Query
 from mstar_mega.platform.files import write_bytes_atomic
+from mstar_mega.platform.inputs import checked, open_input, parse_json, problems
 
 FORMAT = "mstar-groups"
 VERSION = 1
 _BEGIN = '{"query":'
 _COMMA = ",\n"
+
+
+_MEND = "delete it to make it anew"
+_LONGEST_HEADER = 1 << 16
+
+
+class _Header(BaseModel):
+    groups: Annotated[int, Field(strict=True)]
+    sha256: Annotated[str, Field(strict=True)]
+    seconds: dict[str, float] = {}
+
+
+_HEADER = TypeAdapter(_Header)
+_GROUP = TypeAdapter(Group)
+_QUERY = TypeAdapter(Query)
+_INDICES = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0)]])
 
 
 class DamagedFileError(ValueError):
@@ -62,7 +82,7 @@ def placed_groups(path: str | Path) -> Iterator[tuple[int, Group]]:
 
 def read_group(path: str | Path, offset: int) -> Group:
     """The group that :func:`placed_groups` found at a byte. Raises DamagedFileError where it no longer is one."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         file.seek(offset)
         return _group(path, file.readline())
 
@@ -73,26 +93,29 @@ def read_queries(path: str | Path) -> list[Query]:
     try:
         # A line begins with the query: see Group's fields.
         lines = (line.decode("utf-8") for _, line in _verified_lines(Path(path)))
-        return [query_from_json(decoder.raw_decode(line, len(_BEGIN))[0]) for line in lines]
+        return [_QUERY.validate_python(decoder.raw_decode(line, len(_BEGIN))[0]) for line in lines]
     except DamagedFileError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{path}: a query is not as expected ({error!r}); delete it to make it anew") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: a query is not as expected ({_why(error)}); {_MEND}") from None
 
 
 def _group(path: str | Path, line: bytes) -> Group:
     try:
-        return group_from_json(json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _GROUP.validate_json(line, strict=True)
+    except ValueError as error:
         # The checksum held, so it was written like this: by another version of the program.
-        raise DamagedFileError(f"{path}: a group is not as expected ({error!r}); delete it to make it anew") from None
+        raise DamagedFileError(f"{path}: a group is not as expected ({_why(error)}); {_MEND}") from None
+
+
+def _why(error: Exception) -> str:
+    return problems(error)[0] if isinstance(error, ValidationError) else str(error) or type(error).__name__
 
 
 def read_seconds(path: str | Path) -> dict[str, float]:
     """What making a file's groups took, by phase. Raises as :func:`read_groups`; the groups are not read."""
-    with open(path, "rb") as file:
-        seconds = _header(Path(path), file.readline()).get("seconds")
-    return seconds if isinstance(seconds, dict) else {}
+    with open_input(path) as file:
+        return _header(Path(path), file.readline(_LONGEST_HEADER)).seconds
 
 
 SELECTED = "selected.json"
@@ -111,15 +134,15 @@ def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     line = ""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with TextIOWrapper(open_input(path), encoding="utf-8", newline="\n") as file:
             for line in file:
                 if line not in ("{\n", "}\n", "\n"):
                     [(id, indices)] = json.loads(f"{{{line.rstrip().removesuffix(',')}}}").items()
                     if id in ids:
-                        found[id] = indices
+                        found[id] = _INDICES.validate_python(indices)
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         line = ""
     if line != "}\n":
         raise DamagedFileError(f"{path} is cut off or altered; the selected responses cannot be shown")
@@ -128,33 +151,33 @@ def read_selected(directory: Path, ids: Container[str]) -> dict[str, list[int]]:
 
 def _verified_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(first byte, content) of every line after the header, once the checksum has been compared."""
-    with open(path, "rb") as file:
-        head = file.readline()
+    with open_input(path) as file:
+        head = file.readline(_LONGEST_HEADER)
         header = _header(path, head if head.endswith(b"\n") else b"")
         digest, count = hashlib.sha256(), 0
         while block := file.read(1 << 20):
             digest.update(block)
             count += block.count(b"\n")
-        if digest.hexdigest() != header["sha256"]:
+        if digest.hexdigest() != header.sha256:
             raise DamagedFileError(f"{path} is cut off or altered: its checksum differs; delete it to make it anew")
-        if count != header["groups"]:
-            announced = header["groups"]
-            raise DamagedFileError(f"{path}: the header announces {announced} groups, {count} are there; delete it")
+        if count != header.groups:
+            raise DamagedFileError(f"{path}: the header announces {header.groups} groups, {count} are there; delete it")
         offset = file.seek(len(head))
         for line in file:
             yield offset, line
             offset += len(line)
 
 
-def _header(path: Path, line: bytes) -> dict[str, Any]:
+def _header(path: Path, line: bytes) -> _Header:
     try:
-        header = json.loads(line)
+        content = parse_json(line, path)
     except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedFileError(f"{path} does not begin with a {FORMAT} header: it is cut off, or another kind of file")
-    if header.get("version") != VERSION:
-        raise DamagedFileError(f"{path} has version {header.get('version')}, this program reads version {VERSION}")
-    if not isinstance(header.get("sha256"), str) or not isinstance(header.get("groups"), int):
-        raise DamagedFileError(f"{path}: its {FORMAT} header lacks the checksum or the number of groups")
-    return header
+    if content.get("version") != VERSION:
+        raise DamagedFileError(f"{path} has version {content.get('version')}, this program reads version {VERSION}")
+    try:
+        return checked(_HEADER, content, "header")
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: its {FORMAT} {error}") from None

@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mstar_mega.platform.files import refuse_lfs_pointer
+from mstar_mega.platform.inputs import open_input
+
 MAX_ROW_BYTES = 1 << 24
 """No row of text is longer; a file that claims so is damaged."""
 _CHUNK = 1 << 20
@@ -42,7 +45,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises ValueError, with the row, where a JSON list is broken so that the rows behind cannot be found, and for a file
     in another encoding than UTF-8. Raises OSError as open does.
     """
-    with open(path, "rb") as file:
+    refuse_lfs_pointer(path)
+    with open_input(path) as file:
         head = file.read(4)
         if head.startswith(_WIDE_MARKS):
             raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
@@ -52,7 +56,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from _list_rows(path, file)
         else:
             file.seek(start)
-            yield from _line_rows(file)
+            yield from _line_rows(path, file)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,11 +85,11 @@ def _first_character(file: BinaryIO) -> bytes:
     return character
 
 
-def _line_rows(file: BinaryIO) -> Iterator[Row]:
+def _line_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     number, offset = 0, file.tell()
     while line := file.readline(MAX_ROW_BYTES):
         if not line.endswith(b"\n") and len(line) == MAX_ROW_BYTES:
-            raise ValueError(f"{file.name}: the line at byte {offset} is longer than {MAX_ROW_BYTES} bytes")
+            raise ValueError(f"{path}: the line at byte {offset} is longer than {MAX_ROW_BYTES} bytes")
         if line.strip():
             number += 1
             yield _parsed(number, offset, line)

@@ -7,11 +7,15 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task, image_digest
+from mstar_mega.platform.files import is_lfs_pointer
+from mstar_mega.platform.inputs import read_input
+
+if TYPE_CHECKING:
+    from mstar_mega.data.pictures import PictureReading
 
 _DRAFT = (64, 64)
 """JPEG decodes at the scale next above this, which reads the whole file and costs a fraction."""
@@ -22,6 +26,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is tried, by Pillow's names: pictures, and nothing that needs another program."""
 MAX_PIXELS = 1 << 26
 """The largest picture that is decoded: 200 MB as RGB."""
+MAX_BYTES = 1 << 28
+"""Of an image file: more than its pixels could take."""
 
 
 _COUNTS = re.compile(r" \(\d+ bytes not processed\)")
@@ -66,20 +72,42 @@ def screen_task(task: Task) -> Task:
     return replace(task, warmup=pairs, **sets, skipped=[*task.skipped, *skipped])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """An image file that can be decoded to its end."""
+
+    width: int
+    height: int
+    traits: tuple[str, ...] = ()
+    """See ``pictures.traits``."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, as the policy gets it."""
+        return self.width, self.height
+
+
 def check_image(image: ImageRef) -> None:
     """Decode an image to its end. Raises OSError or ValueError when it is missing, cut off, or not the file meant."""
-    content = Path(image.path).read_bytes()
+    content = read_input(image.path, MAX_BYTES)
     if image_digest(content) != image.digest:
         raise ValueError("the file is not the one that the data name (its digest differs)")
     readable_image(content)
 
 
 def readable_image(content: bytes) -> tuple[int, int]:
-    """Decode an image file to its end; its (width, height). Raises OSError or ValueError when it is broken, and before
-    anything is decoded when its header announces more than ``MAX_PIXELS``."""
+    """(width, height) of :func:`look_at_image`."""
+    return look_at_image(content).size
+
+
+def look_at_image(content: bytes, reading: PictureReading | None = None) -> Seen:
+    """Decode an image file to its end. ``reading`` decides its size (None: by default). Raises OSError or ValueError
+    when it is broken, and before anything is decoded when its header announces more than ``MAX_PIXELS``."""
     from io import BytesIO
 
     from PIL import Image, UnidentifiedImageError
+
+    from mstar_mega.data.pictures import DEFAULT, traits
 
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as picture:
@@ -92,8 +120,12 @@ def readable_image(content: bytes) -> tuple[int, int]:
                 _check_png_rows(content)
             elif picture.format in ("JPEG", "MPO"):
                 _check_jpeg_blocks(content, size)
-            return size
+            # A JPEG is decoded at a smaller scale; a TIFF may have been turned.
+            stored = size if picture.format in ("JPEG", "MPO") else picture.size
+            return Seen(*(reading or DEFAULT).size(picture, stored), traits(picture))
     except UnidentifiedImageError:
+        if is_lfs_pointer(content):
+            raise ValueError("it is a Git LFS pointer, not the picture: run `git lfs pull`") from None
         raise ValueError(f"it is no image of the kinds {', '.join(FORMATS)}") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNG chunks and absurd sizes
         raise ValueError(str(error)) from error

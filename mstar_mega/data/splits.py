@@ -13,17 +13,19 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from mstar_mega.data.mathv360k import RowProblem, parse_row
+from mstar_mega.data.pictures import DEFAULT, PictureReading
 from mstar_mega.data.rows import Row, read_rows
-from mstar_mega.data.screen import problem_of, readable_image
+from mstar_mega.data.screen import MAX_BYTES, look_at_image, problem_of
 from mstar_mega.data.types import image_digest
 from mstar_mega.kernels.noise import key_of
+from mstar_mega.platform.inputs import read_input
 
 T = TypeVar("T")
 SPLITS = ("labelled", "unlabelled", "validation", "test")
@@ -37,7 +39,8 @@ CREATE TABLE rows (
     number INTEGER PRIMARY KEY, offset INTEGER, length INTEGER, id TEXT, image TEXT, question BLOB, answer TEXT,
     source TEXT, choices INTEGER, key INTEGER, digest TEXT DEFAULT '', field TEXT DEFAULT '', problem TEXT DEFAULT ''
 );
-CREATE TABLE images (path TEXT PRIMARY KEY, digest TEXT, width INTEGER, height INTEGER, problem TEXT) WITHOUT ROWID;
+CREATE TABLE images (path TEXT PRIMARY KEY, digest TEXT, width INTEGER, height INTEGER, traits TEXT, problem TEXT)
+    WITHOUT ROWID;
 """
 
 
@@ -57,6 +60,8 @@ class SplitSettings:
     """What becomes of questions that stand in the file with several answers: none is used, or the first."""
     labelled_share: float = 0.5
     """Of the pictures that is labelled, in (0, 1]."""
+    rotate: bool = DEFAULT.rotate
+    """Whether sizes are those of pictures turned as their EXIF data say."""
 
 
 def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> None:
@@ -69,7 +74,7 @@ def fill(index: sqlite3.Connection, source: Path, settings: SplitSettings) -> No
     columns = "number, offset, length, id, image, question, answer, source, choices, key, field, problem"
     index.executemany(f"INSERT INTO rows ({columns}) VALUES ({marks})", map(_entry, read_rows(source)))
     _mark_repeated_ids(index)
-    _read_images(index, Path(settings.images))
+    _read_images(index, Path(settings.images), replace(DEFAULT, rotate=settings.rotate))
     _mark_duplicates(index, settings.conflicts)
     _group(index, settings.labelled_share)
     if settings.validation + settings.test and not index.execute("SELECT count(*) FROM groups").fetchone()[0]:
@@ -111,18 +116,18 @@ def _mark_repeated_ids(index: sqlite3.Connection) -> None:
     )
 
 
-def _read_images(index: sqlite3.Connection, folder: Path) -> None:
+def _read_images(index: sqlite3.Connection, folder: Path, reading: PictureReading) -> None:
     """Look at every image once, several at a time, and give the rows their image's digest and problem."""
 
-    def look(path: str) -> tuple[str, str, int, int, str]:
-        found: list[tuple[str, int, int]] = []
-        problem = problem_of(lambda: found.append(look_at(folder / path)))
-        return (path, *(found[0] if found else ("", 0, 0)), problem)
+    def look(path: str) -> tuple[str, str, int, int, str, str]:
+        found: list[tuple[str, int, int, str]] = []
+        problem = problem_of(lambda: found.append(look_at(folder / path, reading)))
+        return (path, *(found[0] if found else ("", 0, 0, "")), problem)
 
     paths = index.execute("SELECT DISTINCT image FROM rows WHERE problem = '' AND image IS NOT NULL")
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in _batches((path for (path,) in paths), _BATCH):
-            index.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?)", pool.map(look, batch))
+            index.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", pool.map(look, batch))
     index.executescript(
         """
         UPDATE rows SET digest = (SELECT digest FROM images WHERE path = image),
@@ -133,10 +138,12 @@ def _read_images(index: sqlite3.Connection, folder: Path) -> None:
     )
 
 
-def look_at(path: Path) -> tuple[str, int, int]:
-    """(digest, width, height) of an image file. Raises OSError or ValueError when it cannot be decoded to its end."""
-    content = path.read_bytes()
-    return (image_digest(content), *readable_image(content))
+def look_at(path: Path, reading: PictureReading = DEFAULT) -> tuple[str, int, int, str]:
+    """(digest, width, height, traits with commas) of an image file. Raises OSError or ValueError when it cannot be
+    decoded to its end."""
+    content = read_input(path, MAX_BYTES)
+    seen = look_at_image(content, reading)
+    return image_digest(content), seen.width, seen.height, ",".join(seen.traits)
 
 
 def _mark_duplicates(index: sqlite3.Connection, conflicts: Literal["drop", "first"]) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from mstar_mega.data.tokenizer_schema import added_controls, check_tokenizer_json, config_controls
+from mstar_mega.platform.files import refuse_lfs_pointer
+from mstar_mega.platform.inputs import MOST_JSON, read_input
+
 SPACE_MARK = "\u2581"
 """sentencepiece stores a space as this character; a text that holds the character itself goes through byte pieces."""
 
@@ -109,7 +113,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path, added: Mapping[str, int] | None = None) -> None:
         super().__init__(path)
-        data = self.path.read_bytes()
+        refuse_lfs_pointer(path)
+        data = read_input(self.path, MOST_JSON)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -155,7 +160,8 @@ class SentencePieceTokenizer(Tokenizer):
 class FastTokenizer(Tokenizer):
     """Encoder and decoder over a ``tokenizer.json`` with byte-level BPE (Llama-3) or BPE with byte pieces (Llama).
 
-    The latter kind reads U+2581 in a text as a space.
+    The latter kind reads U+2581 in a text as a space. Every added token is a control symbol here, also one that the
+    file does not call special (Llama's ``</s>``), and text around its spelling keeps its white space.
 
     Raises:
         ValueError: the file is not a tokenizer.json, or one of another kind.
@@ -164,10 +170,12 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        refuse_lfs_pointer(path)
+        check_tokenizer_json(self.path)
         text = self.path.read_text(encoding="utf-8")
         try:
-            content = json.loads(text)
-            self._model = tokenizers.Tokenizer.from_str(text)
+            content = _as_published(json.loads(text))
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path} is not a tokenizer.json: {error}") from error
         self._model.encode_special_tokens = True
@@ -185,31 +193,56 @@ class FastTokenizer(Tokenizer):
             if piece in self._controls:
                 continue
             if byte_level:
+                if not byte_of.keys() >= set(piece):
+                    raise ValueError(f"{self.path}: {piece[:40]!r} is no piece of a byte-level vocabulary")
                 self._bytes[id] = bytes(byte_of[character] for character in piece)
             elif len(piece) == 6 and piece.startswith("<0x"):
                 self._bytes[id] = bytes([int(piece[3:-1], 16)])
             else:
                 self._texts[id] = piece.replace(SPACE_MARK, " ")
+        self._spellings = {id: piece.encode() for piece, id in self._controls.items()}
+        self._byte_ids = {value[0]: id for id, value in self._bytes.items() if len(value) == 1}
         ids = self._model.encode("a", add_special_tokens=False).ids
         self._first_space = "".join(self._pieces(ids)) == " a"
         for sample in ("  a \n\n b ", "\u00e9\U0001f600", "a\u4f60"):
             if self.decode(self.encode(sample)) != sample:
                 raise ValueError(
-                    f"{self.path} does not give {sample!r} back after encoding it; is it a Llama tokenizer?"
+                    f"{self.path} does not give {sample!r} back after encoding it: it is no Llama tokenizer, or "
+                    "another program saved it again; copy tokenizer.json from the original model"
                 )
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`Tokenizer.encode`."""
         check_utf8(text)
-        ids: list[int] = list(self._model.encode(text, add_special_tokens=False).ids)
-        if not set(ids) & set(self._controls.values()):
-            return ids
-        for spelt in self._controls:
-            if spelt in text:
-                # Cut inside the spelling: neither half is the symbol.
-                cut = text.index(spelt) + 1
-                return self.encode(text[:cut]) + self.encode(text[cut:])
-        raise ValueError(f"{self.path} makes a control symbol of {text[:40]!r}")
+        ids: list[int] = []
+        for id in self._model.encode(text, add_special_tokens=False).ids:
+            # Merges may build the spelling of a control symbol; it is then spelt in bytes.
+            ids.extend((self._byte_ids[byte] for byte in self._spellings[id]) if id in self._spellings else (id,))
+        return ids
+
+
+def _as_published(content: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json whose added tokens are all special, so that none is found in a text, and whose space in front of
+    a text is put there as in the published Llama files.
+
+    transformers 5 saves that space as a pre-tokenizer which leaves it out where a text begins with a space itself, and
+    decodes without it all the same.
+    """
+    for token in content.get("added_tokens") or ():
+        token.update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
+    spaces = content.get("pre_tokenizer") or {}
+    puts_in_front = spaces.get("prepend_scheme") in ("first", "always") and not spaces.get("split")
+    if spaces.get("type") == "Metaspace" and puts_in_front and not content.get("normalizer"):
+        mark = spaces.get("replacement", SPACE_MARK)
+        content["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": mark},
+                {"type": "Replace", "pattern": {"String": " "}, "content": mark},
+            ],
+        }
+        content["pre_tokenizer"] = None
+    return content
 
 
 def check_utf8(text: str) -> None:
@@ -235,28 +268,16 @@ def added_tokens(directory: Path) -> dict[str, int]:
     Raises ValueError where neither ``tokenizer_config.json`` nor ``added_tokens.json`` names any.
     """
     found: dict[str, int] = {}
-    config = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        found[token["content"]] = int(id)
+    if (directory / "tokenizer_config.json").exists():
+        found.update(config_controls(directory / "tokenizer_config.json"))
     if (directory / "added_tokens.json").exists():
-        found.update({piece: int(id) for piece, id in read_json(directory / "added_tokens.json").items()})
+        found.update(added_controls(directory / "added_tokens.json"))
     if not found:
         raise ValueError(
             f"{directory}: neither tokenizer_config.json (added_tokens_decoder) nor added_tokens.json names the "
             "template's control symbols; copy both from the original model"
         )
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError naming the file; FileNotFoundError where it is missing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+
+from pydantic import ConfigDict
+
+_NOTHING_ELSE = ConfigDict(extra="forbid")
+"""A field that is read from a file and not known would be lost with the next writing."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
     """An image by reference: pixels are decoded where they are needed and never copied between processes."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     path: str
     digest: str
@@ -25,6 +31,8 @@ def image_digest(content: bytes) -> str:
 @dataclass(frozen=True)
 class Query:
     """A question about images: the unit of work of every stage."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     id: str
     question: str
@@ -67,11 +75,17 @@ class Task:
     """What was left out of the sets, and why."""
     cut: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Settings that leave a part of a set out: how many are used, of how many."""
+    check_reasoning: Callable[[str, str], bool | None] | None = None
+    """(query id, response text) -> whether its reasoning is right, None where that cannot be told. For measurement
+    only: nothing that trains or selects asks it. Rank 0 sends it to the others, so it can be pickled (a function of a
+    module or a callable dataclass, no closure). None: the set cannot tell."""
 
 
 @dataclass
 class Step:
     """One reasoning step of a response: tokens [start, end) of ``Response.tokens``, its separator included."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     start: int
     end: int
@@ -85,6 +99,8 @@ class Step:
 @dataclass
 class Response:
     """One sampled response of a query."""
+
+    __pydantic_config__ = _NOTHING_ELSE
 
     index: int
     """Sample index within the query; with the query id it names the random numbers."""
@@ -110,21 +126,9 @@ class Response:
 class Group:
     """A query with its responses."""
 
+    __pydantic_config__ = _NOTHING_ELSE
+
     query: Query
     responses: list[Response]
-
-
-def query_from_json(obj: dict[str, Any]) -> Query:
-    """Inverse of ``dataclasses.asdict`` for a query. Raises KeyError or TypeError on a malformed object."""
-    fields = dict(obj)
-    fields["images"] = tuple(ImageRef(**image) for image in obj["images"])
-    fields["choices"] = tuple(obj["choices"])
-    return Query(**fields)
-
-
-def group_from_json(obj: dict[str, Any]) -> Group:
-    """Inverse of ``dataclasses.asdict`` for a group. Raises KeyError or TypeError on a malformed object."""
-    responses = [
-        Response(**{**fields, "steps": [Step(**step) for step in fields["steps"]]}) for fields in obj["responses"]
-    ]
-    return Group(query_from_json(obj["query"]), responses)
+    continuation_tokens: int = 0
+    """Annotation: tokens drawn to continue beginnings of the responses."""

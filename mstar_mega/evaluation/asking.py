@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.data.prompts import BENCHMARKS, Template, render
-from mstar_mega.data.screen import readable_image
+from mstar_mega.data.screen import MAX_BYTES, readable_image
 from mstar_mega.data.types import ImageRef, Query, Skipped, image_digest
 from mstar_mega.evaluation.problem import Picture, Problem
 from mstar_mega.platform.files import write_bytes_atomic
+from mstar_mega.platform.inputs import read_input
 
 IMAGES = "images"
 SHOWN = 3
@@ -97,7 +98,7 @@ def _reference(picture: Picture, data: Path, directory: Path) -> ImageRef:
             write_bytes_atomic(path, picture.data)
         return ImageRef(str(path), digest)
     path = _find(picture.path or "", data if data.is_dir() else data.parent)
-    content = path.read_bytes()
+    content = read_input(path, MAX_BYTES)
     readable_image(content)
     return ImageRef(str(path), image_digest(content))
 

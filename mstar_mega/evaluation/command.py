@@ -11,9 +11,11 @@ from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
 from mstar_mega.evaluation.benchmarks import BENCHMARKS, find, load_problems
+from mstar_mega.evaluation.predictions import read_predictions
 from mstar_mega.evaluation.problem import Rules
-from mstar_mega.evaluation.scoring import Scores, describe, read_predictions, score
+from mstar_mega.evaluation.scoring import Scores, describe, score
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.terminal import one_line
 
 SCORING = ("rules", "integers", "gold", "ignore_empty", "reduced", "marker", "bad_rows", "predictions")
 SCORING_RESPONSES = ("rules", "gold", "ignore_empty", "reduced", "bad_rows")
@@ -97,9 +99,10 @@ def table(scores: Scores) -> str:
     """Overall and all groups as text."""
     lines = [f"{scores.benchmark}: {_share(scores.overall.correct, scores.overall.total)}"]
     for name, values in scores.groups.items():
-        lines.append(f"{name}:")
-        width = max(map(len, values))
-        lines += [f"  {value:<{width}}  {_share(tally.correct, tally.total)}" for value, tally in values.items()]
+        lines.append(f"{one_line(name)}:")
+        names = {value: one_line(value) for value in values}
+        width = max(map(len, names.values()))
+        lines += [f"  {names[value]:<{width}}  {_share(tally.correct, tally.total)}" for value, tally in values.items()]
     return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ import json
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import lettered
 from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
+from mstar_mega.platform.files import refuse_lfs_pointer
+from mstar_mega.platform.inputs import must_be_regular, open_input, read_input
 
 MAX_CELL_CHARS = 1 << 27
 """A cell of a table holds at most an image."""
@@ -39,6 +42,8 @@ class Cells:
     values: Mapping[str, Any]
     problem: str = ""
     """Why it has no usable cells at all."""
+    place: int = 0
+    """Of the row among all of the benchmark's files, from 0."""
 
     @property
     def where(self) -> str:
@@ -66,7 +71,7 @@ class Cells:
     def optional(self, column: str) -> str:
         """A cell as text; empty where there is none."""
         value = self.values.get(column)
-        if value is None:
+        if value is None or value != value:  # a missing cell that went through pandas is a float, not a number
             return ""
         if isinstance(value, (dict, list, bytes)):
             self.refuse(column, f"it is a {type(value).__name__}, not text")
@@ -134,7 +139,7 @@ class Cells:
             self.refuse(column, f"it has {len(text)} characters")
         try:
             return ast.literal_eval(text)  # literals only: nothing is executed
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: {[]: 1}
             self.refuse(column, "it is not a list")
 
 
@@ -156,27 +161,30 @@ def read_cells(path: Path) -> Iterator[Cells]:
 
     Raises ValueError for what cannot be read at all, naming file and place.
     """
-    for file in files_of(path):
-        yield from _read_file(file)
+    rows = (cells for file in files_of(path) for cells in read_file(file))
+    for place, cells in enumerate(rows):
+        yield replace(cells, place=place)
 
 
-def _read_file(path: Path) -> Iterator[Cells]:
+def read_file(path: Path) -> Iterator[Cells]:
+    """All rows of one file. Raises ValueError as :func:`read_cells`."""
+    refuse_lfs_pointer(path)
     if path.suffix in (".tsv", ".csv"):
         yield from _table(path, "\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".parquet":
         yield from _parquet(path)
     elif path.suffix in (".json", ".jsonl"):
-        yield from _json(path)
+        yield from json_rows(path)
     else:
         raise ValueError(f"{path}: benchmarks are read from {', '.join(READABLE)}, not from '{path.suffix}'")
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Cells]:
     csv.field_size_limit(MAX_CELL_CHARS)
-    with open(path, "rb") as raw:
+    with open_input(path) as raw:
         if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with TextIOWrapper(open_input(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         twice = [name for name, many in Counter(reader.fieldnames or ()).items() if many > 1]
         if twice:
@@ -206,6 +214,7 @@ def _parquet(path: Path) -> Iterator[Cells]:
     import pyarrow
     from pyarrow import parquet
 
+    must_be_regular(path)
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -217,7 +226,7 @@ def _parquet(path: Path) -> Iterator[Cells]:
         raise ValueError(f"{path}: after row {number} it is no readable parquet ({_first_line(error)})") from None
 
 
-def _json(path: Path) -> Iterator[Cells]:
+def json_rows(path: Path) -> Iterator[Cells]:
     """A JSON list, JSON lines, or (MathVista) one object of objects by id."""
     problems = _object_of_objects(path)
     if problems is not None:
@@ -236,7 +245,7 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or path.stat().st_size > MAX_WHOLE_FILE:
         return None
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_input(path, MAX_WHOLE_FILE).decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return None
@@ -244,6 +253,8 @@ def _object_of_objects(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         return None
+    if isinstance(value.get("logs"), list):  # lmms-eval's older samples file
+        return {str(number): each for number, each in enumerate(value["logs"])}
     if all(isinstance(each, dict) for each in value.values()):
         return value
     if "\n" in text.strip():  # not the one row of a file of JSON lines

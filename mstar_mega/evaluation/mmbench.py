@@ -31,7 +31,7 @@ def read(cells: Cells) -> Problem:
     if answer not in options:
         cells.refuse("answer", f"it is {answer!r}, not one of the options {', '.join(options) or '(there are none)'}")
     index = cells.integer("index")
-    l2 = cells.optional("l2-category") or cells.optional("l2_category")
+    l2 = next((cells.optional(name) for name in cells.values if name.lower() in ("l2-category", "l2_category")), "")
     groups = {"l3": (cells.text("category"),), "split": (cells.optional("split") or "none",)}
     if l2:
         groups |= {"l2": (l2,), "table": (ABBREVIATIONS.get(l2, l2),)}

@@ -15,6 +15,8 @@ from mstar_mega.evaluation.problem import Problem, Reading, Rules
 PERCEPTION = ("coarse perception", "fine-grained perception")
 _OPTIONS_INSIDE = re.compile(r"(?:^|\n)(?:Options|Choices): ?\s*\(?A\)?[:.)]? ")
 _OPTION = re.compile(r"(?:^|, |\n)\(?([A-F])(?:\)|:|\.) ?")
+_LINES = re.compile(r"\n\(A\) [^\n]*\n\(B\) ")
+"""Options under no heading: lines at the question's end."""
 _STARTS = ("", "(", "option ", "the answer is ")
 
 
@@ -43,11 +45,15 @@ def read(cells: Cells) -> Problem:
 
 
 def options_inside(question: str) -> dict[str, str]:
-    """The options that a question's own text lists, as ``Options: A: ..., B: ...`` or lines ``(A) ...``."""
+    """The options that a question's own text lists, as ``Options: A: ..., B: ...`` or lines ``(A) ...``, also under no
+    heading."""
     begin = _OPTIONS_INSIDE.search(question)
-    if begin is None:
+    if begin is not None:
+        text = question[begin.start() :].lstrip("\n").partition(":")[2].strip()
+    elif (lines := _LINES.search(question)) is not None:
+        text = question[lines.start() :].strip()
+    else:
         return {}
-    text = question[begin.start() :].lstrip("\n").partition(":")[2].strip()
     marks, wanted = [], "A"
     for mark in _OPTION.finditer(text):
         if mark[1] == wanted:

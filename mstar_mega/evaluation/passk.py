@@ -7,17 +7,32 @@ Every measure is a mean over queries, and None where there is nothing to measure
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mstar_mega.data.types import Group, Response
-from mstar_mega.rewards.selection import is_correct
+from mstar_mega.rewards.selection import is_correct, with_distinct_tokens
 from mstar_mega.rewards.voting import best_winner, majority_winner, rank_by_score, weighted_winner
 
 
 def mean(values: Sequence[float]) -> float | None:
     """Exactly rounded; None where there is nothing to measure."""
     return math.fsum(values) / len(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean of values - reference over the same queries in the same order, and its standard error.
+
+    None where there is nothing to measure; the error of a single query is None. Raises ValueError for unequal lengths.
+    """
+    gaps = [one - other for one, other in zip(values, reference, strict=True)]
+    return mean(gaps), standard_error(gaps)
 
 
 def _correct_count(group: Group) -> int:
@@ -69,22 +84,36 @@ def pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
     return values
 
 
-def reward_pass_at_k(groups: Sequence[Group], k: int) -> float | None:
+def random_pass_at_k_of_each(groups: Sequence[Group], k: int, distinct: bool = False) -> list[float]:
+    """What Reward-Pass@K has to beat, of every query: the chance that k of its responses drawn at random hold a correct
+    one; with ``distinct`` k different ones (all, where there are fewer)."""
+    if not distinct:
+        return pass_at_k_of_each(groups, k)
+    values = []
+    for group in groups:
+        _need(group, k)
+        different = Group(group.query, with_distinct_tokens(group.responses))
+        values += pass_at_k_of_each([different], min(k, len(different.responses)))
+    return values
+
+
+def reward_pass_at_k(groups: Sequence[Group], k: int, distinct: bool = False) -> float | None:
     """Share of queries with a correct response among the k with the best process score.
 
     The ranking is over all samples, without an answer filter; ties by sample index, responses without a score last.
-    Raises ValueError when a query has fewer than k responses.
+    With ``distinct`` responses with the same tokens take one place together. Raises ValueError when a query has fewer
+    than k responses.
     """
-    return mean(reward_pass_at_k_of_each(groups, k))
+    return mean(reward_pass_at_k_of_each(groups, k, distinct))
 
 
-def reward_pass_at_k_of_each(groups: Sequence[Group], k: int) -> list[float]:
+def reward_pass_at_k_of_each(groups: Sequence[Group], k: int, distinct: bool = False) -> list[float]:
     """:func:`reward_pass_at_k` of every query by itself."""
     values = []
     for group in groups:
         _need(group, k)
-        best = rank_by_score(group.responses)[:k]
-        values.append(float(any([is_correct(response, group.query.id) for response in best])))
+        ranked = rank_by_score(with_distinct_tokens(group.responses) if distinct else group.responses)
+        values.append(float(any([is_correct(response, group.query.id) for response in ranked[:k]])))
     return values
 
 
@@ -127,19 +156,34 @@ class Exploration:
     k: int
     reward_pass_at_k: float | None
     reward_k: int
+    pass_at_reward_k: float | None
+    """Pass@K at ``reward_k``: of so many random responses, what Reward-Pass@K has to beat."""
+    reward_gain: float | None
+    """Reward-Pass@K minus that."""
+    reward_gain_stderr: float | None
+    """Its standard error: the difference is paired, query by query."""
     best_of_n: float | None
     weighted_vote: float | None
     majority_vote: float | None
 
 
-def measure(groups: Sequence[Group], k: int, reward_k: int) -> Exploration:
-    """All measures over sampled groups. Those that rank by process score are None when no response at all has one."""
+def measure(groups: Sequence[Group], k: int, reward_k: int, distinct: bool = False) -> Exploration:
+    """All measures over sampled groups. Those that rank by process score are None when no response at all has one.
+
+    ``distinct`` is for Reward-Pass@K, see :func:`reward_pass_at_k`.
+    """
     scored = any(response.score is not None for group in groups for response in group.responses)
+    at_random = pass_at_k_of_each(groups, reward_k)
+    by_score = reward_pass_at_k_of_each(groups, reward_k, distinct) if scored else []
+    gains = [one - other for one, other in zip(by_score, at_random, strict=True)] if scored else []
     return Exploration(
         pass_at_k=pass_at_k(groups, k),
         k=k,
-        reward_pass_at_k=reward_pass_at_k(groups, reward_k) if scored else None,
+        reward_pass_at_k=mean(by_score),
         reward_k=reward_k,
+        pass_at_reward_k=mean(at_random),
+        reward_gain=mean(gains),
+        reward_gain_stderr=standard_error(gains),
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,
         majority_vote=majority_vote_accuracy(groups),

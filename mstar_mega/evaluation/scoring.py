@@ -7,34 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from mstar_mega.data.rows import has_surrogate, read_rows
 from mstar_mega.evaluation.benchmarks import Benchmark
+from mstar_mega.evaluation.predictions import Prediction, Predictions
 from mstar_mega.evaluation.problem import Problem, Reading, Rules, Tally
+from mstar_mega.platform.terminal import one_line
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.checker import AnswerChecker
 
 SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is known of a policy's answer to one problem: the response, or an answer extracted elsewhere."""
-
-    id: str
-    response: str | None = None
-    extraction: str | None = None
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A file of predictions, by id, and what is odd about it."""
-
-    by_id: Mapping[str, Prediction]
-    repeated: Sequence[str] = ()
-    """Ids that stand in more than one row; the first counts."""
 
 
 @dataclass(frozen=True)
@@ -83,38 +65,6 @@ class Scores:
             "unknown": list(self.unknown),
             "records": [asdict(record) for record in self.records],
         }
-
-
-def read_predictions(path: Path) -> Predictions:
-    """JSON lines (or a list) of ``{"id", "response"}`` or ``{"id", "extraction"}``.
-
-    Raises ValueError, naming file and row, for anything else; nothing is guessed about a broken prediction.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    found: dict[str, Prediction] = {}
-    repeated: list[str] = []
-    for row in read_rows(path):
-        where = f"{path}, row {row.number}"
-        value = row.value
-        if row.problem or not isinstance(value, dict):
-            raise ValueError(f"{where}: {row.problem or 'it is not an object'}")
-        id = value.get("id")
-        if isinstance(id, bool) or not isinstance(id, (str, int)):
-            raise ValueError(f"{where}: it has no 'id'")
-        if "response" not in value and "extraction" not in value:
-            raise ValueError(f"{where}: it has neither 'response' nor 'extraction'")
-        for name in ("response", "extraction"):
-            text = value.get(name)
-            if not isinstance(text, (str, type(None))):
-                raise ValueError(f"{where}: its '{name}' is not text")
-            if text and has_surrogate(text):
-                raise ValueError(f"{where}: its '{name}' has half a character (a lone surrogate): replace it")
-        if str(id) in found:
-            repeated.append(str(id))
-            continue
-        found[str(id)] = Prediction(str(id), value.get("response"), value.get("extraction"))
-    return Predictions(found, repeated)
 
 
 def score(
@@ -217,5 +167,5 @@ def describe(missing: Sequence[str], repeated: Sequence[str], unknown: Sequence[
     ):
         if ids:
             more = ", ..." if len(ids) > SHOWN else ""
-            lines.append(f"{len(ids)} {what} ({', '.join(ids[:SHOWN])}{more})")
+            lines.append(f"{len(ids)} {what} ({', '.join(map(one_line, ids[:SHOWN]))}{more})")
     return lines

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Protocol
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from mstar_mega.config import GenerationConfig
-from mstar_mega.generation.slots import Entry, Prefixes, Slots
-from mstar_mega.kernels.noise import counters
-from mstar_mega.kernels.sampling import sample_with_logprob
-from mstar_mega.models.inference import from_last_stage, inference, run_packed, run_stages
+from mstar_mega.generation.cache import CacheManager, slab_tokens
+from mstar_mega.generation.runner import Drawing, Runner, kernels_fit
+from mstar_mega.models.attention import GroupPlan
+from mstar_mega.models.inference import inference, run_packed
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import PackedBatch, Prompt, cut_by_size, pack
 
@@ -92,7 +92,16 @@ class _Prefilled:
     """Stream position of its prompt's last token."""
     hidden: Tensor | None
     """[T, hidden] of the batch, last stage only."""
-    entry: int
+
+
+@dataclass
+class _Running:
+    """A sample in a slot."""
+
+    index: int
+    """In the work."""
+    own: int
+    """Own tokens: a given start and the drawn ones."""
 
 
 class Engine:
@@ -100,8 +109,9 @@ class Engine:
 
     def __init__(self, model: LMM, vocabulary: Vocabulary, config: GenerationConfig, seed: int) -> None:
         self.model, self.config, self.seed = model, config, seed
-        self._stop = torch.tensor(sorted(vocabulary.stop_tokens))
-        self._banned = torch.tensor(vocabulary.banned_tokens)
+        self.device = next(model.parameters()).device
+        self._stop = vocabulary.stop_tokens
+        self._banned = torch.tensor(vocabulary.banned_tokens, dtype=torch.int64, device=self.device)
         self.tokens_decoded = 0
         """Tokens drawn since construction, for rates."""
 
@@ -112,12 +122,11 @@ class Engine:
 
 
 class _Run:
-    """State of one ``generate`` call."""
+    """The scheduler: state of one ``generate`` call."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], temperature: float) -> None:
-        self.engine, self.temperature = engine, temperature
-        self.model, self.config = engine.model, engine.config
-        limit = self.config.max_new_tokens
+        self.engine, self.model, self.config = engine, engine.model, engine.config
+        self.limit = self.config.max_new_tokens
         self.results: list[list[Sample | None]] = [[None] * len(r.samples) for r in requests]
         self.regimes = self.model.rope.regimes
         self.requests: list[Request] = []
@@ -125,20 +134,39 @@ class _Run:
         for i, request in enumerate(requests):
             self._accept(i, request)
         self.queue = deque(range(len(self.work)))
-        self.slots = Slots(min(self.config.slots, max(1, len(self.work))), limit)
-        self.prefixes = Prefixes()
         self.prefilled: dict[int, _Prefilled] = {}
+        self.capacity = min(self.config.slots, max(1, len(self.work)))
+        self.free = list(range(self.capacity))
+        """Slots without a sample; the lowest is taken first (a heap)."""
+        self.running: dict[int, _Running] = {}
+        """By slot, ascending."""
+        self.changed = False
+        """Samples came or went since the last step."""
+        self.tokens = torch.zeros(self.capacity, self.limit, dtype=torch.int64)
+        self.log_probs = torch.zeros(self.capacity, self.limit)
+        if not self.work:
+            return
+        drawing = Drawing(temperature, self.config.top_k, self.config.top_p, engine._banned, engine.seed)
+        lengths = [len(r.prompt.tokens) for r in requests]
+        longest = max(lengths)
+        # Plain PyTorch sees the slab as rows of one length.
+        granule = 16 if kernels_fit(self.model, engine.device) else longest
+        wanted = min(len(lengths) * longest, sum(-(-n // granule) * granule for n in lengths))
+        tokens = max(longest, slab_tokens(self.model, wanted, self.capacity * self.limit, engine.device))
+        self.cache = CacheManager(self.model, self.capacity, self.limit, tokens, granule, engine.device)
+        self.runner = Runner(self.model, self.cache, self.capacity, longest + self.limit, drawing, engine.device)
 
     def finish(self) -> list[list[Sample]]:
-        slots = self.slots
-        refill_at = max(1, slots.capacity // 8)
-        while self.queue or slots.count:
+        refill_at = max(1, self.capacity // 8)
+        while self.queue or self.running:
             # Refilling in batches keeps prefills large; the last samples are not worth waiting for.
-            if self.queue and (slots.free >= refill_at or not slots.count):
-                self._admit()
-            elif slots.count:
-                self._draw(range(slots.count), self._decode())
-            self._retire()
+            wanted = self.queue and (len(self.free) >= refill_at or not self.running)
+            if not (wanted and self._admit()):
+                if self.changed:
+                    entries = [self.cache.entries[self.work[r.index].request] for r in self.running.values()]
+                    self.runner.run_over(list(self.running), entries)
+                    self.changed = False
+                self._collect(list(self.running), self.runner.step(max(r.own for r in self.running.values())))
             if self.regimes is not None:
                 self._renew()
         return [[sample for sample in samples if sample is not None] for samples in self.results]
@@ -172,36 +200,56 @@ class _Run:
         Their earlier positions turn differently from now on, so that nothing in the caches holds: the original throws
         its cache away at this point, or computes without one.
         """
-        slots = self.slots
-        B = slots.count
-        grown = self.model.rope.enters_regime(slots.prompt_length[:B] + slots.length[:B])
-        leaving = torch.nonzero(grown).flatten().tolist()
-        for slot in leaving:
-            work = self.work[slots.sample[slot]]
-            length = slots.own[slot]
+        leaving = []
+        for slot, running in self.running.items():
+            work = self.work[running.index]
+            length = running.own
             prompt = self.requests[work.request].prompt
-            spec = self._add_request(prompt, work.spec.key, slots.tokens[slot, :length].tolist())
-            log_probs = slots.log_probs[slot, :length].clone()
+            if not self.model.rope.enters_regime(len(prompt.tokens) + length):
+                continue
+            spec = self._add_request(prompt, work.spec.key, self.tokens[slot, :length].tolist())
+            log_probs = self.log_probs[slot, :length].clone()
             self.work.append(_Waiting(len(self.requests) - 1, work.home, spec, work.forced, log_probs))
             self.queue.appendleft(len(self.work) - 1)
-            self.prefixes.entries[slots.entry[slot]].unfinished -= 1
-        if leaving:
-            slots.remove(leaving)
+            leaving.append(slot)
+        self._free(leaving)
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Give free slots to waiting samples and draw their first tokens."""
-        taken = [self.queue.popleft() for _ in range(min(self.slots.free, len(self.queue)))]
-        missing = dict.fromkeys(self.work[i].request for i in taken if self.work[i].request not in self.prefilled)
+    def _admit(self) -> bool:
+        """Give free slots to waiting samples and draw their first tokens; False where no prompt finds room."""
+        taken, missing = self._take()
+        if not taken:
+            assert self.running, "the slab is empty and has no room for a prompt"
+            return False
         for batch in cut_by_size(missing, self._tokens_of, self.config.prefill_tokens):
             self._prefill(batch)
-        new = range(self.slots.count, self.slots.count + len(taken))
-        self.slots.count += len(taken)
-        started = [self._start(slot, index) for slot, index in zip(new, taken, strict=True)]
+        slots = [heappop(self.free) for _ in taken]
+        hidden = self._start(slots, taken)
+        self.running = dict(sorted({**self.running, **self._new(slots, taken)}.items()))
+        self.changed = True
         self._forget_prefills()
-        rows = [row for row in started if row is not None]  # all of them on the last stage, none elsewhere
-        self._draw(new, torch.stack(rows) if rows else None)
+        self._collect(slots, self.runner.draw(torch.tensor(slots, device=self.engine.device), hidden))
+        return True
+
+    def _take(self) -> tuple[list[int], list[int]]:
+        """Waiting samples for the free slots, in order, and the requests among them that are to be prefilled."""
+        taken: list[int] = []
+        missing: list[int] = []
+        passed: list[int] = []
+        while self.queue and len(taken) < len(self.free):
+            index = self.queue.popleft()
+            request = self.work[index].request
+            if request not in self.cache.entries:
+                of = self.requests[request]
+                # Once there is no room for a prompt, only samples of those that are there go past it.
+                if passed or not self.cache.admit(request, len(of.prompt.tokens), len(of.samples)):
+                    passed.append(index)
+                    continue
+                missing.append(request)
+            taken.append(index)
+        self.queue.extendleft(reversed(passed))
+        return taken, missing
 
     def _tokens_of(self, i: int) -> int:
         """What a request's prefill reads."""
@@ -213,39 +261,40 @@ class _Run:
         batch = pack([r.prompt for r in chosen], [r.drafts for r in chosen], self.model.stream_multiple, self.regimes)
         batch.plan.keep = True
         hidden = run_packed(self.model, batch)
-        self._compact_prefixes()
-        entries = [Entry(len(r.prompt.tokens), len(r.samples)) for r in chosen]
-        first = self.prefixes.add(batch.plan.prompts, entries)
-        self.slots.allocate(batch.plan.prompts)
+        self.cache.store_prompts(batch.plan, requests)
         for row, (i, last) in enumerate(zip(requests, batch.last_prompt.tolist(), strict=True)):
-            self.prefilled[i] = _Prefilled(batch, row, last, hidden, first + row)
+            self.prefilled[i] = _Prefilled(batch, row, last, hidden)
 
-    def _start(self, slot: int, index: int) -> Tensor | None:
-        """Put a sample into a slot; returns the hidden row that predicts its first token (last stage)."""
-        work, slots = self.work[index], self.slots
-        ready = self.prefilled[work.request]
-        spec, plan = work.spec, ready.batch.plan
-        slots.sample[slot] = index
-        slots.entry[slot], slots.forced[slot] = ready.entry, work.forced
-        slots.own[slot] = spec.length
-        slots.length[slot] = spec.length
-        if self.regimes is not None and spec.length:
-            # It may have to be prefilled again, with its start.
-            start = self.requests[work.request].drafts[spec.draft][: spec.length]
-            slots.tokens[slot, : spec.length] = torch.tensor(start)
-        if work.log_probs is not None:
-            slots.log_probs[slot, : spec.length] = work.log_probs
-        slots.prompt_length[slot] = len(self.requests[work.request].prompt.tokens)
-        slots.key[slot] = spec.key
-        position = ready.last_prompt
-        if spec.length:
-            assert plan.response_index is not None
-            draft_row = ready.row * plan.response_index.size(1) + spec.draft
-            for layer, kv in plan.responses.items():
-                slots.cache[layer].k[slot, :, : spec.length] = kv.k[draft_row, :, : spec.length]
-                slots.cache[layer].v[slot, :, : spec.length] = kv.v[draft_row, :, : spec.length]
-            position = ready.batch.response_start[ready.row][spec.draft] + spec.length - 1
-        return None if ready.hidden is None else ready.hidden[position]
+    def _new(self, slots: list[int], taken: list[int]) -> dict[int, _Running]:
+        return {slot: _Running(index, self.work[index].spec.length) for slot, index in zip(slots, taken, strict=True)}
+
+    def _start(self, slots: list[int], taken: list[int]) -> Tensor | None:
+        """Put samples into slots; returns the hidden rows that predict their first tokens (last stage)."""
+        works = [self.work[index] for index in taken]
+        prompts = [len(self.requests[work.request].prompt.tokens) for work in works]
+        self.runner.start(slots, [w.spec.length for w in works], prompts, [w.spec.key for w in works])
+        rows: list[Tensor] = []
+        starts: dict[int, tuple[GroupPlan, list[int], list[int], list[int]]] = {}
+        for slot, work in zip(slots, works, strict=True):
+            ready, spec = self.prefilled[work.request], work.spec
+            position = ready.last_prompt
+            if spec.length:
+                plan = ready.batch.plan
+                assert plan.response_index is not None
+                of_batch = starts.setdefault(id(plan), (plan, [], [], []))
+                row = ready.row * plan.response_index.size(1) + spec.draft
+                for numbers, number in zip(of_batch[1:], (row, slot, spec.length), strict=True):
+                    numbers.append(number)
+                position = ready.batch.response_start[ready.row][spec.draft] + spec.length - 1
+                start = self.requests[work.request].drafts[spec.draft][: spec.length]
+                self.tokens[slot, : spec.length] = torch.tensor(start)
+            if work.log_probs is not None:
+                self.log_probs[slot, : spec.length] = work.log_probs
+            if ready.hidden is not None:
+                rows.append(ready.hidden[position])
+        for plan, of_plan, to, lengths in starts.values():
+            self.cache.store_starts(plan, of_plan, to, max(lengths))
+        return torch.stack(rows) if rows else None
 
     def _forget_prefills(self) -> None:
         """Drop prefill results that no waiting sample needs."""
@@ -254,74 +303,31 @@ class _Run:
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
-    def _decode(self) -> Tensor | None:
-        """Feed every running slot its newest token; returns hidden rows [count, hidden] on the last stage."""
-        slots, model = self.slots, self.model
-        B = slots.count
-        plan = slots.decode_plan(self.prefixes)
-        padding = -B % model.stream_multiple
-        tokens = slots.tokens[torch.arange(B), plan.lengths]
-        tokens = torch.nn.functional.pad(tokens, (0, padding))
-        positions = torch.nn.functional.pad(slots.prompt_length[:B] + plan.lengths, (0, padding))
-        hidden = run_stages(model, lambda: model.embed_tokens(tokens), positions, plan)
-        return None if hidden is None else hidden[:B]
+    def _collect(self, slots: list[int], drawn: Tensor) -> None:
+        """Note what was drawn for slots, and free those whose samples are finished."""
+        tokens, log_probs = drawn.tolist()
+        finished = []
+        own = [self.running[slot].own for slot in slots]
+        index = torch.tensor(slots), torch.tensor(own)
+        self.tokens[index], self.log_probs[index] = torch.tensor(tokens).long(), torch.tensor(log_probs)
+        for slot, token in zip(slots, tokens, strict=True):
+            running = self.running[slot]
+            running.own += 1
+            if token in self.engine._stop or running.own >= self.limit:
+                finished.append(slot)
+                self._keep(slot, running, token not in self.engine._stop)
+        self.engine.tokens_decoded += len(slots)
+        self._free(finished)
 
-    def _draw(self, rows: range, hidden: Tensor | None) -> None:
-        """Draw the next token of some slots, from hidden rows [len(rows), hidden] on the last stage."""
-        slots = self.slots
-        index = torch.arange(rows.start, rows.stop)
-        drawn = torch.empty(len(rows), 2, dtype=torch.float64)
-        if hidden is not None:
-            sampled = sample_with_logprob(
-                self.model.logits(hidden),
-                temperature=self.temperature,
-                top_k=self.config.top_k,
-                top_p=self.config.top_p,
-                banned=self.engine._banned,
-                seed=self.engine.seed,
-                counters=counters(slots.key[index], slots.length[index]),
-                valid_vocab=self.model.size.vocab,
-                group=parallel_state.get_tensor_model_parallel_group(),
-            )
-            drawn = torch.stack([sampled.token.double(), sampled.log_prob.double()], dim=1)
-        drawn = from_last_stage(drawn)
-        slots.tokens[index, slots.length[index]] = drawn[:, 0].long()
-        slots.log_probs[index, slots.length[index]] = drawn[:, 1].float()
-        slots.length[index] += 1
-        for slot in rows:
-            slots.own[slot] += 1
-        self.engine.tokens_decoded += len(rows)
+    def _keep(self, slot: int, running: _Running, truncated: bool) -> None:
+        """The slot's sample is finished."""
+        work = self.work[running.index]
+        own = slice(work.forced, running.own)
+        sample = Sample(self.tokens[slot, own].tolist(), self.log_probs[slot, own].tolist(), truncated)
+        self.results[work.home[0]][work.home[1]] = sample
 
-    def _retire(self) -> None:
-        """Collect finished samples and free their slots."""
-        slots = self.slots
-        B = slots.count
-        newest = slots.tokens[torch.arange(B), slots.length[:B] - 1]
-        stopped = torch.isin(newest, self.engine._stop).tolist()
-        finished = [slot for slot in range(B) if stopped[slot] or slots.own[slot] >= slots.limit]
-        tokens, log_probs = (
-            x[torch.tensor(finished, dtype=torch.int64)].tolist() if finished else []
-            for x in (slots.tokens, slots.log_probs)
-        )
-        for slot, of_tokens, of_log_probs in zip(finished, tokens, log_probs, strict=True):
-            work = self.work[slots.sample[slot]]
-            own = slice(slots.forced[slot], slots.own[slot])
-            self.results[work.home[0]][work.home[1]] = Sample(of_tokens[own], of_log_probs[own], not stopped[slot])
-            self.prefixes.entries[slots.entry[slot]].unfinished -= 1
-        if finished:
-            slots.remove(finished)
-            live = sum(entry.unfinished > 0 for entry in self.prefixes.entries)
-            if live * 2 <= len(self.prefixes.entries):
-                self._compact_prefixes()
-
-    def _compact_prefixes(self) -> None:
-        """Drop the prompts whose samples are all finished, and renumber the rest."""
-        live = [i for i, entry in enumerate(self.prefixes.entries) if entry.unfinished]
-        if len(live) == len(self.prefixes.entries):
-            return
-        renumbered = {entry: number for number, entry in enumerate(live)}
-        self.prefixes.keep(live)
-        slots = self.slots
-        slots.entry[: slots.count] = [renumbered[entry] for entry in slots.entry[: slots.count]]
-        for ready in self.prefilled.values():
-            ready.entry = renumbered.get(ready.entry, 0)
+    def _free(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.changed = True
+            heappush(self.free, slot)
+            self.cache.finish(self.work[self.running.pop(slot).index].request)

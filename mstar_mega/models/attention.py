@@ -1,8 +1,8 @@
 """Core attention of the language model: what a token attends to is said by an attention plan.
 
 The model always sees one packed stream of tokens [T, 1, H]. The plan that travels with it knows which stream positions
-form prompts, which form the responses that continue them, and where keys and values are cached; so training, scoring,
-prefill and decoding are one model with different plans.
+form prompts, which form the responses that continue them, and whether keys and values are kept; so training, scoring
+and prefill are one model with different plans. Decoding is ``decoder.py``.
 
 megatron-core hands ``attention_bias`` untouched through block, layer and recomputation to the core attention: that is
 the plan's way in.
@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mstar_mega.kernels.prefix_attention import causal_attention, decode_attention, prefix_attention
+from mstar_mega.kernels.prefix_attention import causal_attention, prefix_attention
 
 
 class AttentionPlan(Protocol):
@@ -120,42 +120,3 @@ class GroupPlan:
             )
             parts.append(out.reshape(G * n * R, *out.shape[3:]))
         return torch.cat(parts)[self.stream_from]
-
-
-@dataclass
-class DecodePlan:
-    """One new token for each of B running slots; see ``decode_attention`` for the table.
-
-    ``prefix`` and ``own`` hold the caches per layer; the new token's keys and values are written to ``own`` at
-    ``lengths`` before attending. Stream tokens past B are padding (sequence parallelism) and yield zeros.
-    """
-
-    prefix: dict[int, KeyValues]
-    prefix_bias: Tensor
-    own: dict[int, KeyValues]
-    lengths: Tensor
-    """int64 [B]: own tokens already cached."""
-    own_bias: Tensor
-    """float32 [B, L]."""
-    table: Tensor
-    place: Tensor
-
-    def __post_init__(self) -> None:
-        # Every stage holds at least one layer, and all caches have one shape.
-        _, heads, limit, _ = next(iter(self.own.values())).k.shape
-        device = self.lengths.device
-        row_of_head = torch.arange(self.lengths.numel() * heads, device=device).view(-1, heads)
-        self._new = (row_of_head * limit + self.lengths[:, None]).flatten()
-        """int64 [B * Hk]: where the new token lies in a cache seen as [slots * Hk * limit, D]."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        B, L = self.own_bias.shape
-        prefix, own = self.prefix[layer], self.own[layer]
-        for cache, new in ((own.k, k), (own.v, v)):
-            cache.view(-1, cache.size(-1))[self._new] = new[:B].reshape(-1, cache.size(-1))
-        G = self.table.size(0)
-        out = decode_attention(
-            q[:B], prefix.k[:G], prefix.v[:G], self.prefix_bias, own.k[:B, :, :L], own.v[:B, :, :L], self.own_bias,
-            self.table, self.place, scale,
-        )  # fmt: skip
-        return out if B == q.size(0) else torch.cat([out, out.new_zeros(q.size(0) - B, *out.shape[1:])])

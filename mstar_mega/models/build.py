@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mstar_mega.config import Config
+from mstar_mega.config import Config, ModelConfig
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.families.base import Family
@@ -26,7 +27,12 @@ def build_family(config: Config) -> Family:
 
     Raises ValueError for an unknown name or size, or where the checkpoint is of another family.
     """
-    model = config.model
+    family = _family(config.model)
+    family.pictures = PictureReading.of(config.data)
+    return family
+
+
+def _family(model: ModelConfig) -> Family:
     if model.family not in FAMILIES:
         raise ValueError(f"model.family {model.family!r} is unknown; known: {', '.join(FAMILIES)}")
     if model.checkpoint is not None:

@@ -157,9 +157,11 @@ class LMM(MegatronModule):
         weight = self.language.output_layer.weight
         return linear_logprob(hidden, weight, target, temperature=temperature, **self._vocabulary())
 
-    def token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Minus the sum of the target ids' log-probabilities, for selected rows [K, hidden] (last stage)."""
-        return linear_cross_entropy(hidden, self.language.output_layer.weight, target, **self._vocabulary())
+    def token_loss(self, hidden: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Minus the sum of the target ids' log-probabilities, each times its ``weight`` (float32 [K]; None: 1), for
+        selected rows [K, hidden] (last stage)."""
+        output = self.language.output_layer.weight
+        return linear_cross_entropy(hidden, output, target, row_weight=weight, **self._vocabulary())
 
     def _vocabulary(self) -> dict[str, Any]:
         """This rank's slice, for the kernels; the gradient of hidden rows is summed where the trunk hands them out."""

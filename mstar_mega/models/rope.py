@@ -63,13 +63,9 @@ class Rope:
             return length if length > self.scaling.limit else 0
         return 0
 
-    def enters_regime(self, lengths: Tensor) -> Tensor:
-        """bool, like ``lengths``: sequences of this length are in another regime than one token earlier."""
-        if isinstance(self.scaling, LongRope):
-            return lengths == self.scaling.original + 1
-        if isinstance(self.scaling, DynamicNTK):
-            return lengths > self.scaling.limit
-        return torch.zeros_like(lengths, dtype=torch.bool)
+    def enters_regime(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens is in another regime than one token earlier."""
+        return self.regime(length) != self.regime(length - 1)
 
     def angles(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """int64 [T] -> float32 [T, 1, 1, head_dim], as megatron's ``apply_rotary_pos_emb`` wants them.
@@ -87,13 +83,22 @@ class Rope:
         self, plan: AttentionPlan, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
     ) -> RotatedPlan:
         """The plan for queries and keys of ``dtype`` at ``positions``, int64 [T], that are not rotated yet."""
+        return RotatedPlan(plan, *self._cos_sin(positions, dtype, lengths))
+
+    def table(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What :class:`RotatedPlan` holds, for the last tokens of sequences of 1 to ``count`` tokens: cos and sin
+        [count, head_dim] of ``dtype``."""
+        cos, sin = self._cos_sin(torch.arange(count, device=device), dtype, None)
+        return cos.squeeze(1), sin.squeeze(1)
+
+    def _cos_sin(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         angles = self.angles(positions, lengths).squeeze(1)
         sign = torch.ones(angles.size(-1), device=angles.device)
         sign[: sign.numel() // 2] = -1.0
         cos, sin = angles.cos(), angles.sin() * sign
         if isinstance(self.scaling, LongRope):
             cos, sin = cos * self.scaling.attention_scale, sin * self.scaling.attention_scale
-        return RotatedPlan(plan, cos.to(dtype), sin.to(dtype))
+        return cos.to(dtype), sin.to(dtype)
 
     def _frequencies(self, lengths: Tensor) -> Tensor:
         """float32 [T, head_dim / 2] for tokens of sequences of these lengths."""

@@ -55,6 +55,12 @@ class LongRope:
     attention_scale: float
     """Factor on cos and sin, for both lists."""
 
+    def __str__(self) -> str:
+        return (
+            f"longrope: {len(self.short)} divisors up to {self.original} tokens, others beyond, scale "
+            f"{self.attention_scale:.4f}"
+        )
+
 
 @dataclass(frozen=True)
 class DynamicNTK:
@@ -62,6 +68,9 @@ class DynamicNTK:
 
     factor: float
     limit: int
+
+    def __str__(self) -> str:
+        return f"dynamic NTK with factor {self.factor:g} beyond {self.limit} tokens"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from mstar_mega.platform.inputs import open_input
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk, of an exhausted quota and of a limit on a file's size."""
 
@@ -45,12 +47,34 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, 64 hexadecimal digits; reads a block at a time."""
+    """SHA-256 of the file's bytes, 64 hexadecimal digits; reads a block at a time. Raises ValueError for a pipe."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file's first bytes are those of the note that Git LFS keeps in place of a large file."""
+    return content.startswith(_LFS)
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raise ValueError, with the remedy, for a file that is a Git LFS pointer; a file that is missing is none."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(len(_LFS))
+    if is_lfs_pointer(head):
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is a Git LFS pointer, not the file itself: run `git lfs pull` where "
+            "it was cloned, or download the file again"
+        )
 
 
 def free_bytes(path: str | Path) -> int:

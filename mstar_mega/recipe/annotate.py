@@ -58,6 +58,7 @@ def _log(job: Job, groups: list[Group], seconds: float) -> None:
             "queries": len(groups),
             "responses": sum(len(group.responses) for group in groups),
             "steps": len(steps),
+            "tokens": sum(_tokens(group) for group in groups),
             "rollouts": sum(len(_beginnings(group)) for group in groups) * job.config.annotate.rollouts,
             "positive": sum((step.label or 0) > 0 for step in steps),
             "without_steps": count_stepless(groups),
@@ -71,6 +72,11 @@ def _log(job: Job, groups: list[Group], seconds: float) -> None:
     warning = warn_stepless(whole["without_steps"], whole["responses"])
     if warning:
         job.say(warning)
+
+
+def _tokens(group: Group) -> int:
+    """Tokens drawn for a group, in responses and continuations."""
+    return group.continuation_tokens + sum(len(response.tokens) for response in group.responses)
 
 
 def _queries(job: Job, settings: AnnotateConfig) -> Sequence[Query]:
@@ -108,6 +114,8 @@ def _success_shares(
         ]
         requests.append(Request(job.prompt(group.query), samples, drafts))
     drawn = actors.engine.generate(requests, settings.temperature)
+    for group, of_group in zip(groups, drawn, strict=True):
+        group.continuation_tokens = sum(len(sample.tokens) for sample in of_group)
     continued = [
         Group(group.query, _continuations(job, group, samples, settings.rollouts))
         for group, samples in zip(groups, drawn, strict=True)

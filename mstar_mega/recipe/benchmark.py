@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import BenchmarkConfig, Config, ModelConfig
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.types import Group, Query, Response, Task
 from mstar_mega.evaluation.asking import Asked, ask
 from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
@@ -26,6 +27,7 @@ from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
+from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.blocks import in_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
@@ -98,7 +100,7 @@ def _evaluated(request: Request) -> dict[str, Any]:
 def _check_out(request: Request) -> None:
     """Raise ValueError where the results of another evaluation would be written over."""
     try:
-        before = json.loads((request.out / SCORES).read_text())["evaluated"]
+        before = dict(read_object(request.out / SCORES)["evaluated"])
     except (OSError, ValueError, KeyError, TypeError):
         return
     now = _evaluated(request)
@@ -217,7 +219,7 @@ def write_results(
         problem.id: [value for values in problem.groups.values() for value in values] for problem in asked.problems
     }
     readings = {(line["id"], line["sample"]): line["reading"] for line in lines}
-    write_page(out / PAGE, result, groups, readings, values)
+    write_page(out / PAGE, result, groups, readings, values, PictureReading.of(job.config.data))
     return summary(scores, result, out)
 
 

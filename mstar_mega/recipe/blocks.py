@@ -25,6 +25,7 @@ from mstar_mega.data.records import (
 from mstar_mega.data.types import Group, Query
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.context import Job, Timer
 
 ORIGIN = "origin.json"
@@ -134,7 +135,7 @@ def _count_time(job: Job, blocks: Blocks, finished: set[int]) -> None:
 
 def _with_images_of(query: Query, group: Group) -> Group:
     """A group from disk with the images where they are now: a run directory may have been moved."""
-    return Group(replace(group.query, images=query.images), group.responses)
+    return replace(group, query=replace(group.query, images=query.images))
 
 
 def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None:
@@ -151,10 +152,9 @@ def _clear_foreign(job: Job, directory: Path, origin: Mapping[str, Any]) -> None
 
 def _read_origin(directory: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((directory / ORIGIN).read_bytes())
+        return read_object(directory / ORIGIN)
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _finished(job: Job, blocks: Blocks) -> set[int]:

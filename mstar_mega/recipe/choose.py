@@ -5,18 +5,22 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any, get_args
 
+from mstar_mega.config import SelectionConfig, SelectionRule
 from mstar_mega.data.records import write_selected
+from mstar_mega.data.types import Group
+from mstar_mega.evaluation.prm_quality import CheckReasoning, judge_reasoning
 from mstar_mega.kernels.noise import key_of
-from mstar_mega.platform.distributed import all_gather_objects
+from mstar_mega.platform.distributed import all_gather_objects, sum_over_data
 from mstar_mega.recipe.blocks import Blocks, Place
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
-from mstar_mega.rewards.selection import select
+from mstar_mega.rewards.selection import SCORED_RULES, choose_responses, select
 from mstar_mega.training.batches import Examples, TrainGroup
 
 
@@ -53,12 +57,14 @@ class Chosen:
 def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
     """Apply the selection to this rank's groups and gather what was selected: the same examples on every rank."""
     settings = job.config.selection
-    mine, chosen = Chosen(), Chosen()
+    mine, chosen, reasoning = Chosen(), Chosen(), Counter[str]()
     key = key_of(job.config.seed, "select", now.number)
     for block, places in groups.read_blocks():
         for group, place, selected in zip(block, places, select(block, settings, key), strict=True):
             if selected:
                 mine.add(group.query.id, place, [response.index for response in selected])
+        if job.task.check_reasoning is not None:
+            reasoning += _count_reasoning(block, settings, key, job.task.check_reasoning)
     for of_rank in all_gather_objects(mine):
         chosen.extend(of_rank)
     ends = array("q", accumulate(chosen.sizes))
@@ -77,6 +83,7 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
         selected=len(chosen.indices),
         queries_with_selection=len(chosen.ids),
         kept_per_query={str(size): queries for size, queries in sorted(kept.items())},
+        **_reasoning_fields(job, reasoning),
     )
     if not chosen.ids:
         job.say(f"   iteration {now.number}: NO RESPONSE SELECTED, nothing is trained in this iteration")
@@ -87,6 +94,38 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
         return TrainGroup(group.query, [tokens[index] for index in indices_of(i)])
 
     return Examples(chosen.ids, chosen.sizes, read)
+
+
+def _count_reasoning(
+    block: Sequence[Group], settings: SelectionConfig, key: int, check: CheckReasoning
+) -> Counter[str]:
+    """For each rule that can be applied here: ``RULE known`` and ``RULE right`` responses that it would select."""
+    right = [{r.index: verdict for r, verdict in judge_reasoning(group, check)} for group in block]
+    unscored = any(r.score is None for group in block for r in group.responses if r.correct)
+    counts: Counter[str] = Counter()
+    for rule in get_args(SelectionRule):
+        if unscored and rule in SCORED_RULES:
+            continue
+        for verdicts, chosen in zip(right, choose_responses(block, replace(settings, rule=rule), key), strict=True):
+            known = [verdicts[response.index] for response in chosen if response.index in verdicts]
+            counts.update({f"{rule} known": len(known), f"{rule} right": sum(known)})
+    return counts
+
+
+def _reasoning_fields(job: Job, counts: Counter[str]) -> dict[str, Any]:
+    """The field ``right_reasoning``: by rule, the share of right reasoning among what it would select, of all ranks."""
+    if job.task.check_reasoning is None:
+        return {}
+    whole, by_rule = sum_over_data(counts), {}
+    for rule in get_args(SelectionRule):
+        right, known = int(whole.get(f"{rule} right", 0)), int(whole.get(f"{rule} known", 0))
+        if known:
+            by_rule[rule] = {"share": right / known, "responses": known}
+    own = by_rule.get(job.config.selection.rule)
+    if own is not None:
+        everyone, chosen = 100 * by_rule["all_correct"]["share"], 100 * own["share"]
+        job.say(f"   right reasoning: {everyone:.1f}% of the correct responses, {chosen:.1f}% of those selected")
+    return {"right_reasoning": by_rule}
 
 
 def gold_examples(job: Job, now: Interval) -> Examples:

@@ -26,6 +26,7 @@ from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
 from mstar_mega.data.lengths import limits_of
 from mstar_mega.data.mathv360k import RowProblem, split_question
 from mstar_mega.data.order import shuffled
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.splits import SPLITS, SplitError, question_key
 from mstar_mega.data.types import image_digest
 from mstar_mega.evaluation import benchmarks
@@ -141,7 +142,8 @@ def check(config: Config, against: Sequence[str], out: str | None) -> tuple[str,
     """
     with tempfile.TemporaryDirectory() as work:
         source, note = open_any(config.data, Path(config.data.dir or work))
-        report = report_on(source, [item for each in against for item in _evaluation_items(each)])
+        reading = PictureReading.of(config.data)
+        report = report_on(source, [item for each in against for item in _evaluation_items(each)], reading)
         models = _models(config.model) if report.usable else ()
         costs = [_cost(source, replace(config, model=model)) for model in models]
         published = _published_costs(source, config, costs[0].characters * costs[0].queries) if costs else []

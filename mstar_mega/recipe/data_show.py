@@ -15,6 +15,7 @@ from mstar_mega.data.task import build
 from mstar_mega.data.types import Query, Task
 from mstar_mega.models.build import build_family
 from mstar_mega.models.packing import Prompt
+from mstar_mega.platform.terminal import one_line
 from mstar_mega.recipe.data_check import open_any, usable_sets
 
 AROUND = 6
@@ -33,11 +34,11 @@ def show(config: Config, id: str, out: str | None) -> str:
         prompt = family.prompt(query)
     decode = family.tokenizer.decode
     answer = query.answer if query.answer is not None else f"hidden ({query.hidden_answer})"
-    of = f"of the {split} {'half' if note else 'set'} ({query.kind or 'no type'})"
+    of = f"of the {split} {'half' if note else 'set'} ({one_line(query.kind) or 'no type'})"
     lines = [
         *note,
-        f"query {query.id} {of}, gold answer {answer}",
-        *(f"image {image.path} (digest {image.digest})" for image in query.images),
+        f"query {one_line(query.id)} {of}, gold answer {one_line(answer)}",
+        *(f"image {one_line(image.path)} (digest {image.digest})" for image in query.images),
         f"prompt of {config.model.family} {config.model.size}: {len(prompt.tokens)} tokens, "
         f"{len(prompt.image_positions)} of them image features",
     ]

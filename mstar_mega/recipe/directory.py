@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch.distributed as dist
+from pydantic import BaseModel, TypeAdapter
 
 from mstar_mega import settings
 from mstar_mega.config import Config
@@ -23,6 +29,7 @@ from mstar_mega.data.types import Skipped, Task
 from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.inputs import checked, read_object
 
 FILES_FILE = "files.json"
 """Size and SHA-256 of the files that the run is trained on, by setting."""
@@ -51,6 +58,16 @@ def on_main(is_main: bool, action: Callable[[], T]) -> T:
     return received
 
 
+class _Mark(BaseModel):
+    """What a file was when the run was started with it."""
+
+    size: int
+    sha256: str
+
+
+_MARKS = TypeAdapter(dict[str, _Mark])
+
+
 @contextmanager
 def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterator[Path]:
     """The run directory, made or checked, and held against other jobs while the context lasts. Collective.
@@ -68,10 +85,57 @@ def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterato
 
     try:
         on_main(is_main, take)
+        check_shared("run.dir", directory, writes=True)
         yield directory
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def check_shared(name: str, path: Path, writes: bool = False) -> None:
+    """Raise ValueError, on every rank, where a rank does not see what rank 0 has at the path of a setting. Collective.
+
+    A file is known by its size; a folder by a mark inside it, which rank 0 leaves for the moment where it may write
+    (``writes``), and otherwise by being there.
+    """
+    if dist.get_world_size() == 1:
+        return
+    mark = f".seen.{uuid4().hex}.tmp"
+
+    def show() -> tuple[str, int | None] | None:
+        if path.is_file():
+            return "", path.stat().st_size
+        if writes and path.is_dir():
+            with contextlib.suppress(PermissionError):
+                (path / mark).touch()
+                return mark, None
+        return ("", None) if path.exists() else None
+
+    is_main = dist.get_rank() == 0
+    shown = on_main(is_main, show)
+    seen: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(seen, (shown is None or _sees(path / shown[0], shown[1]), socket.gethostname()))
+    finally:
+        if is_main and shown is not None and shown[0]:
+            (path / mark).unlink(missing_ok=True)
+    blind = [f"rank {rank} on {host}" for rank, (found, host) in enumerate(seen) if not found]
+    if blind:
+        more = f" and {len(blind) - SHOWN} more" if len(blind) > SHOWN else ""
+        raise ValueError(
+            f"{name} {path} is not the same for every rank: {', '.join(blind[:SHOWN])}{more} cannot see what rank 0 on "
+            f"{seen[0][1]} has there. Give a path on a file system that all nodes share"
+        )
+
+
+def _sees(path: Path, size: int | None) -> bool:
+    """Whether a path is there, of that size if it is a file; network file systems may take a moment."""
+    for wait in (0.0, 0.1, 0.4, 1.0):
+        time.sleep(wait)
+        with contextlib.suppress(OSError):
+            if path.exists() and (size is None or path.stat().st_size == size):
+                return True
+    return False
 
 
 def _take(config: Config, directory: Path, trains: bool) -> int:
@@ -140,9 +204,10 @@ def same_files(config: Config, directory: Path) -> Iterator[None]:
     now = disk.file_marks(config.data, data_directory(config, directory))
     path = directory / FILES_FILE
     try:
-        before = json.loads(path.read_bytes()) if path.exists() else {}
+        found = checked(_MARKS, read_object(path), path) if path.exists() else {}
     except ValueError:
         raise ValueError(f"{path} is damaged: delete it if the training files are those of the run's start") from None
+    before = {name: mark.model_dump() for name, mark in found.items()}
     changed = [name for name, mark in now.items() if name in before and before[name] != mark]
     if changed and not config.run.allow_changed_settings:
         name, was, is_ = changed[0], before[changed[0]], now[changed[0]]
@@ -159,6 +224,14 @@ def same_files(config: Config, directory: Path) -> Iterator[None]:
     yield
     if {**before, **now} != before:
         write_text_atomic(path, json.dumps({**before, **now}, indent=1) + "\n")
+
+
+def shared_data(config: Config) -> dict[str, Path]:
+    """What every rank reads besides the run directory, by setting."""
+    data = config.data
+    files = {"data.path": data.path, "data.images": data.images} if data.name == "mathv360k" else {}
+    files |= {"data.dir": data.dir, "data.warmup_file": data.warmup_file}
+    return {name: Path(path) for name, path in files.items() if path}
 
 
 def data_directory(config: Config, directory: Path) -> Path:

@@ -10,7 +10,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.choose import choose, gold_examples
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
-from mstar_mega.recipe.fit import Position, fit, restore, save
+from mstar_mega.recipe.fit import Position, fit, restore, save, weights_to_start_from
 from mstar_mega.recipe.generate import check_log_probs, generate
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import resolve_method
@@ -24,7 +24,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     """Generate and improve until the budget is spent. ``policy`` holds the warm-up weights."""
     method = resolve_method(job.config.evolve)
     actors = Actors(job, policy.model, prm)
-    warmup_weights = policy.copy_weights() if method.start_from == "warmup" else None
+    start = weights_to_start_from(job, policy, method.start_from)
     position = restore(job, policy, "evolve") or Position(iteration=1, total_steps=warmup_steps)
     if position.iteration == 1 and position.step == 0:
         measure_exploration(job, actors, "warmup", 0)
@@ -32,7 +32,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     while (now := next_interval(job, method, position)) is not None:
         with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
             if position.step == 0 and now.sweep:
-                position.temperature = tune_temperature(job, actors, now.number)
+                position.temperature = tune_temperature(job, actors, now.number, position.temperature)
             if job.config.evolve.method == "sft":
                 examples = gold_examples(job, now)
             else:
@@ -41,8 +41,8 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
                     check_log_probs(job, policy.model, now, groups, position.temperature)
                 examples = choose(job, now, groups)  # select
             if position.step == 0 and examples:
-                if warmup_weights is not None:  # the present policy generated; training starts over
-                    policy.load_weights(warmup_weights)
+                if start is not None and (now.number == 1 or not method.starts_once):
+                    policy.load_weights(start)  # the present policy generated; training starts over
                 if not method.inherit_optimizer:
                     policy.reset_optimizer()
         improve(job, policy, examples, position)
@@ -55,12 +55,12 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
 
 
 def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -> None:
-    """Train on the selected responses, within the step budget."""
+    """Train on all selected responses: the iteration that reaches the step budget is trained whole, as the paper's."""
     settings = job.config.evolve
     key = (job.config.seed, "improve", position.iteration)
-    batches = split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
-    if settings.max_steps:
-        batches = batches[: max(0, settings.max_steps - position.total_steps + position.step)]
+    batches = split_into_epochs(examples, settings.optimizer, settings.epochs, key)
+    if not resolve_method(settings).inherit_optimizer:  # the schedule has started over, and ends with the iteration
+        policy.set_total_steps(len(batches))
     loss = fit(job, policy, "evolve", batches, position)
     position.barren = 0 if examples else position.barren + 1
     job.log(

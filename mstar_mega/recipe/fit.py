@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
+
+from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.platform.inputs import checked
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.checkpoint import (
@@ -19,7 +24,7 @@ from mstar_mega.training.checkpoint import (
     set_aside,
 )
 from mstar_mega.training.manifest import DamagedCheckpointError, verify_checkpoint
-from mstar_mega.training.trainer import NonFiniteLossError, Trainer
+from mstar_mega.training.trainer import NonFiniteLossError, Trainer, weights_of
 
 STAGES = ("warmup", "prm", "evolve")
 
@@ -48,6 +53,10 @@ class Position:
     def begin_next_iteration(self) -> None:
         """To step 0 of the iteration after this one."""
         self.iteration, self.step, self.loss_sum, self.seconds, self.drawn_by = self.iteration + 1, 0, 0.0, 0.0, ""
+
+
+_POSITION = TypeAdapter(Position)
+_EVENTS = TypeAdapter(Annotated[int, Field(strict=True, ge=0)])
 
 
 def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
@@ -88,9 +97,9 @@ def restore(job: Job, trainer: Trainer, stage: str) -> Position | None:
     found = load_latest(job.checkpoints / stage, trainer.sharded_state)
     if found is None:
         return None
-    state, common, _ = found
+    state, common, path = found
     trainer.load_state(state, common["scheduler"])
-    return Position(**common["position"])
+    return _position(common, path)
 
 
 def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
@@ -98,9 +107,9 @@ def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
     found = load_latest(job.checkpoints / stage, lambda: {"model": model.sharded_state_dict()})
     if found is None:
         return None
-    state, common, _ = found
+    state, common, path = found
     model.load_state_dict(state["model"])
-    return Position(**common["position"])
+    return _position(common, path)
 
 
 def load_start(job: Job, policy: Trainer | LMM) -> None:
@@ -115,6 +124,23 @@ def load_start(job: Job, policy: Trainer | LMM) -> None:
     else:
         policy.load_state_dict(state["model"])
     job.say(f"   the first weights are those of {path}")
+
+
+def weights_to_start_from(job: Job, policy: Trainer, start_from: str) -> dict[str, Any] | None:
+    """This rank's weights that training goes back to; None for ``last``: it goes on. Collective.
+
+    ``warmup``: those that ``policy`` has now. ``base``: :func:`base_weights`.
+    """
+    if start_from == "last":
+        return None
+    return policy.copy_weights() if start_from == "warmup" else base_weights(job)
+
+
+def base_weights(job: Job) -> dict[str, Any]:
+    """This rank's weights before any training, of ``model.checkpoint`` or random. Collective."""
+    model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
+    load_start(job, model)
+    return weights_of(model)
 
 
 @dataclass(frozen=True)
@@ -143,19 +169,33 @@ def find_standing(job: Job, can_resume: Callable[[Position], bool]) -> Standing:
             except DamagedCheckpointError as error:
                 _set_aside(job, path, f"DAMAGED CHECKPOINT: {error}")
                 continue
-            position = Position(**common["position"])
+            position = _position(common, path)
             if stage == "evolve" and not can_resume(position):
                 lost = f"it needs all responses of iteration {position.iteration}, and some are lost"
                 _set_aside(job, path, f"checkpoint {path} cannot be used: {lost}")
                 continue
-            newest = newest or Standing(stage, int(common["metrics"]), position)
+            logged = checked(_EVENTS, common.get("metrics"), f"{path}: the number of events")
+            newest = newest or Standing(stage, logged, position)
             break
     return newest or Standing(STAGES[0], 0, None)
+
+
+def _position(common: dict[str, Any], path: Path) -> Position:
+    return checked(_POSITION, common.get("position"), f"{path}: the position")
 
 
 def _set_aside(job: Job, path: Path, why: str) -> None:
     if job.layout.is_main:
         job.warn(f"{why}. It is set aside as {set_aside(path)}; the run goes on from the one before it")
+
+
+def note_more_steps(job: Job, stage: str, position: Position, steps: int) -> None:
+    """Say that a finished stage trains no further where the settings ask for another number of steps than it took."""
+    if position.finished and position.step != steps:
+        job.warn(
+            f"{stage} ended after {position.step} steps, and the settings now ask for {steps}: it is finished and "
+            f"trains nothing more. Use another --run.dir, or remove {job.checkpoints / stage} and what came after it"
+        )
 
 
 def fit(

@@ -19,7 +19,7 @@ from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.intervals import Interval, next_interval
 from mstar_mega.recipe.method import resolve_method
-from mstar_mega.recipe.rollouts import Actors, Sampling, all_on_disk, rollout
+from mstar_mega.recipe.rollouts import Actors, Sampling, all_on_disk, drawn, rollout
 from mstar_mega.rewards.steps import warn_stepless
 
 
@@ -45,9 +45,12 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> Blo
     sampling = iteration_sampling(job, now.number, position.temperature)
     temperature = sampling.temperature
     groups = rollout(job, actors, now.queries, sampling, position.drawn_by)
-    counts = sum_over_data(_counts(groups))
-    whole = {name: int(value) for name, value in sorted(counts.items()) if not name.startswith("checker ")}
-    checker = {n.removeprefix("checker "): int(v) for n, v in sorted(counts.items()) if n.startswith("checker ")}
+    counts = sum_over_data(_counts(job, now, groups))
+    whole = {name: int(value) for name, value in sorted(counts.items()) if " " not in name}
+    checker, vote = (
+        {name.removeprefix(of): int(value) for name, value in sorted(counts.items()) if name.startswith(of)}
+        for of in ("checker ", "vote ")
+    )
     score_seconds = round(job.score_seconds - score_before, 3)
     job.log(
         "generation",
@@ -55,36 +58,63 @@ def generate(job: Job, actors: Actors, now: Interval, position: Position) -> Blo
         temperature=temperature,
         **whole,
         checker=checker,
+        **({"vote": vote} if vote else {}),
         unlabelled_queries=len(now.unlabelled),
         seconds=round(timer.seconds - score_seconds, 3),
         score_seconds=score_seconds,
     )
+    judged = {name: whole[name] - vote.get(name, 0) for name in ("queries", "responses")}
     job.say(
         f"   iteration {now.number}: {whole['responses']} responses at temperature {temperature}, "
-        f"{100 * whole['correct'] / max(1, whole['responses']):.1f}% correct, "
-        f"{whole['queries_without_correct']} of {whole['queries']} queries without a correct one"
+        f"{100 * whole['correct'] / max(1, judged['responses']):.1f}% correct, "
+        f"{whole['queries_without_correct']} of {judged['queries']} queries without a correct one"
     )
+    if vote:
+        job.say(
+            f"   vote on {vote['queries']} unlabelled queries: right for {vote['answers_right']} of the "
+            f"{vote['answers_known']} whose answer is known, {vote['agreeing']} of {vote['responses']} responses agree"
+        )
     warning = warn_stepless(whole["without_steps"], whole["responses"])
     if warning:
         job.say(warning)
     return groups
 
 
-def _counts(groups: Iterable[Group]) -> Counter[str]:
-    """What the event ``generation`` says of these groups; the verdicts as ``checker HOW``."""
+def _counts(job: Job, now: Interval, blocks: Blocks) -> Counter[str]:
+    """What the event ``generation`` says of these groups; the verdicts as ``checker HOW``.
+
+    What agrees with a vote's pseudo answer is not counted as correct: it stands under ``vote WHAT``.
+    """
     names = ("queries", "responses", "tokens", "truncated", "without_steps", "correct", "queries_without_correct")
     counts = Counter(dict.fromkeys(names, 0))
-    for group in groups:
-        counts["queries"] += 1
-        counts["queries_without_correct"] += not any(response.correct for response in group.responses)
-        for response in group.responses:
-            counts["responses"] += 1
-            counts["tokens"] += len(response.tokens)
-            counts["truncated"] += response.truncated
-            counts["without_steps"] += not response.steps
-            counts["correct"] += bool(response.correct)
-            counts[f"checker {response.verdict}"] += 1
+    voting = job.config.prompts.unlabelled == "voting"
+    for groups, places in blocks.read_blocks():
+        counts.update(drawn(groups))
+        for group, (position, _) in zip(groups, places, strict=True):
+            correct = sum(bool(response.correct) for response in group.responses)
+            counts["queries"] += 1
+            counts["truncated"] += sum(response.truncated for response in group.responses)
+            counts["without_steps"] += sum(not response.steps for response in group.responses)
+            if voting and position >= len(now.labelled):
+                counts.update(_vote_counts(job, group, agreeing=correct))
+            else:
+                counts["correct"] += correct
+                counts["queries_without_correct"] += not correct
+                counts.update(f"checker {response.verdict}" for response in group.responses)
     return counts
+
+
+def _vote_counts(job: Job, group: Group, agreeing: int) -> dict[str, int]:
+    """The vote on one unlabelled query against its hidden answer, which nothing else reads."""
+    voted, hidden = group.query.answer, group.query.hidden_answer
+    right = None not in (voted, hidden) and job.checker.check(str(voted), str(hidden), group.query.choices).correct
+    return {
+        "vote queries": 1,
+        "vote responses": len(group.responses),
+        "vote agreeing": agreeing,
+        "vote answers_known": hidden is not None,
+        "vote answers_right": right,
+    }
 
 
 def can_resume(job: Job, position: Position) -> bool:

@@ -49,14 +49,14 @@ def next_interval(job: Job, method: ResolvedMethod, position: Position) -> Inter
             "The policy answers nothing correctly, or the selection lets nothing through"
         )
         return None
-    return Interval(
-        number,
-        _share(job.task.labelled, number, per_pass, (job.config.seed, "labelled")),
-        _share(job.task.unlabelled, number, per_pass, (job.config.seed, "unlabelled"))
-        if _unlabelled_join(job, position, per_pass)
-        else [],
-        settings.method != "sft" and (number - 1) % job.config.temperature.every == 0,
-    )
+    labelled = _share(job.task.labelled, number, per_pass, (job.config.seed, "labelled"))
+    unlabelled: Sequence[Query] = []
+    if _unlabelled_join(job, position, per_pass):
+        unlabelled = _share(job.task.unlabelled, number, per_pass, (job.config.seed, "unlabelled"))
+        if job.config.prompts.ratio is not None:  # every pass has its own order, so that others come in the next
+            unlabelled = unlabelled[: round(job.config.prompts.ratio * len(labelled))]
+    sweep = settings.method != "sft" and (number - 1) % job.config.temperature.every == 0
+    return Interval(number, labelled, unlabelled, sweep)
 
 
 def _share(queries: Sequence[Query], number: int, per_pass: int, key: tuple[object, ...]) -> Sequence[Query]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mstar_mega import kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
+from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
@@ -19,10 +20,11 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.inputs import read_input
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.directory import build_task, on_main, run_directory, same_files
-from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
+from mstar_mega.recipe.directory import build_task, check_shared, on_main, run_directory, same_files, shared_data
+from mstar_mega.recipe.evaluate import exploration_in_words, measure_exploration, measure_greedy
 from mstar_mega.recipe.evolve import evolve
 from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
 from mstar_mega.recipe.generate import can_resume
@@ -32,9 +34,11 @@ from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
 from mstar_mega.recipe.warmup_data import make_warmup_set
+from mstar_mega.report.accounting import generated, in_words
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
 from mstar_mega.report.progress import Progress
+from mstar_mega.report.run import load_run
 from mstar_mega.report.summary import write_summary
 from mstar_mega.report.tensorboard import TensorBoardLog
 from mstar_mega.rewards.checker import AnswerChecker
@@ -117,8 +121,14 @@ def finish(job: Job) -> None:
     """Write summary.json and report.html and say where they are."""
     if job.layout.is_main:
         summary = write_summary(job.dir)
-        page = write_report(job.dir)
-        job.say(f"summary: {summary}\nreport:  {page}")
+        job.say(in_words(generated(load_run(job.dir))))
+        job.say(f"summary: {summary}")
+        try:
+            job.say(f"report:  {write_report(job.dir)}")
+        except OSError:
+            raise
+        except Exception as error:  # what a page cannot show is no reason to call the run a failure
+            job.warn(f"{job.dir} has no page: {type(error).__name__}: {error} (`mstar report {job.dir}` tries again)")
     barrier()
 
 
@@ -137,9 +147,7 @@ def evaluate(config: Config) -> None:
             accuracy = measure_greedy(job, actors, "evaluate", done, split, at)
             job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
         result = measure_exploration(job, actors, "evaluate", done, at)
-        job.progress.say(f"validation: Pass@{result.k} {100 * (result.pass_at_k or 0.0):.1f}%")
-        if result.reward_pass_at_k is not None:
-            job.progress.say(f"validation: Reward-Pass@{result.reward_k} {100 * result.reward_pass_at_k:.1f}%")
+        job.progress.say(f"validation: {exploration_in_words(result)}")
 
 
 def warmup_data(config: Config) -> None:
@@ -153,16 +161,24 @@ def warmup_data(config: Config) -> None:
 
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:
     """Print sampled responses of a run's newest policy to a question about images."""
+    refs = tuple(map(_given_image, images))
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, _ = newest_policy(job)
         actors = Actors(job, policy, None)
-        refs = tuple(ImageRef(path, image_digest(Path(path).read_bytes())) for path in images)
         query = Query("question", question, refs, None)
         request = Request(job.prompt(query), sample_specs("generate", query, responses))
         for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
             response = to_response(job, index, sample)
             cut = " (cut at the length limit)" if response.truncated else ""
             job.progress.say(f"--- response {index + 1}{cut}\n{response.text}")
+
+
+def _given_image(path: str) -> ImageRef:
+    """A file that a training set would take as well. Raises ValueError that says why it would not."""
+    content = read_input(path, MAX_BYTES)
+    if problem := problem_of(lambda: readable_image(content)):
+        raise ValueError(f"--image {path}: {problem}")
+    return ImageRef(path, image_digest(content))
 
 
 @contextmanager
@@ -195,6 +211,8 @@ def open_job(
                 return make_task(config, directory, family)
 
         task = on_main(place.is_main, find_queries)
+        for name, path in shared_data(config).items():
+            check_shared(name, path, writes=name == "data.dir")
         progress = stack.enter_context(Progress(place.is_main))
         checker = stack.enter_context(AnswerChecker())
         prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mstar_mega.config import Config, EvolveConfig
+from mstar_mega.rewards.selection import SCORED_RULES
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class ResolvedMethod:
     inherit_optimizer: bool
     """Carry the optimizer's and the scheduler's state from iteration to iteration."""
     start_from: str
-    """Weights at the start of an iteration: ``last`` or ``warmup``."""
+    """Weights at the start of an iteration: ``last``, ``warmup`` or ``base``."""
+    starts_once: bool = False
+    """All iterations are one training: only the first begins there, the others go on."""
 
 
 METHODS = {
@@ -25,8 +28,8 @@ METHODS = {
     "continuous": ResolvedMethod(interval=0.25, inherit_optimizer=True, start_from="last"),
     "iterative_rft": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="last"),
     "rest_em": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="warmup"),
-    # No responses are sampled: one training on the gold answers of all labelled queries.
-    "sft": ResolvedMethod(interval=1.0, inherit_optimizer=False, start_from="last"),
+    # No responses are sampled: one training on the gold answers, from the model that nothing has warmed up.
+    "sft": ResolvedMethod(interval=1.0, inherit_optimizer=True, start_from="base", starts_once=True),
 }
 
 
@@ -38,6 +41,7 @@ def resolve_method(evolve: EvolveConfig) -> ResolvedMethod:
         interval=own.interval if evolve.interval is None else evolve.interval,
         inherit_optimizer=inherit,
         start_from=own.start_from if evolve.start_from is None else evolve.start_from,
+        starts_once=own.starts_once,
     )
 
 
@@ -49,7 +53,7 @@ def gold_response(answer: str) -> str:
 def needs_prm(config: Config) -> bool:
     """Whether any setting uses process scores."""
     return config.evolve.method != "sft" and (
-        config.selection.rule in ("top_k", "threshold")
+        config.selection.rule in SCORED_RULES
         or config.temperature.mode == "reward_pass_at_k"
         or config.prompts.unlabelled == "voting"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,10 @@ from mstar_mega.rewards.answers import Verdict, extract_answer
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.steps import split_steps
 from mstar_mega.rewards.voting import apply_pseudo_answers
+
+VALIDATION_NOISE = "validation"
+"""Names the random numbers of every measurement on validation queries. Sweeps, at all temperatures, and measurements
+after all iterations share them: two of these differ by what temperature and training have changed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
         "drawn_by": drawn_by,
         "temperature": sampling.temperature,
         "responses": sampling.responses,
+        **({"noise": sampling.key} if sampling.key else {}),
         "reduction": job.config.prm.reduction,
         "unlabelled": job.config.prompts.unlabelled,
         **sampling_limits(job),
@@ -147,6 +153,15 @@ def _with_answer(job: Job, group: Group) -> Group:
     if job.config.prompts.unlabelled == "oracle":
         return Group(replace(group.query, answer=group.query.hidden_answer), group.responses)
     return apply_pseudo_answers(group)
+
+
+def drawn(groups: Iterable[Group]) -> Counter[str]:
+    """How much was generated: ``responses`` and their ``tokens``."""
+    counts = Counter(responses=0, tokens=0)
+    for group in groups:
+        counts["responses"] += len(group.responses)
+        counts["tokens"] += sum(len(response.tokens) for response in group.responses)
+    return counts
 
 
 def gather_groups(groups: Iterable[Group]) -> list[Group]:

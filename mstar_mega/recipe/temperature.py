@@ -1,58 +1,97 @@
 """Automatic balancing (paper, dynamics section): sample the validation queries at each temperature, take the best.
 
-The criterion is Reward-Pass@K (exploration and exploitation together) or Pass@K.
+The criterion is Reward-Pass@K (exploration and exploitation together) or Pass@K. All sweeps and all temperatures draw
+with the same random numbers, so that two of them differ by what temperature or training has changed, and the errors
+that count are those of paired differences.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mstar_mega.evaluation.passk import mean, pass_at_k_of_each, reward_pass_at_k_of_each
+from mstar_mega.data.types import Group
+from mstar_mega.evaluation.passk import (
+    mean,
+    paired_difference,
+    pass_at_k_of_each,
+    random_pass_at_k_of_each,
+    reward_pass_at_k_of_each,
+)
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, rollout
+from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
+from mstar_mega.report.sweep import sweep_words
 
 
-def tune_temperature(job: Job, actors: Actors, iteration: int) -> float:
-    """Sweep the grid with the present policy and return the chosen temperature."""
+def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | None = None) -> float:
+    """Sweep the grid with the present policy and return the chosen temperature.
+
+    ``present``: the one in use, None before the first sweep (then ``temperature.value`` is taken for it).
+    """
     settings = job.config.temperature
     if settings.mode == "fixed":
         return settings.value
     timer = Timer(job)
+    present = settings.value if present is None else present
     queries = sorted(job.task.validation, key=lambda query: key_of(job.config.seed, "sweep", query.id))
-    grid: list[dict[str, float | None]] = []
+    rows: dict[float, dict[str, float | None]] = {}
     criterion: dict[float, list[float]] = {}
+    total: Counter[str] = Counter()
     for temperature in settings.grid:
-        sampling = Sampling(f"temperature_{iteration:04d}_{temperature:.2f}", temperature, settings.responses)
+        name = f"temperature_{iteration:04d}_{temperature:.2f}"
+        sampling = Sampling(name, temperature, settings.responses, key=VALIDATION_NOISE)
         groups = gather_groups(rollout(job, actors, queries[: settings.queries], sampling))
-        measures = {"pass_at_k": pass_at_k_of_each(groups, settings.k)}
-        if actors.prm is not None:
-            measures["reward_pass_at_k"] = reward_pass_at_k_of_each(groups, settings.k)
-        means = {name: mean(values) for name, values in measures.items()}
-        grid.append({"temperature": temperature, "reward_pass_at_k": None, **means})
+        total.update(drawn(groups))
+        measures = _measures(job, actors, groups)
+        rows[temperature] = {"reward_pass_at_k": None, **{name: mean(values) for name, values in measures.items()}}
         criterion[temperature] = measures[settings.mode]
-    chosen = choose_temperature(criterion, settings.tolerance)
-    job.log(
-        "temperature", iteration=iteration, temperature=chosen, mode=settings.mode, k=settings.k, grid=grid,
-        seconds=timer.seconds,
-    )  # fmt: skip
-    job.say(f"   temperature {chosen} is chosen by {settings.mode} ({100 * (mean(criterion[chosen]) or 0.0):.1f}%)")
+    chosen = choose_temperature(criterion, settings.tolerance, present, key_of(job.config.seed, "tie", iteration))
+    for temperature, row in rows.items():
+        row["difference"], row["difference_stderr"] = paired_difference(criterion[temperature], criterion[chosen])
+    event: dict[str, Any] = {
+        "iteration": iteration,
+        "temperature": chosen,
+        "mode": settings.mode,
+        "k": settings.k,
+        "distinct": job.config.selection.distinct,
+        "queries": len(criterion[chosen]),
+        **total,
+        "grid": [{"temperature": temperature, **row} for temperature, row in rows.items()],
+    }
+    job.log("temperature", **event, seconds=timer.seconds)
+    job.say(f"   {sweep_words(event)}")
     return chosen
 
 
-def choose_temperature(criterion: Mapping[float, Sequence[float]], tolerance: float) -> float:
-    """The highest temperature that falls short of the best by at most ``tolerance`` standard errors.
+def _measures(job: Job, actors: Actors, groups: Sequence[Group]) -> dict[str, list[float]]:
+    """What one temperature's samples come to, by measure and query."""
+    k, distinct = job.config.temperature.k, job.config.selection.distinct
+    measures = {"pass_at_k": pass_at_k_of_each(groups, k)}
+    if actors.prm is not None:
+        measures["reward_pass_at_k"] = reward_pass_at_k_of_each(groups, k, distinct)
+        measures["random_pass_at_k"] = random_pass_at_k_of_each(groups, k, distinct)
+    return measures
 
-    ``criterion`` has each temperature's value on each query, the same queries in the same order. The error is that of
-    the mean difference over queries. Without tolerance the best is taken, and the highest of equal ones.
+
+def choose_temperature(
+    criterion: Mapping[float, Sequence[float]], tolerance: float, present: float, coin: int
+) -> float:
+    """Of the temperatures within ``tolerance`` standard errors of the best, the one nearest to ``present``.
+
+    ``criterion`` has each temperature's value on each query, the same queries in the same order; the error is that of
+    the mean difference to the best over queries. Without tolerance only the best and those exactly equal to it remain.
+    Of two equally near ones the parity of ``coin`` takes the lower or the higher. Neither direction is preferred
+    anywhere: on a flat curve the temperature does not drift.
     """
+    top = max(mean(values) or 0.0 for values in criterion.values())
+    bests = [values for values in criterion.values() if (mean(values) or 0.0) == top]
 
     def is_as_good(values: Sequence[float]) -> bool:
-        gaps = [one - other for one, other in zip(best, values, strict=True)]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-        return math.fsum(gaps) / max(1, len(gaps)) <= tolerance * error
+        gaps = [paired_difference(best, values) for best in bests]
+        return any((behind or 0.0) <= tolerance * (error or 0.0) for behind, error in gaps)
 
-    best = max(criterion.values(), key=math.fsum)
-    return max(temperature for temperature, values in criterion.items() if is_as_good(values))
+    good = [temperature for temperature, values in criterion.items() if is_as_good(values)]
+    # Rounded: 0.7 and 1.3 are equally far from 1.0.
+    return min(good, key=lambda t: (round(abs(t - present), 9), t if coin % 2 else -t))

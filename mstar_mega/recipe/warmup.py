@@ -6,7 +6,7 @@ from array import array
 
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_greedy
-from mstar_mega.recipe.fit import Position, fit, load_start, restore, save
+from mstar_mega.recipe.fit import Position, fit, load_start, note_more_steps, restore, save
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import Trainer
@@ -16,7 +16,7 @@ def warmup_batches(job: Job) -> Batches:
     """All batches of the warm-up, epoch after epoch; a fractional epoch is cut short."""
     settings = job.config.warmup
     examples, key = _written_out(job), (job.config.seed, "warmup")
-    return split_into_epochs(examples, settings.optimizer.batch_size, settings.epochs, key)
+    return split_into_epochs(examples, settings.optimizer, settings.epochs, key)
 
 
 def _written_out(job: Job) -> Examples:
@@ -37,6 +37,7 @@ def warmup(job: Job, policy: Trainer, batches: Batches) -> Position:
         if position is None:
             load_start(job, policy)
             position = Position()
+        note_more_steps(job, "warmup", position, len(batches))
         if not position.finished:
             fit(job, policy, "warmup", batches, position)
             position.finished = True

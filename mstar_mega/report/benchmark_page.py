@@ -5,14 +5,14 @@ One self-contained file, like the report of a run: images are data URLs, every t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mstar_mega.data.pictures import DEFAULT, PictureReading
 from mstar_mega.data.types import Group, ImageRef
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.report.html import count, escape, percent, script_json
+from mstar_mega.report.html import count, escape, fill, percent, script_json
 from mstar_mega.report.samples import data_url
 
 TEMPLATE = Path(__file__).with_name("benchmark.html")
@@ -28,18 +28,19 @@ def write_page(
     groups: Sequence[Group],
     readings: Mapping[tuple[str, int], Mapping[str, Any]],
     values: Mapping[str, Sequence[str]],
+    reading: PictureReading = DEFAULT,
 ) -> None:
     """Write the page (atomically).
 
     ``result`` is what scores.json holds; ``readings`` are the lines of predictions.jsonl by (id, sample); ``values``
-    are the groups that each question counts for.
+    are the groups that each question counts for; ``reading`` is how the policy read the pictures.
     """
     images: dict[str, str] = {}
     questions: list[dict[str, Any]] = []
     size, left_out = 0, 0
     for group in groups:
         question = _question(group, readings, values)
-        new = {image.digest: _url(image) for image in group.query.images if image.digest not in images}
+        new = {image.digest: _url(image, reading) for image in group.query.images if image.digest not in images}
         cost = len(str(question)) + sum(map(len, new.values()))
         if size + cost > MOST_BYTES:
             left_out += 1
@@ -63,8 +64,7 @@ def write_page(
         "note": escape(note),
         "data": script_json({"images": images, "questions": questions}),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    write_text_atomic(path, page)
+    write_text_atomic(path, fill(TEMPLATE, fields))
 
 
 def _caveats(result: Mapping[str, Any]) -> list[str]:
@@ -107,10 +107,10 @@ def _question(
     }
 
 
-def _url(image: ImageRef) -> str:
+def _url(image: ImageRef, reading: PictureReading) -> str:
     """An image for the page; empty where it is gone since it was asked about."""
     try:
-        return data_url(image, Path())
+        return data_url(image, Path(), reading)
     except (OSError, ValueError):
         return ""
 

@@ -6,22 +6,29 @@ Every text of the run is data (escaped here, ``textContent`` in the browser): a 
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import html
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.report.accounting import in_words, judged_responses
 from mstar_mega.report.metrics import METRICS_FILE, Event, number
 from mstar_mega.report.plots import Plot, all_plots
+from mstar_mega.report.prm import prm_section, quality_in_short
 from mstar_mega.report.progress import clock
+from mstar_mega.report.run import Run, load_run
 from mstar_mega.report.samples import Samples, collect_samples
-from mstar_mega.report.summary import Run, load_run, summarize
+from mstar_mega.report.summary import summarize
+
+T = TypeVar("T")
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -47,24 +54,55 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; equal run directories give equal pages."""
-    summary = summarize(run)
-    samples = collect_samples(run)
+    problems = [*run.problems, *_lost_events(run)]
+    safe = _Sections(problems)
+    empty = Run(run.directory, {}, "", [])
+    summary = safe.make("the summary", lambda: summarize(run), summarize(empty))
+    samples = safe.make("the sample queries", lambda: collect_samples(run), Samples())
+    problems += samples.problems
     fields = {
         "name": escape(run.directory.resolve().name),
-        "status": _status(run),
-        "facts": _facts(run, summary),
-        "notices": _notices([*run.problems, *_lost_events(run), *samples.problems]),
-        "tiles": _tiles(run, summary),
-        "story": escape(" ".join(_story(run, summary))),
-        "plots": "".join(_figure(plot) for plot in all_plots(run)) or _empty("No measurements yet."),
-        "iterations": _iteration_table(run),
+        "status": safe.make("the status", lambda: _status(run)),
+        "facts": safe.make("the facts", lambda: _facts(run, summary)),
+        "tiles": safe.make("the headline numbers", lambda: _tiles(run, summary)),
+        "story": safe.make("the story", lambda: escape(" ".join(_story(run, summary)))),
+        "plots": "".join(_figure(plot) for plot in all_plots(run, problems)) or _empty("No measurements yet."),
+        "prm": safe.make("the process reward model", lambda: prm_section(run))
+        or _empty("No process reward model has been measured yet."),
+        "iterations": safe.make("the table of iterations", lambda: _iteration_table(run)),
         "samples_note": _samples_note(samples),
         "samples": script_json({"images": samples.images, "iterations": samples.iterations}),
-        "skipped": _skipped(run),
+        "skipped": safe.make("the list of what was skipped", lambda: _skipped(run)),
         "settings": escape(run.settings_text) or "No settings yet.",
     }
+    return fill(TEMPLATE, {**fields, "notices": _notices(problems)})
+
+
+class _Sections:
+    """Parts of the page: one that fails is named in ``problems`` and never takes the page with it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+
+    def make(self, name: str, make: Callable[[], T], instead: T | None = None) -> T:
+        """What ``make`` returns, or ``instead`` (an empty text) where it fails."""
+        try:
+            return make()
+        except Exception as error:  # the log may hold anything
+            self.problems.append(f"{name} cannot be shown ({type(error).__name__}: {error})")
+            return instead if instead is not None else cast(T, "")
+
+
+def fill(template: Path, fields: Mapping[str, str]) -> str:
+    """A page. Its policy lets only the template's own script run: a second wall behind the escaping."""
+    page = template.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert "{{" not in script, "what a run says is data of the page, never part of its script"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values = {**fields, "script_policy": f"'sha256-{digest}'"}
     # One pass over the template: braces inside the run's own text are never taken for a field.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    filled = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+    return filled.encode("utf-8", "replace").decode()
 
 
 def escape(value: object) -> str:
@@ -152,14 +190,16 @@ def _tiles(run: Run, summary: dict[str, Any]) -> str:
     generated, selected = summary["responses_generated"], summary["responses_selected"]
     share = f" ({percent(selected / generated)})" if generated and selected else ""
     of_all = "none generated yet" if generated is None else f"of {count(generated)} generated{share}"
-    quality = "not trained yet" if prm["accuracy"] is None else f"step accuracy {percent(prm['accuracy'])}"
-    if prm["accuracy"] is not None and prm["auc"] is None:
-        quality += "; undefined, for all held-out steps have one label"
     tiles = [
         _change_tile("Test accuracy, greedy", accuracy["warmup"], accuracy["final"]),
         _change_tile(f"Pass@{ks[0]}", summary["pass_at_k"]["start"], summary["pass_at_k"]["end"]),
-        _change_tile(f"Reward-Pass@{ks[1]}", summary["reward_pass_at_k"]["start"], summary["reward_pass_at_k"]["end"]),
-        _tile("PRM, area under curve", _number(prm["auc"]), quality),
+        _change_tile(
+            f"Reward-Pass@{ks[1]}",
+            summary["reward_pass_at_k"]["start"],
+            summary["reward_pass_at_k"]["end"],
+            f"; {ks[1]} at random {percent(_newest(summary['pass_at_reward_k']))}",
+        ),
+        _tile("PRM, AUC within a query", *quality_in_short(prm["end"] or prm["start"] or prm["held_out"])),
         _tile("Responses selected", count(selected), of_all),
         _tile("Time", _time(summary["seconds"]["total"]), f"peak memory {memory / 2**30:.2f} GiB" if memory else ""),
     ]
@@ -173,12 +213,20 @@ def _tile(label: str, value: str, note: str, kind: str = "") -> str:
     )
 
 
-def _change_tile(label: str, start: float | None, end: float | None) -> str:
+def _newest(values: dict[str, float | None]) -> float | None:
+    return values["start"] if values["end"] is None else values["end"]
+
+
+def _change_tile(label: str, start: float | None, end: float | None, beside: str = "") -> str:
+    if start is None and end is None:
+        return _tile(label, percent(None), "")
     if start is None or end is None:
-        return _tile(label, percent(end if start is None else start), "" if start is None else "warm-up policy")
+        return _tile(
+            label, percent(end if start is None else start), ("warm-up policy" if start else "newest") + beside
+        )
     points = 100 * (end - start)
     arrow, kind = ("▲", "up") if points > 0 else ("▼", "down") if points < 0 else ("=", "")
-    return _tile(label, percent(end), f"{arrow} {abs(points):.1f} from {percent(start)}", kind)
+    return _tile(label, percent(end), f"{arrow} {abs(points):.1f} from {percent(start)}{beside}", kind)
 
 
 def _ks(run: Run) -> tuple[object, object]:
@@ -207,15 +255,24 @@ def _story(run: Run, summary: dict[str, Any]) -> list[str]:
     if generation:
         responses = summary["responses_generated"] or 0
         correct = sum(number(event, "correct") or 0.0 for event in generation)
+        judged = sum(judged_responses(event) or 0.0 for event in generation)
         temperatures = [t for t in summary["temperatures"] if t is not None]
         low, high = min(temperatures, default=0.0), max(temperatures, default=0.0)
         story.append(
             f"{count(responses)} responses were sampled at temperature {low:g}{f' to {high:g}' if high > low else ''}; "
-            f"{percent(correct / responses if responses else None)} of them were correct, and "
+            f"{percent(correct / judged if judged else None)} of those with a known answer were correct, and "
             f"{count(summary['responses_selected'])} were selected for training."
         )
         without = summary["queries_without_correct_response"]
         story.append(f"{count(without)} queries had no correct response among theirs.")
+    if generation or run.of("annotation"):
+        text = in_words(summary["generated"])
+        story.append(f"{text[0].upper()}{text[1:]}.")
+    if (vote := summary["vote"]) is not None:
+        story.append(
+            f"Pseudo answers by vote were right for {percent(vote['accuracy'])} of {count(vote['answers_known'])} "
+            "unlabelled queries; what agrees with them is not counted as correct here."
+        )
     if summary["log_prob_gap_max"] is not None:
         limits = [limit for event in run.of("log_prob_gap") if (limit := number(event, "limit")) is not None]
         story.append(
@@ -273,7 +330,8 @@ def _iteration_cells(run: Run, iteration: int, ks: tuple[object, object]) -> dic
 
     def share(key: str) -> str:
         value = number(generation, key)
-        return percent(value / responses if value is not None and responses else None)
+        of = judged_responses(generation) if key == "correct" else responses
+        return percent(value / of if value is not None and of else None)
 
     return {
         "iteration": str(iteration) if iteration else "warm-up",
@@ -281,6 +339,7 @@ def _iteration_cells(run: Run, iteration: int, ks: tuple[object, object]) -> dic
         "valid. accur.": percent(number(validation, "greedy_accuracy")),
         f"Pass@{ks[0]}": percent(number(validation, "pass_at_k")),
         f"Reward-Pass@{ks[1]}": percent(number(validation, "reward_pass_at_k")),
+        f"{ks[1]} at random": percent(number(validation, "pass_at_reward_k")),
         "temp.": _number(number(generation, "temperature")),
         "queries": count(number(generation, "queries")),
         "resp.": count(responses),

@@ -9,17 +9,30 @@ event            fields
 run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run, and of a start in a layout
                  other than the last one's
 step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
-                 responses, seconds
+                 computed_tokens, queries (distinct), responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
-                 by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k, best_of_n, weighted_vote,
-                 majority_vote]
-annotation       queries, responses, steps, rollouts, positive_share, without_steps, truncated, seconds
-prm_quality      accuracy, auc, steps, positive_share, threshold
-temperature      iteration, temperature, mode, k, grid [{temperature, reward_pass_at_k, pass_at_k}], seconds
+                 responses, tokens, by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k,
+                 pass_at_reward_k (of as many random responses), reward_gain (Reward-Pass@K minus that),
+                 reward_gain_stderr (paired), best_of_n, weighted_vote, majority_vote, right_reasoning {share,
+                 responses}]
+annotation       queries, responses, rollouts (continuations), tokens (of both), steps, positive_share, without_steps,
+                 truncated, seconds
+prm_quality      stage (prm, warmup, evolve), iteration, split (held_out, validation), within_query_auc,
+                 within_query_auc_stderr, mixed_queries, responses, right_share; by baseline (policy_log_prob, length,
+                 constant_per_query): baselines (their within-query AUC), baselines_stderr, difference (PRM minus
+                 baseline), difference_stderr (paired); pooled_auc {process_score and baselines}; reasoning (the same
+                 among responses with the right answer, right reasoning against wrong; null where that is not known);
+                 [pooled_step_accuracy, pooled_step_auc, steps, positive_share, threshold: of held-out steps]
+temperature      iteration, temperature, mode, k, distinct, queries, responses, tokens, grid [{temperature,
+                 reward_pass_at_k, pass_at_k, [random_pass_at_k,] difference, difference_stderr}], seconds; difference:
+                 the criterion here minus at the chosen temperature, paired over queries
 generation       iteration, temperature, queries, responses, tokens, truncated, without_steps, correct,
-                 queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds
+                 queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds, [vote
+                 {queries, responses, agreeing, answers_known, answers_right}: of queries whose answer is voted, which
+                 correct, queries_without_correct and checker leave out]
 log_prob_gap     iteration, largest, mean, tokens, limit
-selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...}
+selection        iteration, rule, selected, queries_with_selection, kept_per_query {"0": queries, "1": queries, ...},
+                 [right_reasoning {rule: {share, responses}}: of what each rule would select, where that is known]
 improve          iteration, steps, loss, total_steps, seconds
 stage            stage, seconds, [peak_memory_bytes]; written when a stage ends
 skipped          what, where, reason
@@ -41,7 +54,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic_core import from_json
+
 from mstar_mega.platform.files import write_bytes_atomic
+from mstar_mega.platform.inputs import open_input
 
 Event = dict[str, Any]
 
@@ -81,7 +97,10 @@ def number(event: Event, key: str) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
 
 
@@ -101,9 +120,9 @@ def scan_metrics(path: str | Path) -> tuple[list[Event], list[str]]:
 def _parse(path: Path) -> list[Event | str]:
     """Every whole line's event, or what is wrong with the line."""
     parsed: list[Event | str] = []
-    for index, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for index, line in enumerate(_lines(path)[:-1], start=1):
         try:
-            event = json.loads(line)
+            event = from_json(line)
         except ValueError as error:
             parsed.append(f"{path}, line {index}: not JSON ({error})")
             continue
@@ -248,6 +267,11 @@ class NullMetrics:
 
 def _line(event: Event) -> bytes:
     return json.dumps(standard_json(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def _lines(path: Path) -> list[bytes]:
+    with open_input(path) as file:
+        return file.read().split(b"\n")
 
 
 def _complete_bytes(path: Path) -> int:

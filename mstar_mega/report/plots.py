@@ -12,11 +12,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mstar_mega.platform.terminal import visible
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
-from mstar_mega.report.summary import Run, seconds_by_phase
+from mstar_mega.report.run import Run
+from mstar_mega.report.summary import seconds_by_phase
+from mstar_mega.report.sweep import sweep_criterion, sweep_points, sweep_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +39,14 @@ MOST_POINTS = 300
 """Points of a loss curve; longer ones are averaged into bins."""
 MOST_KEPT = 5
 """Responses kept per query that have a bar colour of their own; more share the last one."""
+MOST_SWEEPS_WITH_ERRORS = 3
+"""Sweeps that all show their errors; of more the first and the last do."""
+MOST_SWEEPS_IN_WORDS = 6
+"""Newest sweeps that the caption tells of."""
+
+MOST_KINDS = 40
+LONGEST_NAME = 32
+"""Characters of a name beside a plot."""
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK,
@@ -57,13 +69,27 @@ class Plot:
     svg: str
 
 
-def all_plots(run: Run) -> list[Plot]:
-    """Every plot that there is data for yet, in reading order."""
+def all_plots(run: Run, problems: list[str] | None = None) -> list[Plot]:
+    """Every plot that there is data for yet, in reading order.
+
+    One that cannot be drawn is named in ``problems`` and left out; without these its error is raised.
+    """
     makers: list[Callable[[Run], Plot | None]] = [
         accuracy_plot, exploration_plot, answering_plot, temperature_plot, sweep_plot, kept_plot, kinds_plot,
-        *(lambda run, stage=stage: loss_plot(run, stage) for stage in _LOSSES), time_plot,
+        *(partial(loss_plot, stage=stage) for stage in _LOSSES), time_plot,
     ]  # fmt: skip
-    return [plot for make in makers if (plot := make(run)) is not None]
+    plots = []
+    for make in makers:
+        try:
+            plot = make(run)
+        except Exception as error:  # whatever matplotlib makes of a run's names and numbers
+            if problems is None:
+                raise
+            name = getattr(make, "__name__", "loss_plot").removesuffix("_plot")
+            problems.append(f"the plot '{name}' cannot be drawn ({type(error).__name__}: {error})")
+            continue
+        plots += [plot] if plot is not None else []
+    return plots
 
 
 def accuracy_plot(run: Run) -> Plot | None:
@@ -81,13 +107,17 @@ def accuracy_plot(run: Run) -> Plot | None:
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K and Reward-Pass@K per iteration."""
     lines = []
-    for key, k_key, label in (("pass_at_k", "k", "Pass@"), ("reward_pass_at_k", "reward_k", "Reward-Pass@")):
+    for key, k_key, label in (
+        ("pass_at_k", "k", "Pass@"),
+        ("reward_pass_at_k", "reward_k", "Reward-Pass@"),
+        ("pass_at_reward_k", "reward_k", "random: Pass@"),
+    ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
         if events:
             lines.append((f"{label}{events[-1].get(k_key, 'K')}", latest_per_iteration(events, key), None))
     caption = (
-        "Share of validation queries with a correct response among K samples (Pass@K), and among the K that the "
-        "PRM scores highest (Reward-Pass@K)."
+        "Share of validation queries with a correct response among K random samples (Pass@K), and among the K of all "
+        "samples that the PRM scores highest (Reward-Pass@K)."
     )
     return _iterations_plot("exploration", "Exploration", caption, "validation queries (%)", lines)
 
@@ -133,32 +163,41 @@ def temperature_plot(run: Run) -> Plot | None:
 
 
 def sweep_plot(run: Run) -> Plot | None:
-    """Reward-Pass@K over temperature, a curve per sweep."""
-    sweeps = [event for event in run.of("temperature") if isinstance(event.get("grid"), list) and event["grid"]]
+    """The sweeps' criterion over temperature with paired standard errors, a curve per sweep."""
+    sweeps = [event for event in run.of("temperature") if sweep_points(event)]
     if not sweeps:
         return None
-    measure = "pass_at_k" if sweeps[-1].get("mode") == "pass_at_k" else "reward_pass_at_k"
-    name = f"{'Pass' if measure == 'pass_at_k' else 'Reward-Pass'}@{sweeps[-1].get('k', 'K')}"
+    name = sweep_criterion(sweeps[-1])
+    beside = any(point.random is not None for point in sweep_points(sweeps[-1]))
 
     def draw(axes: Axes) -> None:
         for index, sweep in enumerate(sweeps):
             color, label = _ramp(index, len(sweeps)), f"it. {sweep.get('iteration')}"
-            curve = _curve(sweep["grid"], measure)
-            axes.plot(list(curve), list(curve.values()), color=color, label=label)
-            chosen = number(sweep, "temperature")
-            if chosen in curve:
-                axes.plot([chosen], [curve[chosen]], "o", color=color, markeredgecolor=SURFACE, markersize=8)
+            points = sorted(sweep_points(sweep), key=lambda point: point.temperature)
+            x, y = [point.temperature for point in points], [100 * point.value for point in points]
+            axes.plot(x, y, color=color, label=label)
+            if len(sweeps) <= MOST_SWEEPS_WITH_ERRORS or index in (0, len(sweeps) - 1):
+                spread = [100 * (point.error or 0.0) for point in points]
+                axes.errorbar(x, y, spread, color=color, alpha=0.5, linewidth=0, elinewidth=1.2, capsize=2)
+            if sweep is sweeps[-1] and beside:
+                at_random = [100 * point.random if point.random is not None else math.nan for point in points]
+                axes.plot(x, at_random, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+            for point in points:
+                if point.temperature == number(sweep, "temperature"):
+                    place = [point.temperature], [100 * point.value]
+                    axes.plot(*place, "o", color=color, markeredgecolor=SURFACE, markersize=8)
         axes.set(xlabel="temperature", ylabel=f"{name} (%)")
         _legend(axes)
 
-    caption = f"{name} of the validation queries at each temperature, a curve per sweep. Dots: the one chosen."
-    return Plot("sweep", "Temperature sweeps", caption, _svg("sweep", draw))
-
-
-def _curve(grid: Sequence[Event], measure: str) -> dict[float, float]:
-    """Temperature -> percentage, of the finite points of a sweep."""
-    points = ((number(row, "temperature"), number(row, measure)) for row in grid)
-    return {t: 100 * y for t, y in points if t is not None and y is not None and math.isfinite(y)}
+    parts = [
+        f"{name} of the validation queries at each temperature, a curve per sweep. Dots: the one chosen. "
+        "Bars: ± one standard error of the difference to it, paired over queries"
+        + (" (first and last sweep)." if len(sweeps) > MOST_SWEEPS_WITH_ERRORS else ".")
+    ]
+    if beside:
+        parts.append(f"Dashed: {sweeps[-1].get('k', 'K')} responses at random, last sweep.")
+    parts += [f"Iteration {sweep.get('iteration')}: {sweep_words(sweep)}." for sweep in sweeps[-MOST_SWEEPS_IN_WORDS:]]
+    return Plot("sweep", "Temperature sweeps", " ".join(parts), _svg("sweep", draw))
 
 
 def kept_plot(run: Run) -> Plot | None:
@@ -168,7 +207,7 @@ def kept_plot(run: Run) -> Plot | None:
         row = [0.0] * (MOST_KEPT + 1)
         for kept, queries in (event.get("kept_per_query") or {}).items():
             row[min(int(kept), MOST_KEPT)] += queries
-        counts[int(event["iteration"])] = row
+        counts[int(number(event, "iteration") or 0)] = row
     if not any(sum(row) for row in counts.values()):
         return None
     used = [kept for kept in range(MOST_KEPT + 1) if any(row[kept] for row in counts.values())]
@@ -195,7 +234,8 @@ def kinds_plot(run: Run) -> Plot | None:
     if not events:
         return None
     first, last = events[0]["by_kind"], events[-1]["by_kind"]
-    kinds = sorted(last, key=lambda kind: (number(last, kind) or 0.0, kind))
+    kinds = sorted(last, key=lambda kind: (number(last, kind) or 0.0, kind))[:MOST_KINDS]
+    labels = [short(kind.replace("_", " ")) for kind in kinds]
 
     def draw(axes: Axes) -> None:
         start, end = ([100 * (number(row, kind) or 0.0) for kind in kinds] for row in (first, last))
@@ -204,7 +244,7 @@ def kinds_plot(run: Run) -> Plot | None:
         if len(events) > 1:
             axes.plot(start, y, "o", color=SERIES[1], label=_policy(events[0]), markersize=7)
         axes.plot(end, y, "o", color=SERIES[0], label=_policy(events[-1]), markersize=7)
-        axes.set_yticks(y, [str(kind).replace("_", " ") for kind in kinds])
+        axes.set_yticks(y, labels)
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set(xlabel="greedy test accuracy (%)", ylabel="kind of question", ylim=(-0.6, len(kinds) - 0.4))
@@ -212,7 +252,16 @@ def kinds_plot(run: Run) -> Plot | None:
 
     height = max(2.1, 0.9 + 0.26 * len(kinds))
     caption = "Greedy test accuracy by kind of question, at the start and now."
-    return Plot("kinds", "Accuracy by kind", caption, _svg("kinds", draw, height, [str(kind) for kind in kinds]))
+    if len(last) > len(kinds):
+        caption += f" The {len(kinds)} lowest of {len(last)}."
+    return Plot("kinds", "Accuracy by kind", caption, _svg("kinds", draw, height, labels))
+
+
+def short(name: str) -> str:
+    """A name that fits beside a plot: in one line, the middle of a long one left out, control characters escaped."""
+    name = visible(" ".join(name.split()))
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 _LOSSES = {

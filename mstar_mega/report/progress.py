@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mstar_mega.platform.terminal import say, visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
@@ -115,9 +117,9 @@ class Progress:
         if not self.enabled:
             return
         if self.bars is not None:
-            self.bars.console.print(text, markup=False, highlight=False)
+            self.bars.console.print(visible(text), markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            say(text)
 
 
 def _bars() -> Bars:

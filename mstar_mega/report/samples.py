@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import ReportConfig
+from mstar_mega.data.pictures import DEFAULT, PictureReading
 from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
+from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.types import Group, ImageRef, Response, image_digest
-from mstar_mega.report.summary import Run
+from mstar_mega.platform.inputs import read_input
+from mstar_mega.report.run import Run
 
 MOST_SIDE = 448
 """Pixels of an embedded image's longer side."""
 MOST_IMAGE_BYTES = 40_000
 """A larger file is encoded again."""
+MOST_SAMPLES = 1000
+"""Queries of an iteration, whatever the settings say."""
 MOST_BYTES = 2_200_000
 """Characters of all samples together, images included; what does not fit is left out and counted."""
 _EMBEDDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -47,8 +52,10 @@ def collect_samples(run: Run) -> Samples:
     The choice depends on the files alone. Damaged blocks and images are named in ``problems``.
     """
     wanted = run.setting("report", "samples_per_iteration")
-    wanted = wanted if isinstance(wanted, int) else ReportConfig().samples_per_iteration
+    if not isinstance(wanted, int) or not 0 <= wanted <= MOST_SAMPLES:
+        wanted = ReportConfig().samples_per_iteration
     samples = Samples()
+    reading = PictureReading.of_settings(run.setting("data"))
     chosen: dict[int, list[Group]] = {}
     for directory in sorted((run.directory / "rollouts").glob("iteration_*")):
         match = re.fullmatch(r"iteration_(\d+)", directory.name)
@@ -62,7 +69,7 @@ def collect_samples(run: Run) -> Samples:
         for iteration, group in zip(shown, row, strict=True):
             if group is None:
                 continue
-            new = _load_images(group, run.directory, samples)
+            new = _load_images(group, run.directory, samples, reading)
             data = query_data(group)
             needed = len(json.dumps(data, ensure_ascii=False)) + sum(map(len, new.values()))
             if size + needed > MOST_BYTES:
@@ -150,14 +157,14 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
-def _load_images(group: Group, directory: Path, samples: Samples) -> dict[str, str]:
+def _load_images(group: Group, directory: Path, samples: Samples, reading: PictureReading) -> dict[str, str]:
     """Data URLs of a group's images that the page does not have yet; what cannot be shown becomes a problem."""
     urls = {}
     for image in group.query.images:
         if image.digest in samples.images:
             continue
         try:
-            urls[image.digest] = data_url(image, directory)
+            urls[image.digest] = data_url(image, directory, reading)
         except (OSError, ValueError) as error:
             problem = f"image {image.path} of query {group.query.id} is not shown: {error}"
             if problem not in samples.problems:
@@ -165,26 +172,34 @@ def _load_images(group: Group, directory: Path, samples: Samples) -> dict[str, s
     return urls
 
 
-def data_url(image: ImageRef, directory: Path) -> str:
-    """An image as a data URL, at most 448 pixels a side. A relative path may be relative to the run directory.
+def data_url(image: ImageRef, directory: Path, reading: PictureReading = DEFAULT) -> str:
+    """An image as a data URL, as the policy reads it, at most 448 pixels a side. A relative path may be relative to the
+    run directory.
 
     Raises OSError where it cannot be read or decoded, ValueError where the file is no longer the one the run used.
     """
     from PIL import Image
 
+    from mstar_mega.data.pictures import is_plain
+
     path = Path(image.path)
-    content = (path if path.exists() else directory / path).read_bytes()
+    content = read_input(path if path.exists() else directory / path, MAX_BYTES)
     if image_digest(content) != image.digest:
         raise ValueError("the file has changed since the run used it")
     try:
         with Image.open(io.BytesIO(content)) as picture:
             kind = _EMBEDDABLE.get(picture.format or "")
-            if kind is None or max(picture.size) > MOST_SIDE or len(content) > MOST_IMAGE_BYTES:
-                small = picture.convert("RGB")
+            large = max(picture.size) > MOST_SIDE or len(content) > MOST_IMAGE_BYTES
+            # A browser turns, composes, animates and colours the file by its own rules.
+            if kind is None or large or not is_plain(picture):
+                small = reading.read(picture)
                 small.thumbnail((MOST_SIDE, MOST_SIDE))
                 buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=82)
-                kind, content = "image/jpeg", buffer.getvalue()
+                if large:
+                    small.save(buffer, "JPEG", quality=82)
+                else:
+                    small.save(buffer, "PNG")
+                kind, content = "image/jpeg" if large else "image/png", buffer.getvalue()
     except (Image.DecompressionBombError, SyntaxError, struct.error, zlib.error) as error:  # Pillow's, on damaged files
         raise ValueError(str(error)) from error
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

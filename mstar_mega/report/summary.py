@@ -4,78 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.report.metrics import METRICS_FILE, Event, number, scan_metrics, standard_json
-from mstar_mega.settings import CONFIG_FILE
+from mstar_mega.report.accounting import generated, trajectory, vote_accuracy
+from mstar_mega.report.metrics import Event, number, standard_json
+from mstar_mega.report.run import Run, load_run
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass
-class Run:
-    """What a run directory holds so far."""
-
-    directory: Path
-    settings: dict[str, Any]
-    """The resolved settings as a plain tree; empty where there are none yet."""
-    settings_text: str
-    events: list[Event]
-    problems: list[str] = field(default_factory=list)
-    """One message per damaged file or line, naming it."""
-
-    def of(self, name: str, **fields: Any) -> list[Event]:
-        """The events of one name whose fields have these values, in the order they were written."""
-        return [
-            event
-            for event in self.events
-            if event["event"] == name and all(event.get(key) == value for key, value in fields.items())
-        ]
-
-    def setting(self, *path: str) -> Any:
-        """One setting by its path; None where it is missing."""
-        node: Any = self.settings
-        for name in path:
-            node = node.get(name) if isinstance(node, dict) else None
-        return node
-
-    @property
-    def finished(self) -> bool:
-        """Whether the evolving stage has ended."""
-        return bool(self.of("stage", stage="evolve"))
-
-
-def load_run(run_dir: str | Path) -> Run:
-    """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``."""
-    directory = Path(run_dir)
-    events, problems = scan_metrics(directory / METRICS_FILE)
-    text = ""
-    settings: dict[str, Any] = {}
-    path = directory / CONFIG_FILE
-    if path.exists():
-        text = path.read_bytes().decode(errors="replace")
-        try:
-            settings = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
-        if not isinstance(settings, dict):
-            problems.append(f"{path}: not a tree of settings")
-            settings = {}
-    return Run(directory, settings, text, events, problems)
 
 
 def build_summary(run_dir: str | Path) -> dict[str, Any]:
     """The summary of a run; what has not happened yet is None (empty for ``temperatures``).
 
-    Accuracies are greedy, on the test split; Pass@K and Reward-Pass@K are on the validation split. "final" and "end"
-    are the newest measurement of the evolving policy. Counts are of the evolving iterations. Raises ValueError naming
-    the file (and line) where the directory is damaged.
+    Accuracies are greedy, on the test split; Pass@K, Reward-Pass@K, Pass@K of as many random responses as that ranks
+    (``pass_at_reward_k``) and the PRM's quality but after its training ("held_out") are on the validation split.
+    "final" and "end" are the newest measurement of the evolving policy. Counts are of the evolving iterations, and so
+    is the share of right reasoning, by selection rule, where the task can tell; ``generated`` has every phase's.
+    ``trajectory`` has what accuracy had cost at each iteration: runs can be compared at equal training responses and at
+    equal generated tokens. Raises ValueError naming the file (and line) where the directory is damaged.
     """
     run = load_run(run_dir)
     if run.problems:
@@ -85,7 +35,6 @@ def build_summary(run_dir: str | Path) -> dict[str, Any]:
 
 def summarize(run: Run) -> dict[str, Any]:
     """The summary of an already loaded run, of its undamaged part."""
-    quality = _last(run.of("prm_quality"))
     return {
         "seed": run.setting("seed"),
         "method": run.setting("evolve", "method"),
@@ -99,13 +48,21 @@ def summarize(run: Run) -> dict[str, Any]:
                 "start": measured(run, "warmup", "validation", name),
                 "end": measured(run, "evolve", "validation", name),
             }
-            for name in ("pass_at_k", "reward_pass_at_k")
+            for name in ("pass_at_k", "reward_pass_at_k", "pass_at_reward_k")
         },
         "temperatures": [number(event, "temperature") for event in run.of("generation")],
         "responses_generated": _total(run.of("generation"), "responses"),
+        "generated": generated(run),
+        "trajectory": trajectory(run),
+        "vote": vote_accuracy(run),
         "responses_selected": _total(run.of("selection"), "selected"),
         "queries_without_correct_response": _total(run.of("generation"), "queries_without_correct"),
-        "prm": {"accuracy": number(quality, "accuracy"), "auc": number(quality, "auc")},
+        "right_reasoning": right_reasoning(run) or None,
+        "prm": {
+            "held_out": _quality(run.of("prm_quality", split="held_out")),
+            "start": _quality(run.of("prm_quality", stage="warmup", split="validation")),
+            "end": _quality(run.of("prm_quality", stage="evolve", split="validation")),
+        },
         "log_prob_gap_max": _largest(run.of("log_prob_gap"), "largest"),
         "seconds": seconds_by_phase(run),
         "peak_memory_bytes": _whole(_largest(run.events, "peak_memory_bytes")),
@@ -124,6 +81,32 @@ def measured(run: Run, stage: str, split: str, name: str) -> float | None:
     """The newest measurement of one kind."""
     values = [number(event, name) for event in run.of("evaluation", stage=stage, split=split)]
     return next((value for value in reversed(values) if value is not None), None)
+
+
+_QUALITY = (
+    "within_query_auc", "within_query_auc_stderr", "mixed_queries", "baselines", "baselines_stderr", "difference",
+    "difference_stderr", "pooled_auc", "pooled_step_accuracy", "pooled_step_auc", "reasoning",
+)  # fmt: skip
+
+
+def _quality(events: list[Event]) -> dict[str, Any] | None:
+    """What the newest event ``prm_quality`` measured; None: there is none."""
+    return {name: events[-1][name] for name in _QUALITY if name in events[-1]} if events else None
+
+
+def right_reasoning(run: Run) -> dict[str, Any]:
+    """By selection rule, the share of right reasoning among the correct responses that it would select, over all
+    iterations; the run's own rule also as ``selected``. Empty where the task cannot tell."""
+    right: Counter[str] = Counter()
+    known: Counter[str] = Counter()
+    for event in run.of("selection"):
+        by_rule = event.get("right_reasoning") or {}
+        for rule, row in {**by_rule, "selected": by_rule.get(event.get("rule"), {})}.items():
+            share, responses = number(row, "share"), number(row, "responses")
+            if share is not None and responses:
+                right[rule] += round(share * responses)
+                known[rule] += round(responses)
+    return {rule: {"share": right[rule] / known[rule], "responses": known[rule]} for rule in known}
 
 
 def seconds_by_phase(run: Run) -> dict[str, float | None]:

@@ -27,7 +27,12 @@ def scalars(event: Event) -> tuple[int, list[tuple[str, float]]]:
     if event["event"] in _NO_SCALARS:
         return 0, []
     axis = number(event, "step" if event["event"] == "step" else "iteration")
-    prefix = {"step": event.get("stage"), "evaluation": event.get("split"), "stage": f"stage/{event.get('stage')}"}
+    prefix = {
+        "step": event.get("stage"),
+        "evaluation": event.get("split"),
+        "prm_quality": f"prm_quality/{event.get('split')}",
+        "stage": f"stage/{event.get('stage')}",
+    }
     return int(axis or 0), list(_numbers(str(prefix.get(event["event"]) or event["event"]), event))
 
 

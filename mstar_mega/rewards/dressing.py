@@ -30,7 +30,7 @@ _TAGGED = re.compile(r"<(answer|final_answer|ans|b|strong|em|i|p|span|code)>(.*?
 _FENCED = re.compile(r"```[a-z]*\s(.*?)\s?```", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w*)\]}])(\*\*|__)(?=\S)([^*_]{1,200}?)(?<=\S)\1(?![\w*(])")
 
-_TEXT_WRAPPER = re.compile(r"\\(?:(?:text|mathrm|operatorname|mbox|hbox)[a-z]*|mathrm|unit|si) ?\{")
+_TEXT_WRAPPER = re.compile(r"\\(?:(?:text(?!color)|mathrm|operatorname|mbox|hbox)[a-z]*|mathrm|unit|si) ?\{")
 _WRAPPER = re.compile(
     r"\\(?:boxed|fbox|framebox|math(?:bb|bf|it|sf|tt|cal|scr|frak|normal)|bm|boldsymbol|pmb|bold|underline|emph|ang"
     r"|(?:text)?color ?\{[^{}]{0,40}\}) ?\{"

@@ -68,6 +68,8 @@ def _stated(text: str) -> str:
 
 _SIDES = re.compile(r"[=≈]")
 _NO_CHAIN = re.compile(r"[<>≤≥≠!]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-z])|==")
+_SEVERAL = re.compile(r"=[^=]*(?:[,;]|\bor\b|\band\b) ?[A-Za-z]\w{0,3} ?=")
+"""``x=1, y=2`` is a list of equations."""
 _NAME = re.compile(r"(?:[^\W\d]|[∠△\\|])(?:[\w∠△\\|'(), ]|(?<=[_a-zA-Z])[{}]|\{[A-Za-z]+\}|(?<=\w)\}){0,60}")
 _VALUE = re.compile(
     r"\\?(?:pi|infty|e|i|sqrt|frac|sin|cos|tan|cot|sec|csc|log|ln|exp|lim)(?![A-Za-z])|[π∞√]|^true$|^false$"
@@ -86,7 +88,7 @@ class Chain:
 
 def chain(text: str) -> Chain:
     """The sides of a cleaned chain of equations; a text without an equation is its own only member."""
-    if not _SIDES.search(text) or _NO_CHAIN.search(text):
+    if not _SIDES.search(text) or _NO_CHAIN.search(text) or _SEVERAL.search(text):
         return Chain((text,), frozenset(), False)
     sides: list[str] = []
     depth, start = 0, 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import cn2an
-from text_to_num import alpha2digit
+from text_to_num import alpha2digit, text2num
 
 from mstar_mega.rewards.units import NONE, Unit, split_unit
 
@@ -42,12 +42,11 @@ _REPEATING = re.compile(
 )
 _CONTINUED = re.compile(r"([+-]? ?)([0-9]+)\.([0-9]*?)([0-9]+?)\4+…")
 _PERCENT = re.compile(r" ?(?:%|per ?cent|pct|percentage points)\.?$", re.IGNORECASE)
-_WORDS = re.compile(
-    r"(?:(?:minus|negative) )?(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen"
-    r"|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-    r"|hundred|thousand|million|billion|and|point)(?:[ -](?=\w)|\b)){1,16}",
-    re.IGNORECASE,
+WORDS = (
+    "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
+    "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion)"
 )
+_WORDS = re.compile(rf"(?:\b(?:minus|negative) )?\b{WORDS}\b(?:(?:[ -]| and | point ){WORDS}\b){{0,12}}", re.IGNORECASE)
 _CHINESE = re.compile("负?[零一二两三四五六七八九十百千万点]{1,16}")
 _MINUS = re.compile(r"(?:minus|negative|负)(?: |(?=[0-9]))", re.IGNORECASE)
 
@@ -95,8 +94,11 @@ def read_number_words(text: str) -> str:
     """Number words, English and Chinese, as digits: ``minus one hundred`` is ``-100``; other text as it is."""
     if _WORDS.fullmatch(text):
         sign = "-" if text[:1] in "mMnN" and _MINUS.match(text) else ""
-        digits = alpha2digit(_MINUS.sub("", text, count=1) if sign else text, "en")
-        digits = {"zero": "0", "one": "1"}.get(digits.lower(), digits)  # which the library leaves alone
+        words = (_MINUS.sub("", text, count=1) if sign else text).lower()
+        try:
+            digits = alpha2digit(words, "en") if "point" in words else str(text2num(words, "en"))
+        except ValueError:
+            return text
         return sign + digits if re.fullmatch(r"[0-9.]+", digits) else text
     if _CHINESE.fullmatch(text):
         try:
@@ -104,6 +106,11 @@ def read_number_words(text: str) -> str:
         except ValueError:
             return text
     return text
+
+
+def number_words(text: str) -> list[str]:
+    """The numbers that a text spells out, as digits."""
+    return [read_number_words(match[0]) for match in _WORDS.finditer(text)]
 
 
 def parse_number(text: str) -> Number | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mstar_mega.config import LossMean, OptimizerConfig
 from mstar_mega.data.types import Query
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.lmm import LMM
@@ -38,6 +41,14 @@ class TrainGroup:
     step_labels: list[list[float]] | None = None
     """PRM training: per response, the labels of those steps in [0, 1]."""
 
+    def only(self, numbers: Sequence[int]) -> TrainGroup:
+        """The same query with the responses at these places."""
+        if len(numbers) == len(self.responses) and list(numbers) == list(range(len(numbers))):
+            return self
+        ends = self.step_ends and [self.step_ends[i] for i in numbers]
+        labels = self.step_labels and [self.step_labels[i] for i in numbers]
+        return TrainGroup(self.query, [self.responses[i] for i in numbers], ends, labels)
+
 
 @dataclass
 class TokenLoss:
@@ -45,13 +56,22 @@ class TokenLoss:
 
     source: Tensor
     target: Tensor
+    weight: Tensor | None
+    """float32, of each token; None: 1."""
+    count: int
+    """What the sum of losses is divided by, together with that of the batch's other microbatches."""
 
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of losses, number of counted tokens) on the last stage."""
+        """(weighted sum of losses, ``count``) on the last stage."""
         if not self.source.numel():
             return hidden.sum() * 0.0, torch.tensor(0, dtype=torch.int)
-        loss = model.token_loss(hidden[self.source], self.target)
-        return loss, torch.tensor(self.target.numel(), dtype=torch.int)
+        loss = model.token_loss(hidden[self.source], self.target, self.weight)
+        return loss, torch.tensor(self.count, dtype=torch.int)
+
+    @property
+    def tokens(self) -> int:
+        """Counted tokens."""
+        return self.target.numel()
 
 
 @dataclass
@@ -60,15 +80,25 @@ class StepLoss:
 
     steps: StepIndex
     label: Tensor
+    weight: Tensor | None
+    """float32, of each step; None: 1."""
+    count: int
+    """As in :class:`TokenLoss`."""
 
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of losses, number of steps) on the last stage."""
+        """(weighted sum of losses, ``count``) on the last stage."""
         if not self.label.numel():
             nothing = sum((parameter.sum() * 0.0 for parameter in model.score_parameters()), hidden.sum() * 0.0)
             return nothing, torch.tensor(0, dtype=torch.int)
         logits = model.step_logits(hidden, self.steps)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, self.label, reduction="sum")
-        return loss, torch.tensor(self.label.numel(), dtype=torch.int)
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits
+        loss = entropy(logits, self.label, self.weight, reduction="sum")
+        return loss, torch.tensor(self.count, dtype=torch.int)
+
+    @property
+    def tokens(self) -> int:
+        """Counted steps."""
+        return self.label.numel()
 
 
 @dataclass
@@ -77,6 +107,8 @@ class Microbatch:
 
     packed: PackedBatch
     loss: TokenLoss | StepLoss
+    tokens: int
+    """Of prompts and responses, without padding."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [groups]: responses are numbered group after group; one past each group's last."""
+        return np.cumsum(np.asarray(self.sizes, np.int64), dtype=np.int64)
+
+    @property
+    def responses(self) -> int:
+        return int(self.ends[-1]) if len(self.ids) else 0
+
     @staticmethod
     def of(groups: Sequence[TrainGroup]) -> Examples:
         """Groups that are in memory."""
@@ -99,14 +140,23 @@ class Examples:
 
 
 class Batch(Sequence[TrainGroup]):
-    """The groups of one optimizer step, each read when it is first asked for and kept as long as the batch is."""
+    """The responses of one optimizer step, those of a query together, whose image and prompt they share.
 
-    def __init__(self, examples: Examples, positions: np.ndarray) -> None:
-        self._examples, self._positions = examples, positions
+    A group is read when it is first asked for and kept as long as the batch is.
+    """
+
+    def __init__(self, examples: Examples, numbers: np.ndarray) -> None:
+        self._examples = examples
+        self.responses = len(numbers)
+        owners = np.searchsorted(examples.ends, numbers, side="right")
+        members: dict[int, list[int]] = {}
+        for owner, number in zip(owners.tolist(), numbers.tolist(), strict=True):
+            members.setdefault(owner, []).append(number - int(examples.ends[owner]) + examples.sizes[owner])
+        self._members = [(owner, sorted(of_group)) for owner, of_group in members.items()]
         self._read: dict[int, TrainGroup] = {}
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._members)
 
     @overload
     def __getitem__(self, place: int) -> TrainGroup: ...
@@ -116,19 +166,14 @@ class Batch(Sequence[TrainGroup]):
         """One group, or those of a stretch; the others are not read."""
         if isinstance(place, slice):
             return [self[i] for i in range(len(self))[place]]
-        position = int(self._positions[place])
-        if position not in self._read:
-            self._read[position] = self._examples.read(position)
-        return self._read[position]
-
-    @property
-    def responses(self) -> int:
-        """Responses of all groups, without reading any."""
-        return sum(self._examples.sizes[int(position)] for position in self._positions)
+        owner, numbers = self._members[place]
+        if owner not in self._read:
+            self._read[owner] = self._examples.read(owner).only(numbers)
+        return self._read[owner]
 
 
 class Batches(Sequence[Batch]):
-    """Optimizer steps in order: 8 bytes a group in memory. Every batch that is asked for is formed anew."""
+    """Optimizer steps in order: 8 bytes a response in memory. Every batch that is asked for is formed anew."""
 
     def __init__(self, examples: Examples, steps: Sequence[np.ndarray]) -> None:
         self._examples, self._steps = examples, steps
@@ -147,54 +192,109 @@ class Batches(Sequence[Batch]):
         return Batch(self._examples, self._steps[step])
 
 
-def split_into_epochs(examples: Examples, batch_size: int, epochs: float, seed_parts: tuple[object, ...]) -> Batches:
+def split_into_epochs(
+    examples: Examples, settings: OptimizerConfig, epochs: float, seed_parts: tuple[object, ...]
+) -> Batches:
     """The steps of all epochs, each in an order of its own (:func:`split_into_steps`); a fraction is cut short."""
     steps: list[np.ndarray] = []
     for epoch in range(math.ceil(epochs)):
-        cut = split_into_steps(examples, batch_size, (*seed_parts, epoch))
+        cut = split_into_steps(examples, settings, (*seed_parts, epoch))
         steps += cut[: math.ceil(len(cut) * min(1.0, epochs - epoch) - 1e-9)]
     return Batches(examples, steps)
 
 
-def split_into_steps(examples: Examples, batch_size: int, seed_parts: tuple[object, ...]) -> list[np.ndarray]:
-    """Shuffle examples and cut them into optimizer steps of about ``batch_size`` responses: positions, int64 [groups].
+def split_into_steps(examples: Examples, settings: OptimizerConfig, seed_parts: tuple[object, ...]) -> list[np.ndarray]:
+    """Shuffle responses and cut them into optimizer steps of about ``batch_size``: numbers, int64 [responses] each.
 
-    The order depends on the seed parts and the query ids alone. The number of steps is the responses' count over the
-    batch size, rounded (at least one), and all steps are nearly equal: no small last batch with a large influence.
+    ``settings.shuffle`` says whether each response finds its step by itself or follows its query's others. The order
+    depends on the seed parts and the query ids alone. The number of steps is the responses' count over the batch size,
+    rounded (at least one), and all steps are nearly equal: no small last batch with a large influence.
     """
-    if not len(examples):
+    total = examples.responses
+    if not total:
         return []
-    keys = np.fromiter((key_of(*seed_parts, id) for id in examples.ids), np.int64, len(examples))
+    steps = max(1, round(total / settings.batch_size))
+    sizes, together = np.asarray(examples.sizes, np.int64), settings.shuffle == "queries"
+    names = _names(examples.ids, None if together else examples.sizes)
+    keys = np.fromiter((key_of(*seed_parts, *name) for name in names), np.int64)
     order = np.argsort(keys, kind="stable")
-    sizes = np.asarray(examples.sizes, np.int64)[order]
-    total = int(sizes.sum())
-    steps = max(1, round(total / batch_size))
-    seen = np.cumsum(sizes) - sizes
+    if not together:
+        step_of = np.arange(total) * steps // total
+        return np.split(order, np.flatnonzero(np.diff(step_of)) + 1)
+    seen = np.cumsum(sizes[order]) - sizes[order]
     step_of = np.minimum(steps - 1, seen * steps // total)
-    return np.split(order, np.flatnonzero(np.diff(step_of)) + 1)
+    parts = np.split(order, np.flatnonzero(np.diff(step_of)) + 1)
+    return [np.concatenate([np.arange(examples.ends[i] - sizes[i], examples.ends[i]) for i in part]) for part in parts]
+
+
+def _names(ids: Sequence[str], sizes: Sequence[int] | None) -> Iterator[tuple[object, ...]]:
+    """What is shuffled: queries, or with ``sizes`` each of their responses."""
+    if sizes is None:
+        return ((id,) for id in ids)
+    return ((id, number) for id, size in zip(ids, sizes, strict=True) for number in range(size))
 
 
 def microbatches(
     groups: Sequence[TrainGroup],
     prompt_of: Callable[[Query], Prompt],
-    max_tokens: int,
+    settings: OptimizerConfig,
     multiple: int,
     regimes: Regimes | None = None,
 ) -> list[Microbatch]:
-    """Cut one rank's share of a step into packed microbatches of at most ``max_tokens`` tokens (one group at least)."""
-    prompts = [prompt_of(group.query) for group in groups]
-    sizes = [len(p.tokens) + sum(map(len, g.responses)) for p, g in zip(prompts, groups, strict=True)]
+    """Cut one rank's share of a step into packed microbatches of at most ``microbatch_tokens`` tokens.
+
+    A query's responses that do not fit together are divided, each part behind a prompt of its own: the same loss and
+    gradients at the price of a second prompt. Only a prompt with a single response may be longer than the bound.
+    """
+    parts = [
+        (part, prompt)
+        for group in groups
+        for prompt in [prompt_of(group.query)]
+        for part in _divided(group, len(prompt.tokens), settings.microbatch_tokens, regimes)
+    ]
+    sizes = [_size(*part) for part in parts]
     # Neighbours of like length waste less padding inside attention.
-    order = sorted(range(len(groups)), key=lambda i: (sizes[i], i))
-    cuts = cut_by_size(order, sizes.__getitem__, max_tokens)
-    return [_microbatch([groups[i] for i in cut], [prompts[i] for i in cut], multiple, regimes) for cut in cuts]
+    order = sorted(range(len(parts)), key=lambda i: (sizes[i], i))
+    cuts = cut_by_size(order, sizes.__getitem__, settings.microbatch_tokens)
+    return [_microbatch([parts[i] for i in cut], settings.loss_mean, multiple, regimes) for cut in cuts]
 
 
-def _microbatch(groups: list[TrainGroup], prompts: list[Prompt], multiple: int, regimes: Regimes | None) -> Microbatch:
+def _size(group: TrainGroup, prompt: Prompt) -> int:
+    """Tokens of the prompt and all responses."""
+    return len(prompt.tokens) + sum(map(len, group.responses))
+
+
+def _divided(group: TrainGroup, prompt: int, limit: int, regimes: Regimes | None) -> Iterator[TrainGroup]:
+    """A group in parts of at most ``limit`` tokens, the prompt's included; in none of them does it stand twice."""
+
+    def regime(i: int) -> int:
+        return regimes(prompt + len(group.responses[i])) if regimes else 0
+
+    for _, alike in groupby(sorted(range(len(group.responses)), key=regime), key=regime):
+        for part in cut_by_size(alike, lambda i: len(group.responses[i]), limit - prompt):
+            yield group.only(part)
+
+
+def _microbatch(
+    parts: Sequence[tuple[TrainGroup, Prompt]], loss_mean: LossMean, multiple: int, regimes: Regimes | None
+) -> Microbatch:
+    groups = [group for group, _ in parts]
     responses = [group.responses for group in groups]
-    packed = pack(prompts, responses, multiple, regimes)
+    packed = pack([prompt for _, prompt in parts], responses, multiple, regimes)
+    tokens = sum(_size(group, prompt) for group, prompt in parts)
     if groups[0].step_ends is None:
-        return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses)))
+        weight, count = _weights([len(response) for of_group in responses for response in of_group], loss_mean)
+        return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses), weight, count), tokens)
     steps = step_index(packed, responses, [group.step_ends or [] for group in groups])
-    label = [label for group in groups for labels in group.step_labels or [] for label in labels]
-    return Microbatch(packed, StepLoss(steps, torch.tensor(label)))
+    labels = [labels for group in groups for labels in group.step_labels or []]
+    weight, count = _weights([len(of_response) for of_response in labels], loss_mean)
+    label = torch.tensor([label for of_response in labels for label in of_response])
+    return Microbatch(packed, StepLoss(steps, label, weight, count), tokens)
+
+
+def _weights(counts: Sequence[int], loss_mean: LossMean) -> tuple[Tensor | None, int]:
+    """Weight of each token or step of responses that have so many, and what their weighted sum is divided by."""
+    if loss_mean == "token":
+        return None, sum(counts)
+    weights = [torch.full((count,), 1.0 / count) for count in counts if count]
+    return torch.cat(weights) if weights else None, len(weights)

@@ -17,20 +17,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, Metadata
 from torch.distributed.checkpoint import save as torch_dist_save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import free_bytes, is_full, sync
+from mstar_mega.platform.inputs import open_input
 from mstar_mega.platform.quiet import silence_normal_warnings
+from mstar_mega.training.index import INDEX, Index, from_torch
 from mstar_mega.training.manifest import (
+    COMMON_STATE,
     MANIFEST,
     DamagedCheckpointError,
     digest_files,
     files_in,
+    read_index,
     verify_checkpoint,
     write_manifest,
 )
+from mstar_mega.training.pieces import read_saved, read_shards
 
 _TEMPORARY = re.compile(r"\..+\.(tmp|old)")
 
@@ -115,20 +121,43 @@ def load_checkpoint(path: Path, template: dict[str, Any]) -> tuple[dict[str, Any
     """
     common = verify_checkpoint(path)
     silence_normal_warnings()
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import merge
+    from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
+    def open_it() -> tuple[Index, dict[str, Any]]:
+        return read_index(path), _read_plain_state(path)
+
+    try:
+        (index, plain), *_ = together("open", open_it)
+    except FailedTogether as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from None
     try:
         with warnings.catch_warnings():
             # megatron-core 0.16 reads through names that torch 2.13 calls deprecated.
             warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
-            # The access check raises on rank 0 alone; shapes and keys are checked by every rank's reader together.
-            state = dist_checkpointing.load(template, str(path), validate_access_integrity=False)
+            # Not megatron's own entry: it would unpickle the index, and the layers' own states with all that they name.
+            # Shapes and keys are checked by every rank's reader together.
+            sharded, kept, factories = load_preprocess(template)
+            merge(plain, kept)
+            sharded, _ = extract_sharded_base(sharded)
+            merge(plain, read_shards(path, index, sharded))
+            state: dict[str, Any] = apply_factory_merges(plain, factories)
     except CheckpointException as error:
         # megatron appends every key of the checkpoint.
         reasons = sorted({str(failure[0]).partition(": [")[0] for failure in error.failures.values()})
         raise ValueError(f"checkpoint {path} does not fit this model: {'; '.join(reasons)}") from error
     return state, common
+
+
+def _read_plain_state(path: Path) -> dict[str, Any]:
+    with open_input(path / COMMON_STATE) as file:
+        plain = read_saved(file, path / COMMON_STATE)
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path / COMMON_STATE} holds a {type(plain).__name__}, not the state of a checkpoint")
+    return plain
 
 
 def load_latest(
@@ -193,7 +222,7 @@ def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, A
 
     together("prepare", translate)
     planner = megatron_format.MCoreSavePlanner(flatten_state_dict=False)
-    writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
         # The ranks agree on success inside.
         torch_dist_save(shards, storage_writer=writer, planner=planner)
@@ -203,12 +232,19 @@ def _write_shards(directory: Path, sharded_state: dict[str, Any]) -> dict[str, A
     return plain
 
 
+class _Writer(FileSystemWriter):
+    """torch's, which also leaves our index."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        (Path(self.path) / INDEX).write_bytes(from_torch(metadata).to_json())
+
+
 def write_plain_state(directory: Path, plain: dict[str, Any]) -> None:
     """The files that megatron keeps beside the shards: the unsharded rest of the state, and the format's name."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
-    torch.save(plain, directory / COMMON_STATE_FNAME)
+    torch.save(plain, directory / COMMON_STATE)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 

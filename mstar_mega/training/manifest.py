@@ -1,4 +1,5 @@
-"""What must hold before a checkpoint is believed: its manifest, the files' checksums, and an index without code in it.
+"""What must hold before a checkpoint is believed: its manifest, the files' checksums, and an index that
+fits the files.
 
 ``manifest.json`` stands beside the shards: size and SHA-256 of every file, the caller's small JSON state, and a
 checksum over itself.
@@ -6,33 +7,55 @@ checksum over itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import Metadata
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, together
 from mstar_mega.platform.files import sha256_file
+from mstar_mega.platform.inputs import checked, read_input, read_json, read_object
+from mstar_mega.training import index
+from mstar_mega.training.index import INDEX, TORCH_INDEX, Index
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+COMMON_STATE = "common.pt"
+"""megatron's own: what is not cut over ranks."""
 
-# All that torch's checkpoint index needs. It is a pickle, so anything else in it is refused rather than run.
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_INDEX_NAMES = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch._utils", "_rebuild_device"),
-    ("torch.serialization", "_get_layout"),
-}
+STAMP = "metadata.json"
+"""megatron's own: the name of the format."""
+_STAMP = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+    "common_backend_version": 1,
+}  # fmt: skip
+MOST_BYTES = 1 << 26
+"""Of a manifest."""
+
+
+def _must_be_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError("the path of a file inside the checkpoint")
+    return name
+
+
+_Name = Annotated[str, Field(max_length=1000), AfterValidator(_must_be_inside)]
+_Bytes = Annotated[int, Field(strict=True, ge=0, lt=1 << 60)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    format: int
+    common: dict[str, Any]
+    files: Annotated[dict[_Name, tuple[_Bytes, _Digest]], Field(min_length=1)]
+
+
+_SCHEMA = TypeAdapter(_Manifest)
 
 
 class DamagedCheckpointError(ValueError):
@@ -52,7 +75,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         except FailedTogether as error:
             problem = str(error)
     if not problem:
-        problem = broadcast_object(_index_problem(path) if dist.get_rank() == 0 else "")
+        problem = broadcast_object(_unreadable(path, manifest["files"]) if dist.get_rank() == 0 else "")
     if problem:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problem}")
     common: dict[str, Any] = manifest["common"]
@@ -70,16 +93,18 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The manifest and, where it cannot be believed, why not."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        claimed = manifest.pop("sha256")
+        manifest = read_object(file, MOST_BYTES)
+        claimed = manifest.pop("sha256", None)
         if _canonical_digest(manifest) != claimed:
             return {}, f"{file} was altered (its own checksum does not match)"
-        if manifest["format"] != FORMAT:
-            return {}, f"{file} has format {manifest['format']!r}; this program reads format {FORMAT}"
+        if manifest.get("format") != FORMAT:
+            return {}, f"{file} has format {manifest.get('format')!r}; this program reads format {FORMAT}"
+        checked(_SCHEMA, manifest, file)
     except FileNotFoundError:
         return {}, f"{file} is missing"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
+    except (OSError, ValueError) as error:
+        text = str(error)
+        return {}, text if str(file) in text else f"{file} cannot be read ({text})"
     return manifest, ""
 
 
@@ -105,7 +130,7 @@ def digest_files(directory: Path, names: list[str]) -> dict[str, list[Any]]:
 
 
 def _canonical_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _first_difference(path: Path, wanted: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
@@ -120,29 +145,42 @@ def _first_difference(path: Path, wanted: dict[str, list[Any]], found: dict[str,
     return ""
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint index has no use for")
+def read_index(path: Path) -> Index:
+    """Which tensor stands where in a checkpoint; what the manifest does not vouch for is not looked at.
 
-
-def read_index(path: Path) -> Metadata:
-    """torch's index of a checkpoint, read without running what it names. Raises :class:`DamagedCheckpointError`."""
-    file = path / ".metadata"
+    Raises :class:`DamagedCheckpointError`. The files that it names are not read.
+    """
+    manifest, problem = read_manifest(path)
+    if problem:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problem}")
+    files = manifest["files"]
+    name = INDEX if INDEX in files else TORCH_INDEX
+    file = path / name
     try:
-        with open(file, "rb") as stream:
-            index: Metadata = _IndexUnpickler(stream).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        raise DamagedCheckpointError(f"{file} is refused: {error}") from error
-    return index
+        if name not in files:
+            raise ValueError(f"the manifest lists no {INDEX}")
+        content = read_input(file, most=index.MOST_BYTES)
+        size, digest = files[name]
+        if len(content) != size or sha256(content).hexdigest() != digest:
+            raise ValueError("it was altered: its size or SHA-256 is not the manifest's")
+        found = index.from_json(content, INDEX) if name == INDEX else index.from_pickle(content)
+        if problem := found.problem({each: size for each, (size, _) in files.items()}):
+            raise ValueError(problem)
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {file} is refused: {error}") from None
+    return found
 
 
-def _index_problem(path: Path) -> str:
-    """Why torch must not unpickle this checkpoint's index; empty when it holds plain index data only."""
+def _unreadable(path: Path, files: Mapping[str, Any]) -> str:
+    """Why the loader must not be let at this checkpoint, whose checksums hold; empty where it may."""
+    for name in (COMMON_STATE, STAMP):
+        if name not in files:
+            return f"the manifest lists no {name}"
     try:
+        stamp = read_json(path / STAMP, most=1 << 12)
+        if stamp != _STAMP:
+            return f"{path / STAMP} names another format than this program's"
         read_index(path)
-    except DamagedCheckpointError as error:
-        return str(error)
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"checkpoint {path} is damaged: ")
     return ""

@@ -36,11 +36,15 @@ class StepStats:
     """What one optimizer step did, equal on every rank."""
 
     loss: float
-    """Mean over the counted tokens (SFT) or steps (PRM) of the whole batch, in nats."""
+    """Mean over the whole batch's counted tokens (SFT) or steps (PRM), in nats; see ``optimizer.loss_mean``."""
     grad_norm: float
     learning_rate: float
     tokens: int
     """Counted tokens (SFT) or steps (PRM)."""
+    computed_tokens: int
+    """Tokens that went through the model: each response's, and a prompt's once for all responses that shared it."""
+    queries: int
+    """Distinct ones."""
     responses: int
 
 
@@ -95,9 +99,9 @@ class Trainer:
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=max(self._total_steps, config.warmup_steps + 1),
+            lr_decay_steps=self._decay_steps,
             lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
-            wsd_decay_steps=round(self._total_steps * config.decay_share),
+            wsd_decay_steps=self._wsd_steps,
             lr_wsd_decay_style="linear",
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
@@ -115,6 +119,20 @@ class Trainer:
         self.config, self._total_steps = config, total_steps
         self.reset_optimizer()
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Let the schedule fall within so many steps since the last reset; those that are done count."""
+        self._total_steps = total_steps
+        self.scheduler.lr_decay_steps, self.scheduler.wsd_decay_steps = self._decay_steps, self._wsd_steps
+        self.scheduler.step(increment=0)
+
+    @property
+    def _decay_steps(self) -> int:
+        return max(self._total_steps, self.config.warmup_steps + 1)
+
+    @property
+    def _wsd_steps(self) -> int:
+        return round(self._total_steps * self.config.decay_share)
+
     def step(self, groups: Sequence[TrainGroup]) -> StepStats:
         """One optimizer step on a batch that every rank passes whole; each trains on its data-parallel share.
 
@@ -122,9 +140,7 @@ class Trainer:
         """
         mine = self.share(groups) or [_without_loss(groups[0])]
         model = self.model
-        batches = microbatches(
-            mine, self.prompt_of, self.config.microbatch_tokens, model.stream_multiple, model.rope.regimes
-        )
+        batches = microbatches(mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes)
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
@@ -137,8 +153,9 @@ class Trainer:
             forward_only=False,
         )
         nothing = torch.zeros((), dtype=torch.float64)
-        total = torch.stack([sum((output[name] for output in outputs), nothing) for name in ("loss", "count")])
-        loss_sum, count = _over_the_job(total).tolist()
+        names = ("loss", "count", "tokens", "computed_tokens")
+        total = torch.stack([sum((output[name] for output in outputs), nothing) for name in names])
+        loss_sum, count, tokens, computed = _over_the_job(total).tolist()
         loss = loss_sum / max(count, 1.0)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -149,7 +166,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         # A batch knows its size without reading the other ranks' shares.
         responses = groups.responses if isinstance(groups, Batch) else sum(len(g.responses) for g in groups)
-        return StepStats(loss, grad_norm, learning_rate, int(count), responses)
+        return StepStats(loss, grad_norm, learning_rate, int(tokens), int(computed), len(groups), responses)
 
     def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
         """This data-parallel rank's part of a batch."""
@@ -176,7 +193,12 @@ class Trainer:
 
     def copy_weights(self) -> dict[str, Any]:
         """A copy of this rank's weights, for :meth:`load_weights`."""
-        return {name: value.clone() for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
+        return {name: value.clone() for name, value in weights_of(self.model).items()}
+
+
+def weights_of(model: LMM) -> dict[str, Tensor]:
+    """This rank's weights by name, as they lie in the model."""
+    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
 
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -187,7 +209,8 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[T
 def _loss(batch: Microbatch, wrapped: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss, count = batch.loss(wrapped.module, hidden)
     # Tensors: a number would have the host wait for this forward before it starts the backward.
-    return loss, count, {"loss": loss.detach().double(), "count": count.double()}
+    numbers = {"count": count, "tokens": torch.tensor(batch.loss.tokens), "computed_tokens": torch.tensor(batch.tokens)}
+    return loss, count, {"loss": loss.detach().double(), **{name: value.double() for name, value in numbers.items()}}
 
 
 def _without_loss(group: TrainGroup) -> TrainGroup:

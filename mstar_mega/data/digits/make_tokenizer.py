@@ -13,8 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from mstar_mega.data.digits.questions import ORDINALS, READINGS
-from mstar_mega.data.digits.render import COLOURS
+from mstar_mega.data.digits.questions import BACKWARDS, CLOSING, READINGS, WORDINGS
 from mstar_mega.data.tokenizer import SPACE_MARK
 
 MODEL_PATH = Path(__file__).with_name("tokenizer.model")
@@ -22,16 +21,19 @@ VOCAB_SIZE = 512
 """An upper bound: there are only as many pieces as are named here, and the bytes."""
 CONTROL_SYMBOLS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 FORMAT_PIECES = ("\n\n", "\n", "# Answer", "user", "assistant", "system", "A. ", "B. ", "C. ", ", ", ": ")
-READING_PIECES = tuple(f"{reading}: " for reading in dict.fromkeys(READINGS.values()))
-ARITHMETIC_PIECES = (" + ", " - ", " * ", " = ", " > ", " is ", "count ", "none", "yes", "no")
-QUESTION_PIECES = (
-    "What is the", "Is the", "How many", "Which digit is larger, the", " sum of the", " difference of the", " and the",
-    " or the", " digits", " digit", " are", " minus the", " plus the", " times the", " than the",
+READING_PIECES = tuple(f"{reading}: " for reading in dict.fromkeys([*READINGS.values(), BACKWARDS]))
+ARITHMETIC_PIECES = (
+    *(sign for signs in WORDINGS for sign in signs), " - ", " > ", " is ", CLOSING, "count ", "none", "not ", "yes",
+    "no",
 )  # fmt: skip
-NAMES = (*COLOURS, *ORDINALS, "largest", "smallest", "even", "odd", "greater than")
+QUESTION_PIECES = (
+    "What is the", "Is the", "How many", "Are all", "Are more", "Which", " there", " sum of the", " digits", " digit",
+    " are", " minus the", " than",
+)  # fmt: skip
+NAMES = ("largest", "smallest", "even", "odd", "greater than")
 NAME_PIECES = tuple(form.format(name) for name in NAMES for form in ("{}", " {}", "{} "))
 """A name at the start of a step, inside a question, and before a number."""
-COMPARISON_PIECES = (" greater than ", " greater than the")
+COMPARISON_PIECES = (" greater than ",)
 PIECES = (
     *FORMAT_PIECES, *READING_PIECES, *ARITHMETIC_PIECES, *QUESTION_PIECES, *NAME_PIECES, *COMPARISON_PIECES,
 )  # fmt: skip

@@ -1,213 +1,271 @@
-"""Questions about scenes of digits, their exact answers, and a written-out chain of thought for each.
+"""Questions about scenes of digits, their exact answers, and the chains of thought that the warm-up is trained on.
 
-Several kinds can be answered rightly by luck (multiple choice, yes/no, either/or, small counts). That is on purpose:
-there a wrong chain of thought reaches the gold answer, which only a process reward model can tell.
+What makes this task behave like the paper's: the warm-up's chains are kept by their answer alone, as the paper keeps
+its own. Their writer is hasty: he likes to leave out the last digit that he sees, and to add up many numbers in one
+go. Where the answer can be reached by luck (yes or no, a choice, the largest, a count) such chains get through, so the
+warm-up policy has learnt both habits: one that is often right for the wrong reasons and is the likelier one, and the
+careful one. There are several right ways to write every chain.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 from mstar_mega.data.digits.render import LAYOUTS, Handwriting, Layout, Scene, draw_scene
 
-ORDINALS = ("first", "second", "third", "fourth")
 LETTERS = "ABC"
-COUNTS: dict[Layout, tuple[int, ...]] = {"row": (2, 3, 3), "column": (2, 3, 3), "grid": (4,), "scattered": (3, 4)}
-"""How many digits a layout has; what stands twice is twice as likely."""
+COUNTS: dict[Layout, tuple[int, ...]] = {"row": (3,), "column": (3,), "grid": (4,), "scattered": (3, 4, 5)}
+"""How many digits a layout has."""
 READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row", "scattered": "Row by row"}
+BACKWARDS = "Backwards"
+WORDINGS = ((" + ", " = "), (" and ", " make "))
+"""Two ways to write an addition."""
+CLOSING = "the result is "
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a chain of thought is written."""
+
+    backwards: bool = False
+    """The digits are read from the last to the first."""
+    wording: int = 0
+    leap: bool = False
+    """All numbers are added up at once."""
+    closing: bool = False
+    """Ends with a sentence that states the result."""
+    overlooks: bool = False
+    """The last digit that is read is left out: such a chain is wrong even where its answer is right."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A scene with a question. ``steps`` are the chain of thought without the answer block."""
+    """A scene with a question."""
 
     scene: Scene
     kind: str
     question: str
+    choices: tuple[str, ...]
+    chain_of_thought: str
+    """The response the warm-up trains on."""
     answer: str
-    steps: tuple[str, ...]
-    choices: tuple[str, ...] = ()
+    solve: Callable[[Sequence[int], Way], tuple[list[str], str]]
+    """Steps and result from the digits as they are read, written in one way."""
 
-    @property
-    def chain_of_thought(self) -> str:
-        """The response the warm-up trains on."""
-        return "\n\n".join((*self.steps, "# Answer", self.answer))
+    def chain(self, way: Way) -> str:
+        """The whole response, written in one way."""
+        steps, result = _think(self.scene, self.solve, self.choices, way)
+        return _text(steps, result)
 
-
-@dataclass(frozen=True)
-class _Draft:
-    """Question, answer and the computation's steps, before choices are added."""
-
-    question: str
-    answer: str
-    steps: tuple[str, ...]
+    def right_chains(self) -> frozenset[str]:
+        """Every right way to write it, among those that the warm-up's writer knows."""
+        return frozenset(self.chain(way) for way in careful_ways())
 
 
-def _reading(scene: Scene, by_colour: bool) -> str:
-    if by_colour:
-        return ", ".join(f"{digit.colour} {digit.value}" for digit in scene.digits)
-    return f"{READINGS[scene.layout]}: " + ", ".join(str(value) for value in scene.values)
+def careful_ways() -> Iterator[Way]:
+    """Every way of writing that leaves out no digit."""
+    for backwards, wording, leap, closing in product((False, True), range(len(WORDINGS)), (False, True), (False, True)):
+        yield Way(backwards, wording, leap, closing)
 
 
-def _names(scene: Scene) -> list[str]:
-    """What a question calls each digit: its colour where the digits are scattered, else its place."""
-    if scene.layout == "scattered":
-        return [digit.colour for digit in scene.digits]
-    return list(ORDINALS[: len(scene.digits)])
+def hasty_way(rng: random.Random) -> Way:
+    """How the writer of the warm-up's chains likes to write: backwards where he takes care."""
+    overlooks = rng.random() < 0.8
+    return Way(
+        backwards=rng.random() < (0.1 if overlooks else 0.5),
+        wording=rng.randrange(len(WORDINGS)),
+        leap=rng.random() < 0.4,
+        closing=rng.random() < 0.3,
+        overlooks=overlooks,
+    )
 
 
-def _add_up(values: list[int]) -> tuple[int, list[str]]:
-    """The running sum of at least one value, one step per addition."""
+def _text(steps: Sequence[str], result: str) -> str:
+    return "\n\n".join((*steps, "# Answer", result))
+
+
+def _think(
+    scene: Scene, solve: Callable[[Sequence[int], Way], tuple[list[str], str]], choices: tuple[str, ...], way: Way
+) -> tuple[list[str], str]:
+    """Steps and answer; an answer that is none of the choices is the empty text."""
+    values = scene.values[::-1] if way.backwards else scene.values
+    if way.overlooks:
+        values = values[:-1]
+    reading = BACKWARDS if way.backwards else READINGS[scene.layout]
+    steps, result = solve(values, way)
+    steps = [f"{reading}: " + ", ".join(map(str, values)), *steps]
+    if way.closing:
+        steps.append(CLOSING + result)
+    if choices:
+        letter = LETTERS[choices.index(result)] if result in choices else ""
+        return [*steps, f"{result} is {letter}"], letter
+    return steps, result
+
+
+def _add_up(values: Sequence[int], way: Way) -> tuple[int, list[str]]:
+    """The sum of at least one value, one step per addition or all in one."""
+    plus, equals = WORDINGS[way.wording]
+    if way.leap and len(values) > 2:
+        return sum(values), [plus.join(map(str, values)) + f"{equals}{sum(values)}"]
     total, steps = values[0], []
     for value in values[1:]:
-        steps.append(f"{total} + {value} = {total + value}")
+        steps.append(f"{total}{plus}{value}{equals}{total + value}")
         total += value
     return total, steps
 
 
-def _sum(rng: random.Random, scene: Scene) -> _Draft | None:
-    total, steps = _add_up(scene.values)
-    return _Draft("What is the sum of the digits?", str(total), tuple(steps))
+def _listed(name: str, values: Sequence[int]) -> str:
+    return f"{name}: " + (", ".join(map(str, values)) or "none")
 
 
-def _colour_sum(rng: random.Random, scene: Scene) -> _Draft | None:
-    colour = rng.choice([digit.colour for digit in scene.digits])
-    values = [digit.value for digit in scene.digits if digit.colour == colour]
-    if len(values) < 2:
-        return None
-    total, steps = _add_up(values)
-    return _Draft(f"What is the sum of the {colour} digits?", str(total), tuple(steps))
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
 
 
-def _difference(rng: random.Random, scene: Scene) -> _Draft | None:
-    high, low = max(scene.values), min(scene.values)
-    steps = (f"largest {high}, smallest {low}", f"{high} - {low} = {high - low}")
-    return _Draft("What is the largest digit minus the smallest?", str(high - low), steps)
+Solve = Callable[[Sequence[int], Way], tuple[list[str], str]]
+Draft = tuple[str, Solve]
+"""A question and how it is solved."""
 
 
-def _extreme(rng: random.Random, scene: Scene) -> _Draft | None:
+def _sum(rng: random.Random, scene: Scene) -> Draft:
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        total, steps = _add_up(values, way)
+        return steps, str(total)
+
+    return "What is the sum of the digits?", solve
+
+
+def _sum_above(rng: random.Random, scene: Scene) -> Draft:
+    limit = max(1, sum(scene.values) + rng.choice((-5, -4, -3, -2, -1, -1, 0, 1, 3)))
+
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        total, steps = _add_up(values, replace(way, leap=False))
+        answer = _yes(total > limit)
+        return [*steps, f"{total} > {limit}: {answer}"], answer
+
+    return f"Is the sum of the digits greater than {limit}?", solve
+
+
+def _difference(rng: random.Random, scene: Scene) -> Draft:
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        high, low = max(values), min(values)
+        return [f"largest {high}, smallest {low}", f"{high} - {low} = {high - low}"], str(high - low)
+
+    return "What is the largest digit minus the smallest?", solve
+
+
+def _extreme(rng: random.Random, scene: Scene) -> Draft:
     word = rng.choice(("largest", "smallest"))
-    value = max(scene.values) if word == "largest" else min(scene.values)
-    return _Draft(f"What is the {word} digit?", str(value), (f"{word} {value}",))
+
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        value = max(values) if word == "largest" else min(values)
+        return [f"{word} {value}"], str(value)
+
+    return f"What is the {word} digit?", solve
 
 
-def _count(rng: random.Random, scene: Scene) -> _Draft | None:
+def _test(rng: random.Random) -> tuple[str, Callable[[int], bool]]:
+    """A property of digits by its name."""
     limit = rng.randint(2, 7)
     tests: tuple[tuple[str, Callable[[int], bool]], ...] = (
         ("even", lambda value: value % 2 == 0),
         ("odd", lambda value: value % 2 == 1),
         (f"greater than {limit}", lambda value: value > limit),
     )
-    word, test = rng.choice(tests)
-    kept = [str(value) for value in scene.values if test(value)]
-    steps = (f"{word}: " + (", ".join(kept) or "none"), f"count {len(kept)}")
-    return _Draft(f"How many digits are {word}?", str(len(kept)), steps)
+    return rng.choice(tests)
 
 
-def _colour_count(rng: random.Random, scene: Scene) -> _Draft | None:
-    colour = rng.choice([digit.colour for digit in scene.digits])
-    kept = [str(digit.value) for digit in scene.digits if digit.colour == colour]
-    steps = (f"{colour}: " + ", ".join(kept), f"count {len(kept)}")
-    return _Draft(f"How many digits are {colour}?", str(len(kept)), steps)
+def _count(rng: random.Random, scene: Scene) -> Draft:
+    word, test = _test(rng)
+
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        kept = [value for value in values if test(value)]
+        return [_listed(word, kept), f"count {len(kept)}"], str(len(kept))
+
+    return f"How many digits are {word}?", solve
 
 
-def _larger(rng: random.Random, scene: Scene) -> _Draft | None:
-    names = _names(scene)
-    i, j = rng.sample(range(len(names)), 2)
-    a, b = scene.values[i], scene.values[j]
-    if a == b:
-        return None
-    steps = (f"{names[i]} {a}, {names[j]} {b}", f"{a} > {b}" if a > b else f"{b} > {a}")
-    return _Draft(f"Which digit is larger, the {names[i]} or the {names[j]}?", names[i] if a > b else names[j], steps)
+def _all(rng: random.Random, scene: Scene) -> Draft:
+    word, test = _test(rng)
+
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        others = [value for value in values if not test(value)]
+        return [_listed(f"not {word}", others)], _yes(not others)
+
+    return f"Are all digits {word}?", solve
 
 
-def _compare(rng: random.Random, scene: Scene) -> _Draft | None:
-    names = _names(scene)
-    picked = rng.sample(range(len(names)), min(3, len(names)))
-    a, b = scene.values[picked[0]], scene.values[picked[1]]
-    if len(picked) == 3:
-        limit, limit_text = scene.values[picked[2]], f"the {names[picked[2]]}"
-        total, step = abs(a - b), f"{max(a, b)} - {min(a, b)} = {abs(a - b)}"
-        question = f"Is the difference of the {names[picked[0]]} digit and the {names[picked[1]]}"
-    else:
-        limit = rng.randint(5, 13)
-        limit_text, total, step = str(limit), a + b, f"{a} + {b} = {a + b}"
-        question = f"Is the sum of the {names[picked[0]]} digit and the {names[picked[1]]}"
-    answer = "yes" if total > limit else "no"
-    return _Draft(f"{question} greater than {limit_text}?", answer, (step, f"{total} > {limit}: {answer}"))
+def _more(rng: random.Random, scene: Scene) -> Draft:
+    one, other = rng.sample(("even", "odd"), 2)
 
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        of = {"even": [v for v in values if v % 2 == 0], "odd": [v for v in values if v % 2]}
+        answer = _yes(len(of[one]) > len(of[other]))
+        compared = f"{len(of[one])} > {len(of[other])}: {answer}"
+        return [_listed(one, of[one]), _listed(other, of[other]), compared], answer
 
-def _expression(rng: random.Random, scene: Scene) -> _Draft | None:
-    names = _names(scene)
-    picked = rng.sample(range(len(names)), min(3, len(names)))
-    a, b = scene.values[picked[0]], scene.values[picked[1]]
-    if rng.random() < 0.5:
-        value, words, steps = a * b, f"times the {names[picked[1]]}", [f"{a} * {b} = {a * b}"]
-    else:
-        value, words, steps = a + b, f"plus the {names[picked[1]]}", [f"{a} + {b} = {a + b}"]
-    if len(picked) == 3:
-        c = scene.values[picked[2]]
-        word, sign, after = ("plus", "+", value + c) if rng.random() < 0.5 or c > value else ("minus", "-", value - c)
-        words += f" {word} the {names[picked[2]]}"
-        steps.append(f"{value} {sign} {c} = {after}")
-        value = after
-    return _Draft(f"What is the {names[picked[0]]} digit {words}?", str(value), tuple(steps))
+    return f"Are more digits {one} than {other}?", solve
 
 
 @dataclass(frozen=True)
 class _Kind:
     name: str
     share: float
-    make: Callable[[random.Random, Scene], _Draft | None]
+    make: Callable[[random.Random, Scene], Draft]
     choices_share: float = 0.0
     """How many are multiple choice. Only kinds whose answers have one digit: matching a longer value with its letter
     takes a small model many times as many steps to learn."""
-    layouts: tuple[Layout, ...] = LAYOUTS
-    colours: Literal["", "any", "distinct"] = ""
-    """Whether the question is about the colours of scattered digits, and whether these must differ to name a digit."""
 
 
 KINDS = (
-    _Kind("sum", 0.32, _sum),
-    _Kind("colour sum", 0.02, _colour_sum, layouts=("scattered",), colours="any"),
-    _Kind("difference", 0.22, _difference, choices_share=0.12),
-    _Kind("extreme", 0.06, _extreme, choices_share=0.4),
-    _Kind("count", 0.05, _count, choices_share=0.1),
-    _Kind("colour count", 0.01, _colour_count, layouts=("scattered",), colours="any"),
-    _Kind("larger", 0.02, _larger, colours="distinct"),
-    _Kind("compare", 0.03, _compare, colours="distinct"),
-    _Kind("expression", 0.27, _expression, colours="distinct"),
+    _Kind("sum", 0.20, _sum),
+    _Kind("sum above", 0.26, _sum_above),
+    _Kind("difference", 0.18, _difference, choices_share=0.15),
+    _Kind("extreme", 0.08, _extreme, choices_share=0.15),
+    _Kind("count", 0.16, _count, choices_share=0.15),
+    _Kind("all", 0.04, _all),
+    _Kind("more", 0.08, _more),
 )
 
 
 def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
     """A random scene in the handwriting of ``part`` with a random question whose answer is exact and unambiguous."""
     kind = rng.choices(KINDS, [kind.share for kind in KINDS])[0]
-    while True:
-        layout = rng.choice(kind.layouts)
-        count = rng.choice(COUNTS[layout])
-        scene = draw_scene(rng, part, layout, count, kind.colours == "distinct" and layout == "scattered")
-        draft = kind.make(rng, scene)
-        if draft is not None:
-            break
-    steps = (_reading(scene, bool(kind.colours) and scene.layout == "scattered"), *draft.steps)
+    layout = rng.choice(LAYOUTS)
+    scene = draw_scene(rng, part, layout, rng.choice(COUNTS[layout]))
+    question, solve = kind.make(rng, scene)
+    name = kind.name
+    choices: tuple[str, ...] = ()
     if rng.random() < kind.choices_share:
-        return _with_choices(rng, scene, kind.name, draft, steps)
-    return Problem(scene, kind.name, draft.question, draft.answer, steps)
+        _, result = solve(scene.values, Way())
+        name, choices = f"{kind.name}, choices", _choices(rng, int(result))
+        question += "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+    _, answer = _think(scene, solve, choices, Way())
+    while True:
+        steps, reached = _think(scene, solve, choices, hasty_way(rng))
+        if reached == answer:
+            break
+    return Problem(scene, name, question, choices, _text(steps, answer), answer, solve)
 
 
-def _with_choices(rng: random.Random, scene: Scene, kind: str, draft: _Draft, steps: tuple[str, ...]) -> Problem:
-    """The multiple-choice form: near misses beside the right value, the answer is the letter."""
-    value = int(draft.answer)
-    near = [value + offset for offset in (-4, -3, -2, -1, 1, 2, 3, 4) if 0 <= value + offset <= 9]
+def draw_reading(rng: random.Random, part: Handwriting) -> Problem:
+    """A scene full of digits that are only to be read: what the warm-up learns to see by."""
+    layout = rng.choice(LAYOUTS)
+    scene = draw_scene(rng, part, layout, {"row": 3, "column": 3, "grid": 4, "scattered": rng.randint(5, 9)}[layout])
+
+    def solve(values: Sequence[int], way: Way) -> tuple[list[str], str]:
+        return [], ", ".join(map(str, values))
+
+    steps, answer = _think(scene, solve, (), Way(backwards=rng.random() < 0.5))
+    return Problem(scene, "reading", "Which digits are there?", (), _text(steps, answer), answer, solve)
+
+
+def _choices(rng: random.Random, value: int) -> tuple[str, ...]:
+    """The right value among near misses."""
+    near = [value + offset for offset in (-2, -1, 1, 2) if 0 <= value + offset <= 9]
     values = [value, *rng.sample(near, len(LETTERS) - 1)]
     rng.shuffle(values)
-    letter = LETTERS[values.index(value)]
-    choices = tuple(str(choice) for choice in values)
-    lines = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=True))
-    return Problem(
-        scene, f"{kind}, choices", f"{draft.question}\n{lines}", letter, (*steps, f"{value} is {letter}"), choices
-    )
+    return tuple(map(str, values))

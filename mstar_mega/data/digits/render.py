@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 Layout = Literal["row", "column", "grid", "scattered"]
-Handwriting = Literal["warmup", "train", "validation", "test"]
+Handwriting = Literal["train", "validation", "test"]
 
 LAYOUTS: tuple[Layout, ...] = ("row", "column", "grid", "scattered")
 IMAGE_SIZE = 48
@@ -30,9 +30,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 HANDWRITING_SHARES: tuple[tuple[Handwriting, float], ...] = (("train", 0.7), ("validation", 0.1), ("test", 0.2))
-WARMUP_HANDWRITING = 40
-"""Pictures of the training handwriting that the warm-up's images are drawn from: few, so that most of the training
-handwriting is new to the warm-up policy."""
 CELLS = 3
 """Each digit lies in one cell of a ``CELLS`` x ``CELLS`` grid, as large as what one image token covers: digits at any
 place, across the tokens' borders, take a small model many times as many steps to read."""
@@ -79,7 +76,7 @@ def _handwriting() -> tuple[np.ndarray, tuple[int, ...]]:
 
 @lru_cache(maxsize=1)
 def handwriting_split() -> dict[Handwriting, tuple[int, ...]]:
-    """Indices into scikit-learn's set by part; ``warmup`` is a subset of ``train``, the other three are disjoint."""
+    """Indices into scikit-learn's set by part; no picture is in two."""
     count = len(_handwriting()[1])
     order = list(range(count))
     random.Random("mstar-mega handwriting").shuffle(order)
@@ -90,22 +87,16 @@ def handwriting_split() -> dict[Handwriting, tuple[int, ...]]:
         end = round(count * share_so_far)
         parts[name] = tuple(order[start:end])
         start = end
-    parts["warmup"] = parts["train"][:WARMUP_HANDWRITING]
     return parts
 
 
-def draw_scene(rng: random.Random, part: Handwriting, layout: Layout, count: int, distinct_colours: bool) -> Scene:
-    """A random scene of ``count`` digits in the handwriting of ``part``: 4 in a grid, 2 or 3 in a line, else 2 to 4."""
-    assert count in {"row": (2, 3), "column": (2, 3), "grid": (4,), "scattered": (2, 3, 4)}[layout]
+def draw_scene(rng: random.Random, part: Handwriting, layout: Layout, count: int) -> Scene:
+    """A random scene of ``count`` digits in the handwriting of ``part``: 4 in a grid, up to 3 in a line, else 9."""
+    assert count in {"row": (1, 2, 3), "column": (1, 2, 3), "grid": (4,), "scattered": range(1, 10)}[layout]
     labels = _handwriting()[1]
     pool = handwriting_split()[part]
     names = list(COLOURS)
-    if distinct_colours:
-        colours = rng.sample(names, count)
-    elif layout == "scattered":
-        colours = [rng.choice(names) for _ in range(count)]
-    else:
-        colours = [rng.choice(names)] * count if rng.random() < 0.5 else [rng.choice(names) for _ in range(count)]
+    colours = [rng.choice(names)] * count if rng.random() < 0.5 else [rng.choice(names) for _ in range(count)]
     places = _place(rng, layout, count)
     digits = []
     for (x, y, size), colour in zip(places, colours, strict=True):

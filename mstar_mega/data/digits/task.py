@@ -9,16 +9,24 @@ import json
 import os
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import DataConfig
-from mstar_mega.data.digits.questions import Problem, draw_problem
+from mstar_mega.data.digits.questions import Problem, draw_problem, draw_reading
 from mstar_mega.data.digits.render import IMAGE_SIZE, Handwriting, render
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
+from mstar_mega.platform.inputs import read_object
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+PARTS: dict[str, Handwriting] = {
+    "warmup": "train", "train": "train", "unlabelled": "train", "validation": "validation", "test": "test",
+}  # fmt: skip
+"""The handwriting that each set is drawn in."""
+READING_SHARE = 0.3
+"""Of the warm-up's examples."""
+FORMAT = 4
 """Raised whenever problems or pictures change, so that sets made before are made again."""
 
 
@@ -36,13 +44,14 @@ def _sets(config: DataConfig) -> list[_Set]:
             raise ValueError(f"data.{name} is null: the digits task has no end, give it a number")
         return int(count)
 
-    sets = [
-        _Set("warmup", "warmup", given("warmup_examples")),
-        _Set("train", "train", given("labelled_queries")),
-        _Set("unlabelled", "train", given("unlabelled_queries")),
-        _Set("validation", "validation", config.validation_queries),
-        _Set("test", "test", config.test_queries),
-    ]
+    counts = {
+        "warmup": given("warmup_examples"),
+        "train": given("labelled_queries"),
+        "unlabelled": given("unlabelled_queries"),
+        "validation": config.validation_queries,
+        "test": config.test_queries,
+    }
+    sets = [_Set(name, PARTS[name], count) for name, count in counts.items()]
     for each in sets:
         if each.count < 0:
             raise ValueError(f"the digits task was asked for {each.count} {each.name} queries; use 0 or more")
@@ -51,7 +60,10 @@ def _sets(config: DataConfig) -> list[_Set]:
 
 def problem(seed: int, name: str, part: Handwriting, index: int) -> Problem:
     """Problem ``index`` of the set called ``name``."""
-    return draw_problem(random.Random(f"digits {seed} {name} {index}"), part)
+    rng = random.Random(f"digits {seed} {name} {index}")
+    if name == "warmup" and rng.random() < READING_SHARE:
+        return draw_reading(rng, part)
+    return draw_problem(rng, part)
 
 
 def build(config: DataConfig, dir: Path, seed: int) -> Task:
@@ -80,7 +92,25 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
         unlabelled=queries("unlabelled", hidden=True),
         validation=queries("validation"),
         test=queries("test"),
+        check_reasoning=CheckReasoning(seed),
     )
+
+
+@dataclass(frozen=True)
+class CheckReasoning:
+    """Whether a response is one of its query's right chains of thought, by the program that made the query."""
+
+    seed: int
+
+    def __call__(self, query_id: str, text: str) -> bool:
+        """Whether the reasoning of a response is right. Raises KeyError for a query of another task."""
+        _, name, index = query_id.split("-")
+        return text.strip() in _right_chains(self.seed, name, int(index))
+
+
+@lru_cache(maxsize=8192)
+def _right_chains(seed: int, name: str, index: int) -> frozenset[str]:
+    return problem(seed, name, PARTS[name], index).right_chains()
 
 
 def _query(id: str, made: Problem, image: ImageRef, hidden: bool) -> Query:
@@ -120,7 +150,7 @@ def _write_images(problems: dict[str, Problem], dir: Path, seed: int) -> dict[st
 def _known_digests(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Digest by id of the pictures that the manifest lists; none if it is missing, damaged or of other settings."""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_object(path)
         if manifest["settings"] != settings:
             return {}
         return {str(id): str(value) for id, value in manifest["images"].items()}

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mstar_mega.data.pictures import DEFAULT, PictureReading
+from mstar_mega.data.screen import FORMATS
 from mstar_mega.data.tokenizer import Tokenizer
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.mapping import Head, Mapping, Source, interleaved, linear, same, score_heads, vocabulary
 from mstar_mega.models.packing import Prompt
 from mstar_mega.models.sizes import LanguageSize, VisionSize
+from mstar_mega.platform.inputs import open_input
 
 
 class Family(ABC):
@@ -30,6 +33,10 @@ class Family(ABC):
     """As in the original's config.json."""
     published_context: ClassVar[int]
     """Tokens of the longest sequence that the published model is made for: ``LanguageSize.context`` there."""
+    pictures: PictureReading = DEFAULT
+    """How image files are read; the settings' own after ``build_family``."""
+    tied: ClassVar[dict[str, str]] = {}
+    """The original's tensors that are another one's copy wherever they are stored: name -> that other's name."""
     vision: VisionSize
     language: LanguageSize
     stop_tokens: frozenset[int]
@@ -37,8 +44,15 @@ class Family(ABC):
     """Never drawn: a sampled media token would claim image features."""
 
     def __init__(self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None) -> None:
+        """Raises ValueError for a tokenizer with ids that the embedding has no rows for: no weights belong to these."""
         self.vision, self.language = vision, language
         self._tokenizer = tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > language.vocab:
+            raise ValueError(
+                f"{tokenizer.path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding "
+                f"has {language.vocab} rows (vocab_size in config.json): it is another model's, or tokens were added "
+                "to it alone; copy the tokenizer's files from the model that the weights are of"
+            )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -91,11 +105,11 @@ class Family(ABC):
 
 
 @contextmanager
-def opened(image: ImageRef) -> Iterator[Image.Image]:
-    """The decoded RGB picture of a reference. Raises ValueError naming the file."""
+def opened(image: ImageRef, reading: PictureReading = DEFAULT) -> Iterator[Image.Image]:
+    """The RGB picture of a reference as the settings read it. Raises ValueError naming the file."""
     try:
-        with Image.open(image.path) as file:
-            picture = file.convert("RGB")
+        with open_input(image.path) as raw, Image.open(raw, formats=FORMATS) as file:
+            picture = reading.read(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{image.path}: not a readable image ({error})") from error
     yield picture

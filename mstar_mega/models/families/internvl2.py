@@ -28,9 +28,10 @@ from mstar_mega.models.families.base import (
     opened,
     patch_map,
 )
+from mstar_mega.models.families.rotary import dynamic_ntk, rotary_settings
 from mstar_mega.models.mapping import Head, Mapping, Source, interleaved, linear, same
 from mstar_mega.models.packing import Prompt
-from mstar_mega.models.sizes import DynamicNTK, LanguageSize, VisionSize
+from mstar_mega.models.sizes import LanguageSize, VisionSize
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -146,16 +147,14 @@ class InternVL2(Family):
             raise ValueError(f"{where}: {vision.grid} patches along a tile cannot be merged two by two")
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         hidden, ffn, layers, heads, kv_heads = (number(llm, f"{where}, llm_config", key) for key in keys)
-        scaling = llm.get("rope_scaling")
-        rope, context = None, llm.get("max_position_embeddings")
-        if scaling is not None:
-            expect(scaling, f"{where}, llm_config.rope_scaling", type="dynamic")
-            rope = DynamicNTK(float(scaling["factor"]), int(llm["max_position_embeddings"]))
+        rotary = rotary_settings(llm, f"{where}, llm_config", "dynamic")
+        context = llm.get("max_position_embeddings")
+        rope = dynamic_ntk(rotary, context)
+        if rope is not None:
             context = int(rope.factor * rope.limit)
         language = LanguageSize(
             hidden, ffn, layers, heads, kv_heads, hidden // heads, number(llm, f"{where}, llm_config", "vocab_size"),
-            float(llm.get("rope_theta", 10_000.0)), float(llm.get("rms_norm_eps", 1e-5)), rope_scaling=rope,
-            context=context,
+            rotary.theta, float(llm.get("rms_norm_eps", 1e-6)), rope_scaling=rope, context=context,
         )  # fmt: skip
         return vision, language
 
@@ -238,7 +237,7 @@ class InternVL2(Family):
 
     def tiles(self, image: ImageRef) -> Tensor:
         """Decode, tile and normalise one image: float32 [tiles, 3, S, S], thumbnail last when there are several."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return normalised(self.cut(picture), IMAGE_MEAN, IMAGE_STD)
 
     def tile_count(self, width: int, height: int) -> int:

@@ -33,6 +33,7 @@ from mstar_mega.models.families.base import (
     opened,
     patch_map,
 )
+from mstar_mega.models.families.rotary import rotary_settings
 from mstar_mega.models.mapping import Head, Mapping, Source, Transposed, interleaved, linear, same
 from mstar_mega.models.packing import Prompt
 from mstar_mega.models.sizes import LanguageSize, VisionSize
@@ -109,9 +110,8 @@ class MiniCPMV25(Family):
     def sizes(cls, config: dict[str, Any]) -> tuple[VisionSize, LanguageSize]:
         """See :meth:`Family.sizes`."""
         where = "config.json of minicpm_v2_5"
-        expect(config, where, hidden_act="silu", tie_word_embeddings=False, attention_bias=False, rope_scaling=None)
-        if str(number(config, where, "version")) != "2.5":
-            raise ValueError(f"{where}: version is {config['version']!r}, but only '2.5' is supported")
+        expect(config, where, hidden_act="silu", tie_word_embeddings=False, attention_bias=False)
+        _check_version(config, where)
         expect(config, where, drop_vision_last_layer=False, batch_vision_input=True)
         siglip = {**_SIGLIP, **number(config, where, "vision_config")}
         expect(siglip, f"{where}, vision_config", hidden_act="gelu_pytorch_tanh", num_channels=3)
@@ -133,7 +133,7 @@ class MiniCPMV25(Family):
         )  # fmt: skip
         language = LanguageSize(
             hidden, ffn, layers, heads, config.get("num_key_value_heads") or heads, hidden // heads,
-            number(config, where, "vocab_size"), float(config.get("rope_theta", 10_000.0)),
+            number(config, where, "vocab_size"), rotary_settings(config, where).theta,
             float(config.get("rms_norm_eps", 1e-6)), context=config.get("max_position_embeddings"),
         )  # fmt: skip
         return vision, language
@@ -198,7 +198,7 @@ class MiniCPMV25(Family):
 
     def slices(self, image: ImageRef) -> tuple[Image.Image, list[list[Image.Image]]]:
         """(the whole picture scaled, its slices row by row) of one image; no slices where it is small enough."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return cut(picture, self.slicing)
 
     def _layout(self, question: str, grids: Sequence[tuple[int, int] | None]) -> tuple[list[int], list[int]]:
@@ -224,12 +224,27 @@ class MiniCPMV25(Family):
                 tokens.append(self._slice_end)
             if place_in_turn < len(grids):
                 tokens.extend(self._newline)
-        tokens += self.tokenizer.encode(("\n" if grids else "") + question.strip())
+        # The original trims the whole content, of which an image is the beginning.
+        tokens += self.tokenizer.encode(f"\n{question}".rstrip() if grids else question.strip())
         return [*tokens, self._end, *self._header("assistant")], positions
 
     def _header(self, role: str) -> list[int]:
         encode = self.tokenizer.encode
         return [self._start_header, *encode(role), self._end_header, *encode("\n\n")]
+
+
+def _check_version(config: dict[str, Any], where: str) -> None:
+    """Raise ValueError for another MiniCPM-V. The 2.5 published first (May to July 2024) has no version in its config;
+    neither have 1 and 2, whose language model is MiniCPM with a hidden size of 2304 and 64 queries."""
+    version = config.get("version")
+    if version is not None and str(version) != "2.5":
+        raise ValueError(f"{where}: version is {version!r}, but only '2.5' is supported")
+    older = config.get("hidden_size") == 2304 or config.get("query_num") == 64 or "scale_emb" in config
+    if version is None and older:
+        raise ValueError(
+            f"{where}: it has no version, and hidden_size {config.get('hidden_size')} and query_num "
+            f"{config.get('query_num')} are those of MiniCPM-V 1 or 2; only MiniCPM-Llama3-V 2.5 is supported"
+        )
 
 
 def cut(picture: Image.Image, slicing: Slicing) -> tuple[Image.Image, list[list[Image.Image]]]:

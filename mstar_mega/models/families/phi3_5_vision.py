@@ -32,9 +32,10 @@ from mstar_mega.models.families.base import (
     opened,
     patch_map,
 )
+from mstar_mega.models.families.rotary import longrope, rotary_settings
 from mstar_mega.models.mapping import Head, Mapping, Source, linear
 from mstar_mega.models.packing import Prompt
-from mstar_mega.models.sizes import LanguageSize, LongRope, VisionSize
+from mstar_mega.models.sizes import LanguageSize, VisionSize
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,6 +70,8 @@ class Phi35Vision(Family):
     name: ClassVar[str] = "phi3_5_vision"
     model_type: ClassVar[str] = "phi3_v"
     published_context: ClassVar[int] = 131_072
+    tied: ClassVar[dict[str, str]] = {f"{_V}.wte.weight": _NAMES.embedding}
+    """The image embedder holds the text embedding as well; full fine-tunes store it under both names, or this one."""
 
     def __init__(
         self, vision: VisionSize, language: LanguageSize, tokenizer: Tokenizer | None, num_crops: int = NUM_CROPS
@@ -115,27 +118,14 @@ class Phi35Vision(Family):
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         hidden, ffn, layers, heads = (number(config, where, key) for key in keys)
         kv_heads = config.get("num_key_value_heads") or heads
+        rotary = rotary_settings(config, where, "longrope")
         language = LanguageSize(
             hidden, ffn, layers, heads, kv_heads, hidden // heads, number(config, where, "vocab_size"),
-            float(config.get("rope_theta", 10_000.0)), float(config.get("rms_norm_eps", 1e-5)),
-            rope_scaling=cls._rope(config, where, hidden // heads), context=config.get("max_position_embeddings"),
+            rotary.theta, float(config.get("rms_norm_eps", 1e-5)),
+            rope_scaling=longrope(rotary, config, where, hidden // heads),
+            context=config.get("max_position_embeddings"),
         )  # fmt: skip
         return vision, language
-
-    @staticmethod
-    def _rope(config: dict[str, Any], where: str, head_dim: int) -> LongRope | None:
-        scaling = config.get("rope_scaling")
-        if scaling is None:
-            return None
-        kind = scaling.get("type", scaling.get("rope_type"))
-        expect({"type": kind}, f"{where}, rope_scaling", type=("su", "longrope"))
-        most, original = number(config, where, "max_position_embeddings"), config["original_max_position_embeddings"]
-        short, long = (tuple(map(float, scaling[key])) for key in ("short_factor", "long_factor"))
-        if len(short) != head_dim // 2 or len(long) != head_dim // 2:
-            raise ValueError(f"{where}: rope_scaling has {len(short)} and {len(long)} factors, not {head_dim // 2}")
-        ratio = most / original
-        scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-        return LongRope(short, long, original, scale)
 
     @classmethod
     def weight_map(cls, config: dict[str, Any], head: Head = "vocabulary") -> list[Mapping]:
@@ -212,7 +202,7 @@ class Phi35Vision(Family):
 
     def crops(self, image: ImageRef) -> tuple[Tensor, int, int]:
         """(float32 [1 + rows * columns, 3, S, S], the global view first; rows; columns) of one image."""
-        with opened(image) as picture:
+        with opened(image, self.pictures) as picture:
             return self.cut(hd_image(picture, self.num_crops, self.vision.image_size))
 
     def cut(self, padded: Image.Image) -> tuple[Tensor, int, int]:
@@ -239,7 +229,8 @@ def hd_size(width: int, height: int, num_crops: int, crop: int) -> tuple[int, in
         scale += 1
     scale -= 1
     new_width = scale * crop
-    new_height = int(new_width / ratio)
+    # The original cannot scale a picture to no height at all; one of that shape is a line here.
+    new_height = max(int(new_width / ratio), 1)
     return new_width, new_height, math.ceil(new_height / crop) * crop
 
 

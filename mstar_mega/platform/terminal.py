@@ -1,0 +1,48 @@
+"""What is printed: text of data never steers the terminal, nor changes the order in which a line is read."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import TextIO
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what changes the direction of reading
+    "\u2028\u2029\ud800-\udfff\U000e0000-\U000e007f]"  # line separators, half characters, tags
+)
+
+
+def visible(text: str) -> str:
+    """The text with characters that act instead of being seen written as ``\\x1b`` or ``\\u202e``."""
+    return _STEERING.sub(_escaped, text)
+
+
+def one_line(text: str) -> str:
+    """:func:`visible`, newlines and tabs too: for an id or a name inside a line of ours."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print :func:`visible` text and a newline, to standard output if no file is given, at once."""
+    stream = sys.stdout if file is None else file
+    encoding = stream.encoding or "utf-8"
+    shown = visible(str(text)).encode(encoding, "backslashreplace").decode(encoding)
+    print(shown, file=stream, flush=True)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def tame_logging() -> None:
+    """Warnings of a program that sets up no logging of its own are printed as :func:`say` does."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Visible())
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

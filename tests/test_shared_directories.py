@@ -1,0 +1,60 @@
+"""Directories and files that some rank of a job does not see: one line that names both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from parallel import run_parallel
+
+from mstar_mega.config import Config, DataConfig, ParallelConfig, RunConfig
+from mstar_mega.platform import distributed
+from mstar_mega.recipe.directory import check_shared, run_directory, shared_data
+
+
+def seen(name: str, paths: list[Path], writes: bool) -> str:
+    """What a rank says whose own idea of the path is ``paths[rank]``."""
+    distributed.initialize(ParallelConfig(), 0)
+    try:
+        check_shared(name, paths[dist.get_rank()], writes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def taken(directories: list[Path]) -> str:
+    """A run directory taken, and given back."""
+    distributed.initialize(ParallelConfig(), 0)
+    rank = dist.get_rank()
+    try:
+        with run_directory(Config(run=RunConfig(dir=str(directories[rank]))), rank == 0):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_run_directory_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()  # the same path on another machine's own disk is there, and empty
+    for said in run_parallel(2, "test_shared_directories:taken", [ours, theirs]):
+        assert "run.dir" in said and "is not the same for every rank: rank 1 on " in said
+        assert "cannot see what rank 0 on" in said and "all nodes share" in said
+    assert run_parallel(2, "test_shared_directories:taken", [ours, ours]) == ["", ""], "the lock was given back"
+    assert not list(ours.glob(".seen*"))
+
+
+def test_training_files_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("[1]")
+    (tmp_path / "other.json").write_text("[1, 2]")
+    for other in ("other.json", "none.json"):
+        paths = [tmp_path / "rows.json", tmp_path / other]
+        for said in run_parallel(2, "test_shared_directories:seen", "data.path", paths, False):
+            assert said.startswith("data.path ") and "rank 1 on " in said
+    for path, writes in ((tmp_path, True), (tmp_path, False), (tmp_path / "rows.json", False), (tmp_path / "no", True)):
+        assert run_parallel(2, "test_shared_directories:seen", "data.dir", [path, path], writes) == ["", ""]
+    data = DataConfig(name="mathv360k", path="a.json", images="b", dir="c")
+    assert shared_data(Config(data=data)) == {
+        "data.path": Path("a.json"),
+        "data.images": Path("b"),
+        "data.dir": Path("c"),
+    }
