@@ -94,6 +94,7 @@ ROWS = (
     Row("voting_75", "... after 75%", "top_2", (45.0, 58.8), 3, (*VOTING, "--prompts.mixin=0.75")),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
+ALL_SEEDS = [0, 1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a row uses its first ones")
+    parser.add_argument("--seeds", type=int, nargs="+", default=ALL_SEEDS, help="a row uses its first ones")
     parser.add_argument("--dir", default="runs/ladder")
     parser.add_argument("--config", default="examples/configs/ladder.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one process with one thread each")
@@ -298,8 +299,8 @@ def main() -> None:
             wanted = [(row, seed) for seed in options.seeds for row in rows if seed in range(row.seeds)]
             for (row, seed), _ in zip(wanted, pool.map(lambda pair: ladder.make(*pair), wanted), strict=True):
                 print(f"{row.name}, seed {seed}: finished", flush=True)
-                write_results(ladder, list(range(max(options.seeds) + 1)))
-    print(table(write_results(ladder, list(range(max(options.seeds) + 1)))))
+                write_results(ladder, ALL_SEEDS)
+    print(table(write_results(ladder, ALL_SEEDS)))
 
 
 if __name__ == "__main__":
