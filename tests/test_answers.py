@@ -14,18 +14,18 @@ from mstar_mega.rewards.answers import (
     Verdict,
     answer_key,
     extract_answer,
-    normalize,
     plain_verdict,
-    resolve_choice,
-    to_latex,
 )
+from mstar_mega.rewards.choices import resolve_choice
+from mstar_mega.rewards.dressing import normalize
+from mstar_mega.rewards.equality import Algebra, to_latex
 from mstar_mega.rewards.quantities import Number, parse_number
 
 
 def answers_equal(answer: str, gold: str, choices: Sequence[str] = ()) -> bool:
     """Whether plain comparison finds them equal: as text, as a number, or as a choice."""
     verdict = plain_verdict(answer, gold, choices)
-    return verdict is not None and verdict.correct
+    return isinstance(verdict, Verdict) and verdict.correct
 
 
 # ------------------------------------------------------------------------------------------------------ extraction
@@ -113,7 +113,6 @@ def test_normalize_is_idempotent_and_total_on_random_strings() -> None:
         ("\\frac12", Fraction(1, 2)),
         ("2 1/2", Fraction(5, 2)),
         ("2\\frac{1}{2}", Fraction(5, 2)),
-        ("45^\\circ", 45),
         ("007", 7),
     ],
 )
@@ -152,7 +151,7 @@ def test_not_a_number_or_too_large_for_one(text: str) -> None:
         ("3+5", "8", False),
         ("2-1", "1", False),
         ("5 cm", "5 kg", False),
-        ("20", "twenty", False),
+        ("20", "twenty", True),
         ("12", "1 2", False),
         ("\u0665", "5", False),
         ("", "5", False),
@@ -214,8 +213,8 @@ def test_choice_verdicts_and_ambiguity() -> None:
 
 
 def test_undecided_only_where_both_are_short_mathematics() -> None:
-    assert plain_verdict("x+1", "1+x") is None
-    assert plain_verdict("2\\sqrt{3}", "\\sqrt{12}") is None
+    assert isinstance(plain_verdict("x+1", "1+x"), Algebra)
+    assert isinstance(plain_verdict("2\\sqrt{3}", "\\sqrt{12}"), Algebra)
     for answer, gold in [("cat+dog", "1+x"), ("x+1", "a cat"), ("x+1", "3"), ("x" + "+1" * 400, "1+x"), ("y", "x")]:
         assert plain_verdict(answer, gold) == Verdict(False, "none")
 

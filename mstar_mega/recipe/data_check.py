@@ -33,7 +33,7 @@ from mstar_mega.evaluation import benchmarks
 from mstar_mega.models.build import FAMILIES, build_family
 from mstar_mega.models.families.base import Family
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.rewards.answers import WRONG, extract_answer, plain_verdict
+from mstar_mega.rewards.answers import WRONG, Verdict, extract_answer, plain_verdict
 
 SAMPLE = 200
 """Prompts that are made to estimate what a set costs."""
@@ -186,7 +186,7 @@ def _warmup(config: Config, source: Source, work: Path) -> WarmupReport:
     for query, response in examples:
         answer = extract_answer(response)
         verdict = WRONG if answer is None else plain_verdict(answer, query.answer or "", query.choices)
-        if verdict is not None and not verdict.correct:  # None: algebra would have to decide
+        if isinstance(verdict, Verdict) and not verdict.correct:  # else algebra would have to decide
             other.add(f"{query.id}: {(answer or 'no answer')[:40]!r}, not {query.answer!r}")
     return WarmupReport(path, len(examples), [f"{each.what}: {each.reason}" for each in skipped], other)
 

@@ -1,4 +1,4 @@
-"""Final answers: find them in a response, and compare them with the gold answer.
+"""Final answers: find them in a response, and compare them with the gold answer. docs/answers.md has the principles.
 
 Everything here is string work and rational arithmetic of bounded size: no answer is ever evaluated, and no input,
 however long or hostile, is expensive. Algebraic equality is left to
@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mstar_mega.rewards.quantities import lists_equal, parse_number, parse_quantity, quantities_equal
+from mstar_mega.rewards.choices import resolve_choice, split_letter
+from mstar_mega.rewards.dressing import MAX_ANSWER_CHARS, clean, normalize
+from mstar_mega.rewards.equality import Algebra, equal, same_text
+from mstar_mega.rewards.frames import readings
+from mstar_mega.rewards.quantities import parse_quantity
 
 How = Literal["exact", "numeric", "choice", "symbolic", "none", "timeout", "error"]
 
-MAX_ANSWER_CHARS = 2048
-"""Longer answers are compared as they stand, without normalisation."""
-MAX_SYMBOLIC_CHARS = 512
-
-ANSWER_HEADING = re.compile(r"^[^\S\n]*#{1,6}[^\S\n]*\**answer\b\**[^\S\n]*:?", re.IGNORECASE | re.MULTILINE)
+ANSWER_HEADING = re.compile(
+    r"^[^\S\n]*#{1,6}[^\S\n]*[*_]{0,3}(?:(?:the )?(?:final |correct )?answer\b|答案)[*_]{0,3}[^\S\n]*[:：]?[*_]{0,3}",
+    re.IGNORECASE | re.MULTILINE,
+)
 """The heading of the final block: a line that begins with ``# Answer``."""
 
 
@@ -60,209 +63,58 @@ def extract_answer(text: str) -> str | None:
     return text[heading.end() :].strip() or None
 
 
-# ------------------------------------------------------------------------------------------------- normalisation
-
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-_WRAPPER = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname) ?\{")
-_TYPOGRAPHY = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "‘": "'", "’": "'"})
-_THIN_SPACE_IN_NUMBER = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3})")
-_LATEX_SPACE = re.compile(r"\\(?:[,;:!~ ]|quad\b|qquad\b)|~")
-_LATEX_NOISE = re.compile(r"\\[()\[\]]|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle(?![a-z])|\\?\$")
-_SPACE_AROUND = re.compile(r" ?([,;=+\-*/^(){}\[\]<>|]) ?")
-_PAIRS = ("**", "__", "*", "_", "`", '"', "'")
-
-
-def _drop_wrappers(text: str) -> str:
-    """Remove ``\\boxed{`` and its like together with the brace that closes it, at any depth, in one pass."""
-    kept: list[str] = []
-    drop_close: list[bool] = []
-    position = 0
-    while position < len(text):
-        wrapper = _WRAPPER.match(text, position) if text[position] == "\\" else None
-        if wrapper:
-            drop_close.append(True)
-            position = wrapper.end()
-            continue
-        char = text[position]
-        position += 1
-        if char == "{":
-            drop_close.append(False)
-        elif char == "}" and drop_close and drop_close.pop():
-            continue
-        kept.append(char)
-    return "".join(kept)
-
-
-def _strip_surroundings(text: str) -> str:
-    """Strip white space, sentence punctuation, and paired quotes or markdown around the text."""
-    while True:
-        before = text
-        text = text.strip().rstrip(".,;:?").lstrip(",;:?")
-        if text.startswith(".") and not re.match(r"\.[0-9]", text):
-            text = text[1:]
-        if re.search(r"[^\W\d_]{2}!+$", text):  # "yes!" but not the factorials "5!" and "n!"
-            text = text.rstrip("!")
-        for mark in _PAIRS:
-            if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
-                text = text[len(mark) : -len(mark)]
-                break
-        if text == before:
-            return text
-
-
-def _normalize_once(text: str) -> str:
-    text = _INVISIBLE.sub("", _CONTROL.sub(" ", text)).translate(_TYPOGRAPHY).casefold()
-    text = " ".join(text.split())
-    text = _drop_wrappers(text)
-    text = _THIN_SPACE_IN_NUMBER.sub(lambda match: "," if match[0] == "{,}" else "", text)
-    text = _LATEX_SPACE.sub(" ", text)
-    text = _LATEX_NOISE.sub("", text).replace("\\%", "%")
-    text = " ".join(text.split())
-    return _strip_surroundings(_SPACE_AROUND.sub(r"\1", text))
-
-
-def normalize(answer: str) -> str:
-    """A spelling-independent form: case, white space, surrounding punctuation, markdown and LaTeX dressing removed.
-
-    Idempotent. Answers longer than ``MAX_ANSWER_CHARS`` are only stripped.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return answer.strip()
-    while True:
-        shorter = _normalize_once(answer)
-        if shorter == answer:
-            return shorter
-        answer = shorter
-
-
-# ------------------------------------------------------------------------------------------------------- choices
-
-_LETTER = re.compile(
-    r"(?:(?:option|choice|answer) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?:[).:]|(?=$)))(?:[.:]? ?(.+))?"
-)
-
-
-def _split_letter(normalized: str) -> tuple[str, str] | None:
-    """("B", "12") for ``b. 12``, ("B", "") for ``(b)``; None where the text does not begin with a choice's letter."""
-    match = _LETTER.fullmatch(normalized)
-    if match is None:
-        return None
-    return (match[1] or match[2] or match[3]).upper(), (match[4] or "").strip()
-
-
-def _matching_choices(normalized: str, choices: Sequence[str]) -> list[int]:
-    """Indices of the choices whose text is this: as text if any is, otherwise as a number."""
-    forms = [normalize(choice) for choice in choices]
-    same_text = [index for index, form in enumerate(forms) if form and form == normalized]
-    number = parse_number(normalized)
-    if same_text or number is None:
-        return same_text
-    return [index for index, form in enumerate(forms) if (other := parse_number(form)) and other == number]
-
-
-def resolve_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that ``answer`` names, or None when it names none or is ambiguous.
-
-    Read as a letter: ``B``, ``(b)``, ``B.``, ``Option B``. A lone letter is always the letter, also where it is the
-    text of another choice, since a letter is what the question asks for. Letter and text together (``B. 12``) must
-    agree. A text alone must be the text of exactly one choice.
-    """
-    if len(choices) > 26:
-        raise ValueError(f"a question has {len(choices)} choices; letters A to Z name at most 26")
-    normalized = normalize(answer)
-    lettered = _split_letter(normalized)
-    valid = lettered is not None and ord(lettered[0]) - ord("A") < len(choices)
-    if lettered and valid and not lettered[1]:
-        return lettered[0]
-    matches = _matching_choices(normalized, choices)
-    if matches:
-        return chr(ord("A") + matches[0]) if len(matches) == 1 else None
-    if lettered and valid and ord(lettered[0]) - ord("A") in _matching_choices(normalize(lettered[1]), choices):
-        return lettered[0]
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------- comparison
 
-_ASSIGNMENT = re.compile(r"[a-z][a-z0-9_]{0,7}=(?=[^=])")
-_TO_LATEX = (
-    ("**", "^"),
-    ("π", r"\pi "),
-    ("×", r"\times "),
-    ("·", r"\cdot "),
-    ("÷", r"\div "),
-    ("²", "^2"),
-    ("³", "^3"),
-    ("≤", r"\leq "),
-    ("≥", r"\geq "),
-    ("∞", r"\infty "),
-)
-_FUNCTION = re.compile(r"(?<![\\a-z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![a-z])")
-_ROOT = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9]+|[a-z]))|(?<![\\a-z])sqrt ?\(([^()]*)\)")
-_COMMAND = re.compile(r"\\[a-z]+|\\[{}]")
-_MATH_CHARS = re.compile(r"[0-9a-z+\-*/^_=<>()\[\]{}.,|! ]*")
-_MATH_SIGN = re.compile(r"[0-9+*/^=<>\\]")
 
-
-def _is_bare_list(latex: str) -> bool:
-    depth = 0
-    for char in latex:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            return True
-    return False
-
-
-def to_latex(normalized: str) -> str | None:
-    """The LaTeX form of a short normalised answer that looks like mathematics; None for words and prose.
-
-    A list without brackets becomes a tuple: its order counts, as in "sort these", while ``\\{1,2\\}`` is a set.
-    """
-    if len(normalized) > MAX_SYMBOLIC_CHARS:
-        return None
-    latex = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}", normalized)
-    for plain, command in _TO_LATEX:
-        latex = latex.replace(plain, command)
-    latex = _FUNCTION.sub(r"\\\1 ", latex).strip()
-    without_commands = _COMMAND.sub(" ", latex)
-    if not _MATH_SIGN.search(latex) or not _MATH_CHARS.fullmatch(without_commands):
-        return None
-    runs = re.findall(r"[a-z]+", without_commands)
-    if len(latex) > MAX_SYMBOLIC_CHARS or any(len(run) > 2 for run in runs):
-        return None
-    return f"({latex})" if _is_bare_list(latex) else latex
-
-
-def plain_verdict(answer: str, gold: str, choices: Sequence[str] = ()) -> Verdict | None:
-    """Compare without algebra. None: undecided, both are short expressions that algebra could show equal.
+def plain_verdict(answer: str, gold: str, choices: Sequence[str] = ()) -> Verdict | Algebra:
+    """Compare without algebra; what algebra would have to show where that is not enough.
 
     A plain number equals only a plain number: ``3+5`` is not yet the answer 8 (else a policy could be rewarded for
     leaving the work undone), and a score ``2-1`` is not 1.
     """
-    gold_letter = resolve_choice(gold, choices) if choices else None
-    if gold_letter:
-        return Verdict(True, "choice") if resolve_choice(answer, choices) == gold_letter else WRONG
-    given, wanted = normalize(answer), normalize(gold)
-    if not given or not wanted:  # nothing but punctuation
-        return Verdict(True, "exact") if answer.strip() and answer.strip() == gold.strip() else WRONG
-    if "=" not in wanted:
-        given = _ASSIGNMENT.sub("", given, count=1) if _ASSIGNMENT.match(given) else given
-    if given == wanted:
-        return Verdict(True, "exact")
-    if re.fullmatch(r"[A-Z]", gold.strip()):  # a choice question whose choices are not at hand
-        return Verdict(True, "choice") if _split_letter(given) == (gold.strip(), "") else WRONG
-    number, target = parse_quantity(given), parse_quantity(wanted)
-    if number and target:
-        return Verdict(True, "numeric") if quantities_equal(number, target) else WRONG
-    if number or target:
+    if choices:
+        letter = resolve_choice(gold, choices)
+        if letter:
+            return _choice_verdict(answer, letter, choices)
+    wanted = clean(gold)
+    too_long = max(len(answer), len(wanted)) > MAX_ANSWER_CHARS
+    if too_long or not clean(answer) or not wanted:  # nothing but punctuation
+        same = bool(answer.strip()) and answer.strip() == gold.strip()
+        return Verdict(True, "exact") if same else WRONG
+    lettered = len(wanted) == 1 and "A" <= wanted <= "Z"  # a choice question whose choices are not at hand
+    open_question: Algebra | None = None
+    for given in readings(answer):
+        if given == wanted:
+            return Verdict(True, "exact")
+        if lettered:
+            if split_letter(given) == (wanted, ""):
+                return Verdict(True, "choice")
+            continue
+        found = equal(given, wanted)
+        if found is True:
+            return Verdict(True, "exact" if same_text(given, wanted) else "numeric")
+        if isinstance(found, Algebra) and open_question is None:
+            open_question = found
+    return open_question or WRONG
+
+
+def _choice_verdict(answer: str, letter: str, choices: Sequence[str]) -> Verdict | Algebra:
+    """Whether the answer is that choice; an expression may be the choice's text in another form."""
+    found = resolve_choice(answer, choices)
+    if found:
+        return Verdict(True, "choice") if found == letter else WRONG
+    wanted = clean(choices[ord(letter) - ord("A")])
+    if max(len(answer), len(wanted)) > MAX_ANSWER_CHARS:
         return WRONG
-    same_list = lists_equal(given, wanted)
-    if same_list is not None:
-        return Verdict(True, "numeric") if same_list else WRONG
-    if to_latex(given) is None or to_latex(wanted) is None:
-        return WRONG
-    return None
+    for given in readings(answer):
+        lettered = split_letter(given)
+        named = lettered is not None and ord(lettered[0]) - ord("A") < len(choices)
+        if named and lettered and lettered[0] != letter:
+            continue
+        verdict = equal(lettered[1] if named and lettered else given, wanted)
+        if isinstance(verdict, Algebra):
+            return verdict
+    return WRONG
 
 
 def answer_key(answer: str, choices: Sequence[str] = ()) -> str:
@@ -274,8 +126,9 @@ def answer_key(answer: str, choices: Sequence[str] = ()) -> str:
     letter = resolve_choice(answer, choices) if choices else None
     if letter:
         return f"choice {letter}"
-    normalized = normalize(answer)
-    quantity = parse_quantity(normalized)
-    if quantity:
-        return f"number {quantity[0].value} {quantity[1]}".rstrip()
-    return f"text {normalized or answer.strip()}"
+    for reading in readings(answer):
+        quantity = parse_quantity(reading)
+        if quantity:
+            unit = " or ".join(sorted(f"{size} {sorted(names)}" for size, names in quantity[1]))
+            return f"number {quantity[0].value} {unit}".rstrip()
+    return f"text {normalize(answer) or answer.strip()}"

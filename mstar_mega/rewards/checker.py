@@ -6,11 +6,8 @@ short expressions that it cannot decide reach math-verify, in a worker started a
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -18,15 +15,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from mstar_mega.rewards.answers import WRONG, How, Verdict, normalize, plain_verdict, to_latex
+from mstar_mega.rewards.answers import WRONG, How, Verdict, plain_verdict
+from mstar_mega.rewards.equality import Algebra, Pair
 
 __all__ = ["AnswerChecker", "Verdict"]
 
 _START_SECONDS = 120.0
-_MEMORY_BYTES = 1 << 30
 _MEMO_SIZE = 4096
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
@@ -49,7 +47,7 @@ class AnswerChecker:
         self.wall_seconds = wall_seconds
         self.counts: Counter[How] = Counter()
         self._worker: subprocess.Popen[bytes] | None = None
-        self._memo: dict[tuple[str, str], Verdict] = {}
+        self._memo: dict[Pair, Verdict] = {}
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -64,10 +62,8 @@ class AnswerChecker:
 
         Raises RuntimeError when the worker cannot be started at all (math-verify not installed).
         """
-        verdict = WRONG if answer is None else plain_verdict(answer, gold, choices)
-        if verdict is None:
-            assert answer is not None
-            verdict = self._symbolic(answer, gold)
+        found = WRONG if answer is None else plain_verdict(answer, gold, choices)
+        verdict = self._all_equal(found) if isinstance(found, Algebra) else found
         self.counts[verdict.how] += 1
         return verdict
 
@@ -82,25 +78,27 @@ class AnswerChecker:
             assert pipe is not None
             pipe.close()
 
-    def _symbolic(self, answer: str, gold: str) -> Verdict:
-        first, second = to_latex(normalize(answer)), to_latex(normalize(gold))
-        assert first is not None and second is not None
-        known = self._memo.get((first, second))
+    def _all_equal(self, question: Algebra) -> Verdict:
+        verdicts = (self._symbolic(pair) for pair in question.pairs)
+        return next((verdict for verdict in verdicts if not verdict.correct), Verdict(True, "symbolic"))
+
+    def _symbolic(self, pair: Pair) -> Verdict:
+        known = self._memo.get(pair)
         if known is not None:
             return known
-        outcome = self._ask(first, second)
+        outcome = self._ask(pair)
         if outcome == "error":  # perhaps killed from outside: the verdict must not depend on that
-            outcome = self._ask(first, second)
+            outcome = self._ask(pair)
         verdict = outcome if isinstance(outcome, Verdict) else Verdict(False, outcome)
         if len(self._memo) >= _MEMO_SIZE:
             self._memo.clear()
-        self._memo[first, second] = verdict
+        self._memo[pair] = verdict
         return verdict
 
-    def _ask(self, answer: str, gold: str) -> Verdict | How:
+    def _ask(self, pair: Pair) -> Verdict | How:
         """One comparison by the worker; after anything but a verdict the worker is gone."""
         worker = self._worker or self._start()
-        request = json.dumps({"answer": answer, "gold": gold, "seconds": self.timeout_seconds})
+        request = json.dumps(asdict(pair) | {"seconds": self.timeout_seconds})
         assert worker.stdin is not None
         try:
             worker.stdin.write(request.encode() + b"\n")  # below the size that a pipe takes in one piece
@@ -125,7 +123,7 @@ class AnswerChecker:
             "OMP_NUM_THREADS": "1",
         }
         self._worker = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            [sys.executable, "-c", "from mstar_mega.rewards.algebra import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -159,57 +157,3 @@ def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> tuple[dict[st
         line += piece
     reply: dict[str, Any] = json.loads(line)
     return reply, False
-
-
-# ------------------------------------------------------------------------------------------- in the worker process
-
-
-def serve() -> None:
-    """The worker: one JSON object per line in (answer, gold, seconds), one out. Ends at end of input.
-
-    Each comparison runs under a processor-time alarm that ends the process, also from inside a C loop.
-    """
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # a library that prints must not garble the replies
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (ValueError, OSError):
-        pass  # some systems have no such limit; the time limit stands
-    try:
-        # Also loads the grammar, so that the first comparison's time limit is for that comparison.
-        ready = symbolically_equal("x+1", "1+x")
-        start: dict[str, Any] = {"ready": ready, "reason": "" if ready else "math-verify finds x+1 unequal to 1+x"}
-    except ImportError as error:
-        start = {"ready": False, "reason": str(error)}
-    print(json.dumps(start), file=replies)
-    for line in sys.stdin:
-        request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        equal = symbolically_equal(request["answer"], request["gold"])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps({"equal": equal}), file=replies)
-
-
-def symbolically_equal(answer: str, gold: str) -> bool:
-    """Whether two LaTeX expressions are equal to math-verify; False where either cannot be read. May take for ever.
-
-    Only the LaTeX grammar is used: math-verify's reader of plain expressions would hand them to Python's ``eval``.
-    """
-    math_verify = importlib.import_module("math_verify")
-    target, candidate = _parsed_gold(gold), _parsed(answer)
-    return bool(target) and bool(candidate) and math_verify.verify(list(target), candidate, timeout_seconds=None)
-
-
-def _parsed(latex: str) -> list[Any]:
-    """What math-verify reads; empty where it cannot."""
-    math_verify = importlib.import_module("math_verify")
-    rules = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True)
-    config = math_verify.LatexExtractionConfig(normalization_config=rules)
-    found: list[Any] = math_verify.parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
-    return found
-
-
-@functools.lru_cache(maxsize=256)
-def _parsed_gold(latex: str) -> list[Any]:
-    """:func:`_parsed`, once for all responses to a query, which follow one another."""
-    return _parsed(latex)

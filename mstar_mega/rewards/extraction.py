@@ -11,47 +11,54 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mstar_mega.rewards.answers import extract_answer
+from mstar_mega.rewards.dressing import clean, compatible
 from mstar_mega.rewards.options import find_option
 from mstar_mega.rewards.prose import NO_ANSWER, declines, first_turn, numbers, sentences, statements
+from mstar_mega.rewards.quantities import WORDS, number_words, parse_quantity, read_number_words
 
 Kind = Literal["letter", "text", "integer", "float", "list"]
 
 MAX_READ_CHARS = 1 << 14
 """Of a longer response only the end is read."""
 
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
-_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b", re.IGNORECASE)
+_ASIAN = re.compile("[\u3000-\u9fff\uff00-\uffef]")
 _COUNTED = re.compile(
-    rf"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{{1,20}}){{0,3}}? ({'|'.join(_WORDS)}|[0-9]+)\b", re.I
+    r"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{1,20}){0,3}? ((?:" + WORDS + r"|no)\b|[0-9]+\b)",
+    re.IGNORECASE,
 )
+_OUT_OF = re.compile(r"([0-9]+) out of (?:the )?[0-9]+\b")
 _LIST = re.compile(r"\[[^\[\]]{1,2000}\]")
 _BETWEEN = re.compile(
-    r"\b(?:between|from)\b[^.\n]{0,60}?([0-9]+)[^.\n]{0,30}?\b(?:and|to)\b[^.\n0-9]{0,30}([0-9]+)", re.IGNORECASE
+    r"\b(?:between|from)\b[^.\n]{0,60}?((?<![0-9])-?[0-9]+)[^.\n]{0,30}?\b(?:and|to)\b[^.\n0-9]{0,30}?(-?[0-9]+)",
+    re.IGNORECASE,
 )
 
 
 def find_answer(response: str, kind: Kind, options: Mapping[str, str] | None = None) -> str:
     """The extracted answer: a letter or an option's text, a number, a list; ``N/A`` where the response gives none."""
     text = response[-MAX_READ_CHARS:].strip()
+    if _ASIAN.search(text):
+        text = compatible(text)
     marked = extract_answer(text)
     text = first_turn(text) if marked is None else marked
     if options:
         return find_option(text, options)
     if kind in ("integer", "float"):
-        return _find_number(text)
+        return _find_number(text, kind)
     if kind == "list":
         return _find_list(text)
     return marked or next(iter(statements(text)), text) or NO_ANSWER
 
 
-def _find_number(text: str) -> str:
+def _find_number(text: str, kind: Kind) -> str:
     for statement in statements(text):
+        value = _value(statement, kind)
+        if value:
+            return value
         found = numbers(statement)
         if found:
-            return found[-1] if "=" in statement else found[0]
+            left = numbers(statement.partition("=")[0])
+            return found[0] if "=" not in statement or _begins_with(statement, left) else found[-1]
     parts = sentences(text)
     last = parts[-1] if parts else ""
     if "=" in last:
@@ -59,14 +66,34 @@ def _find_number(text: str) -> str:
         if behind:
             return behind[-1]
     counted = _COUNTED.search(last)
-    if counted:
-        word = counted[1].lower()
-        return str(_WORDS.index(word)) if word in _WORDS else word
+    if counted and not (counted[1].lower() == "no" and declines(last)):
+        return "0" if counted[1].lower() == "no" else read_number_words(counted[1].lower())
+    part = _OUT_OF.match(text)
+    if part:
+        return part[1]
     found = numbers(last) or ([] if declines(last) else numbers(text))
     if found:
         return found[-1]
-    words = [] if declines(last) else _WORD.findall(last)
-    return str(_WORDS.index(words[-1].lower())) if words else NO_ANSWER
+    words = [] if declines(last) else number_words(last)
+    return words[-1] if words else NO_ANSWER
+
+
+def _begins_with(statement: str, left: list[str]) -> bool:
+    """Whether the equation's left side is one number."""
+    return len(left) == 1 and statement.partition("=")[0].strip("$* ") == left[0]
+
+
+def _value(statement: str, kind: Kind) -> str | None:
+    """The number that a statement is as a whole: a fraction, a power of ten, a word, with LaTeX and units around it."""
+    quantity = parse_quantity(clean(statement))
+    if quantity is None or quantity[0].percent:
+        return None
+    value = quantity[0].value
+    if numbers(statement) == [str(value)] or re.search(r"[0-9]\.[0-9]", statement):
+        return None  # as it is written
+    if value.denominator == 1 and kind == "integer":
+        return str(int(value))
+    return str(float(value)) if kind == "float" else None
 
 
 def _find_list(text: str) -> str:

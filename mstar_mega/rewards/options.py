@@ -5,19 +5,51 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mstar_mega.rewards.answers import normalize, resolve_choice
+from mstar_mega.rewards.choices import resolve_choice
+from mstar_mega.rewards.dressing import normalize
 from mstar_mega.rewards.prose import NO_ANSWER, declines, numbers, sentences, statements
-from mstar_mega.rewards.quantities import parse_number
+from mstar_mega.rewards.quantities import parse_quantity
 
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 _FIRST = re.compile(r"\(?([A-Z])\)?(?:[.):,]|$|\s)")
-_ALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])")
+_ALONE = re.compile(r"(?<![\w'’/])([A-Z])(?![\w'’/])")
 _ARTICLE = re.compile(r"[AI] [a-z]")
 _LISTED = re.compile(r"[ \t]*\([A-Z]\)[ \t]")
 _WORD = re.compile(r"\w+")
 _DENIES = re.compile(r"\b(?:not|no|never|neither|none)\b|n't\b", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?:\bnot|n't|\bcannot be|\bnever)(?: [^\s,;]+){1,4}\W*$"
+    r"|\b(?:is|are|was|were) (?:incorrect|wrong|ruled out|out\b|not\W*$)",
+    re.I,
+)
+_CLAUSE = re.compile(r"[,;] ?(?:so |but |therefore |hence )?|\bbut\b")
+_ARTICLES = re.compile(
+    r"(?<!option )(?<!answer )(?<!choice )(?<![\w'’])A(?= (?!(?:or|and|is|because|since)\b)[a-z])"
+    r"|(?<![\w'’])I(?= [a-z]|['’])"
+)
+_BEGINS = re.compile(r"(?:\*\*)?\(?([B-Z]|A(?!:))\)?(?:\*\*)?[.:)](?:\*\*)?\s|(?:\*\*)?([A-Z])(?:\*\*)?[ \t]*\n")
+_MARKED = re.compile(r"(?<![\w'’])([A-Z])[.:)](?=[\s*])")
+_JUDGED = re.compile(
+    r"^[ \t]*\(?([A-Z])[).:][^\n]{0,200}?[-:–—][ \t]*(yes|no|correct|incorrect|true|false|right|wrong|✓|✔|✗|✘|x)\W*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_GOOD = re.compile("yes|correct|true|right|✓|✔", re.IGNORECASE)
+_NO_DOUBT = re.compile(
+    r"\bno (?:doubt|question|problem)\b|\bwithout (?:a )?doubt\b|\bnot only\b|毫无疑问", re.IGNORECASE
+)
+_NEGATIVE = re.compile(r"\W*(?:no|nope|nah|false|incorrect|wrong)\b|\W*(?:不|否|没|错|非)", re.IGNORECASE)
+_POSITIVE = re.compile(r"\b(?:yes|yeah|yep|yup)\b|^\W*(?:correct|true|right)\b|^\W*(?:是|对|正确|有)", re.IGNORECASE)
+_PROVIDES_NOT = re.compile(r"The (?:question|text) [^.]{0,80}(?:enough|needed|necessary)\b")
+"""A response of one such sentence and no more was copied as it stands by the published reading."""
+_SMALL_TALK = re.compile(r"(?:sure|here|hello|sorry|please)\b", re.IGNORECASE)
+_STATES = re.compile(
+    r"^\W*(?:the|this|these|there|it|they|in)\b|\b(?:is|are|was|were|has|have|had|does|do|did|can|will|would|could)\b|n't\b",
+    re.IGNORECASE,
+)
 _MAX_CHARS = 2000
 _MAX_STATEMENT = 80
+_MAX_BLOCK = 120
+"""What may still be an answer by itself; a longer text is prose."""
 
 
 def find_option(text: str, options: Mapping[str, str]) -> str:
@@ -28,17 +60,28 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     """
     if text in options.values():
         return text
-    if "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+    if len(text) <= _MAX_BLOCK and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
         letter = resolve_choice(text, list(options.values()))
         if letter is not None:
             return letter
-    text = _without_lists(text)
+    whole, text = text, _without_lists(text)
     stated = statements(text)
     for statement in stated:
         found = _of_statement(statement, options)
         if found is not None:
             return found
     parts = sentences(text)
+    found = _leading(text, options) or _declining(text, options) or _by_elimination(whole, options)
+    if found is not None:
+        return found
+    if _says_yes_or_no(options):
+        opening = next(iter(parts), "")
+        if _NEGATIVE.match(opening) or _POSITIVE.match(opening):
+            return _by_polarity(parts, options) or NO_ANSWER
+    else:
+        parts = [kept for part in parts if (kept := _without_denied(part, options))]
+        if not parts:
+            return NO_ANSWER
     for part in reversed(parts):
         named = [letter for letter in _IN_PARENTHESES.findall(part) if letter in options]
         if named:
@@ -51,7 +94,9 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     if stated and len(stated[0]) <= _MAX_STATEMENT and (declines(stated[0]) or numbers(stated[0])):
         return stated[0].strip(" .*")
     if declines(text):
-        return NO_ANSWER
+        return text.strip() if len(sentences(text)) == 1 and _PROVIDES_NOT.match(text) else NO_ANSWER
+    if not _says_yes_or_no(options):
+        text = "\n".join(parts)
     return (
         _contained(text, options)
         or _by_polarity(parts, options)
@@ -85,9 +130,47 @@ def _of_statement(statement: str, options: Mapping[str, str]) -> str | None:
 
 
 def _alone(text: str, options: Mapping[str, str]) -> str | None:
-    """The one letter that stands alone; "A" and "I" are words, too."""
-    letters = {letter for letter in _ALONE.findall(text[-_MAX_CHARS:]) if letter in options and letter not in "AI"}
+    """The one letter that stands alone; "A" before a small letter, and "I", are words unless they are called option."""
+    letters = {letter for letter in _ALONE.findall(_ARTICLES.sub(" ", text[-_MAX_CHARS:])) if letter in options}
     return letters.pop() if len(letters) == 1 else None
+
+
+def _leading(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter that the text begins with, set off by a mark or a line of its own, where no other is marked so."""
+    match = _BEGINS.match(text)
+    marked = set(_MARKED.findall(text)) & set(options)
+    letter = match[1] or match[2] if match else None
+    if match is None or letter not in options or not marked <= {letter}:
+        return None
+    behind = "" if text.startswith("(") else next(iter(sentences(text[match.end() :])), "")
+    other = None if _ALONE.search(behind) else _contained(behind, options)
+    # "C. 3.5" and "B. The time shown is quarter past." end in what is meant.
+    return other if other and normalize(behind).endswith(normalize(options[other])) else letter
+
+
+def _declining(text: str, options: Mapping[str, str]) -> str | None:
+    """The one option that says that there is no answer, where the last sentence says so, too."""
+    found = [letter for letter, option in options.items() if declines(option)]
+    last = sentences(text)[-1:]
+    return found[0] if len(found) == 1 and last and declines(last[0]) else None
+
+
+def _by_elimination(text: str, options: Mapping[str, str]) -> str | None:
+    """The one option that is marked as right in a list of them."""
+    verdicts = dict(_JUDGED.findall(text))
+    right = [letter for letter, verdict in verdicts.items() if _GOOD.fullmatch(verdict) and letter in options]
+    return right[0] if len(verdicts) > 1 and len(right) == 1 else None
+
+
+def _without_denied(sentence: str, options: Mapping[str, str]) -> str:
+    """The clauses of a sentence that do not deny an option that they name."""
+    clauses = _CLAUSE.split(sentence)
+    denied = [_DENIED.search(each) and (_alone(each, options) or _contained(each, options)) for each in clauses]
+    return ", ".join(each for each, drop in zip(clauses, denied, strict=True) if not drop) if any(denied) else sentence
+
+
+def _says_yes_or_no(options: Mapping[str, str]) -> bool:
+    return {normalize(option) for option in options.values()} == {"yes", "no"}
 
 
 def _contained(text: str, options: Mapping[str, str]) -> str | None:
@@ -106,11 +189,18 @@ def _contained(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _by_polarity(parts: list[str], options: Mapping[str, str]) -> str | None:
-    """Yes or no, where these are the options and the text is a statement: whether its first sentence denies."""
+    """Yes or no, where these are the options: as said, or what a sentence about something states or denies."""
     letters = {normalize(option): letter for letter, option in options.items()}
     if set(letters) != {"yes", "no"} or not parts:
         return None
-    return letters["no" if _DENIES.search(parts[0]) else "yes"]
+    first = _NO_DOUBT.sub(" ", parts[0])
+    if _NEGATIVE.match(first):
+        return letters["no"]
+    if _POSITIVE.search(first):
+        return letters["yes"]
+    if not _STATES.search(first) or _SMALL_TALK.match(first):
+        return None
+    return letters["no" if _DENIES.search(first) else "yes"]
 
 
 def _by_words(parts: list[str], options: Mapping[str, str]) -> str | None:
@@ -137,4 +227,4 @@ def _by_number(text: str, options: Mapping[str, str]) -> str | None:
 
 def _is_number(option: str) -> bool:
     form = normalize(option)
-    return parse_number(form) is not None or bool(re.match(r"[-+]?[0-9.]+ ?[^\W\d]{1,3}$", form))
+    return parse_quantity(form) is not None or bool(re.match(r"[-+]?[0-9.]+ ?[^\W\d]{1,3}$", form))

@@ -12,11 +12,16 @@ NO_ANSWER = "N/A"
 
 _CONTINUED = re.compile(r"(?:^|\n)[ \t]*(?:Question|Hint|Human|User|Instruction)[ \t]*:", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed ?\{((?:[^{}]|\{[^{}]{0,200}\}){0,500})\}")
-_STATED = re.compile(
+_ENGLISH = (
     r"\b(?:answer|solution|result|final (?:value|list|integer|number)|(?:correct )?(?:option|choice)(?: letter)?)\b"
-    r"[^.\n:]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[ \t]*(?:\n+(?=\S))?([^\n]{1,300})",
-    re.IGNORECASE,
+    r"[^.\n:]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[ \t]*(?:\n+(?=\S))?([^\n]{1,300})"
 )
+_STATED = re.compile(
+    rf"{_ENGLISH}|(?:答案|结果|选项)(?:应该|应)?(?:是|为|选|:)[ \t]*([^\n,。;]{{1,100}})", re.IGNORECASE
+)
+_STATED_IN_ENGLISH = re.compile(_ENGLISH, re.IGNORECASE)
+_CORRECTS = re.compile(r"\b(?:wait|actually|correction|sorry|mistake|mistaken)\b", re.IGNORECASE)
+_BUT = re.compile(r"not\b[^.\n]{0,80}?(?:\bbut\b|[;,] ?(?:it is|it's|rather|instead)) ?", re.IGNORECASE)
 _DECLINED = re.compile(
     r"\bnot (?:possible|able)|\bcannot|\bcan't|\bcan not|\bunable|\bimpossible|\binsufficient"
     r"|(?:\bnot|n't) (?:\w{1,30} ){0,4}(?:enough|sufficient|any)\b|\bnot clear\b|n't clear\b"
@@ -26,7 +31,7 @@ _DECLINED = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?(?![0-9])"
+    r"(?<![A-Za-z0-9_.])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?(?![0-9])"
     r"|(?<![\w.])[-+]?\.[0-9]+"
 )
 _UNIT_OR_POWER = re.compile(r"\^\{?-?[0-9]+\}?|\\mathrm\s{0,9}\{[^{}]{0,40}\}")
@@ -38,16 +43,27 @@ def first_turn(text: str) -> str:
     repeating the prompt."""
     turns = [turn.strip() for turn in _CONTINUED.split(text)]
     for turn in turns:
-        if _STATED.search(turn):
+        if _STATED_IN_ENGLISH.search(turn):
             return turn
     return next((turn for turn in turns if turn), "")
 
 
 def statements(text: str) -> list[str]:
-    """What the text says its answer is, the last statement first; a boxed answer before all."""
+    """What the text says its answer is, the last statement first; a boxed answer before all.
+
+    Of "not 12 but 15" it is 15; what only denies ("not (A)", "cannot be ...") states nothing.
+    """
     boxed = _BOXED.findall(text)
-    # "The answer cannot be ..." states none.
-    stated = [match[1].strip() for match in _STATED.finditer(text) if not declines(match[0][: -len(match[1])])]
+    stated: list[str] = []
+    position = 0
+    while match := _STATED.search(text, position):
+        place = 1 if match[1] else 2
+        said = match[place].strip()
+        if not declines(match[0][: -len(match[place])]):
+            stated.append(
+                said if not said.lower().startswith("not ") else _BUT.sub("", said) if _BUT.match(said) else ""
+            )
+        position = match.start(place) if _CORRECTS.search(said) else match.end()
     return [each for each in (*boxed[-1:], *reversed(stated)) if each]
 
 

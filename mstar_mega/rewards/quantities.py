@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mstar_mega.rewards.units import split_unit
+import cn2an
+from text_to_num import alpha2digit, text2num
+
+from mstar_mega.rewards.units import NONE, Unit, split_unit
 
 MAX_NUMBER_CHARS = 128
 MAX_EXPONENT = 300
@@ -21,106 +24,167 @@ class Number:
     percent: bool = False
 
 
-_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_DECIMAL = re.compile(rf"([+-]?)({_UNSIGNED})(?:e([+-]?[0-9]{{1,5}}))?")
+Quantity = tuple[Number, Unit]
+
+_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ '][0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
+_DECIMAL = re.compile(rf"([+-]? ?)({_UNSIGNED})(?:[eE]([+-]?[0-9]{{1,5}}))?")
+_TIMES = r" ?(?:\\times|\\cdot|[×*·x]) ?"
 _POWER_OF_TEN = re.compile(
-    rf"([+-]?)(?:({_UNSIGNED}) ?(?:\\times|\\cdot|[×*·x]) ?)?10(?:\^|\*\*)"
-    r"(?:\{([+-]?[0-9]{1,5})\}|([+-]?[0-9]{1,5}))"
+    rf"([+-]? ?)(?:({_UNSIGNED}){_TIMES})?10 ?(?:\^|\*\*) ?(?:\{{ ?([+-]?[0-9]{{1,5}}) ?\}}|([+-]?[0-9]{{1,5}}))"
 )
-_RATIO = re.compile(rf"([+-]?)(?:([0-9]+) )?([+-]?{_UNSIGNED})/([+-]?{_UNSIGNED})")
+_RATIO = re.compile(rf"([+-]? ?)(?:([0-9]+) )?([+-]?{_UNSIGNED}) ?/ ?([+-]?{_UNSIGNED})")
 _FRAC = re.compile(
-    rf"([+-]?)([0-9]+)? ?\\[dt]?frac ?(?:\{{([+-]?{_UNSIGNED})\}}\{{([+-]?{_UNSIGNED})\}}|([0-9])([0-9]))"
+    rf"([+-]? ?)([0-9]+)? ?\\[dt]?frac ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}} ?\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9]) ?([0-9]))"
 )
-_PERCENT = re.compile(r" ?(?:%|percent)$")
-_DEGREES = re.compile(r" ?(?:°|\^\\circ|\^\{\\circ\}|degrees?)$")
+_REPEATING = re.compile(
+    r"([+-]? ?)([0-9]+)\.([0-9]*)(?:\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))|\(([0-9]+)\))"
+)
+_CONTINUED = re.compile(r"([+-]? ?)([0-9]+)\.([0-9]*?)([0-9]+?)\4+…")
+_PERCENT = re.compile(r" ?(?:%|per ?cent|pct|percentage points)\.?$", re.IGNORECASE)
+WORDS = (
+    "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
+    "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion)"
+)
+_WORDS = re.compile(rf"(?:\b(?:minus|negative) )?\b{WORDS}\b(?:(?:[ -]| and | point ){WORDS}\b){{0,12}}", re.IGNORECASE)
+_CHINESE = re.compile("负?[零一二两三四五六七八九十百千万点]{1,16}")
+_MINUS = re.compile(r"(?:minus|negative|负)(?: |(?=[0-9]))", re.IGNORECASE)
 
 
-def _scaled(sign: str, digits: str, exponent: str) -> Fraction | None:
+def _scaled(sign: str, digits: str, exponent: str | None) -> Fraction | None:
     power = int(exponent or "0")
     if abs(power) > MAX_EXPONENT:
         return None
-    value = Fraction(digits.replace(",", "")) * Fraction(10) ** power
-    return -value if sign == "-" else value
+    value = Fraction(re.sub("[, ']", "", digits)) * Fraction(10) ** power
+    return -value if sign.startswith("-") else value
 
 
 def _ratio(sign: str, whole: str | None, top: str, bottom: str) -> Fraction | None:
-    numerator, denominator = (Fraction(part.replace(",", "")) for part in (top, bottom))
+    numerator, denominator = (Fraction(re.sub("[, ']", "", part)) for part in (top, bottom))
     if denominator == 0 or (whole and (numerator < 0 or denominator < 0)):
         return None
     value = int(whole or "0") + numerator / denominator
-    return -value if sign == "-" else value
+    return -value if sign.startswith("-") else value
+
+
+def _repeating(sign: str, whole: str, fixed: str, period: str) -> Fraction:
+    value = Fraction(int(whole + fixed + period) - int(whole + fixed), (10 ** len(period) - 1) * 10 ** len(fixed))
+    return -value if sign.startswith("-") else value
+
+
+def _value(bare: str) -> Fraction | None:
+    if _PLAIN.fullmatch(bare):
+        return Fraction(bare)
+    if match := _DECIMAL.fullmatch(bare):
+        return _scaled(match[1], match[2], match[3])
+    if match := _POWER_OF_TEN.fullmatch(bare):
+        return _scaled(match[1], match[2] or "1", match[3] or match[4])
+    if match := _RATIO.fullmatch(bare):
+        return _ratio(match[1], match[2], match[3], match[4])
+    if match := _FRAC.fullmatch(bare):
+        return _ratio(match[1], match[2], match[3] or match[5], match[4] or match[6])
+    if match := _REPEATING.fullmatch(bare):
+        return _repeating(match[1], match[2], match[3], match[4] or match[5] or match[6])
+    if match := _CONTINUED.fullmatch(bare):
+        return _repeating(*match.groups())
+    return None
+
+
+def read_number_words(text: str) -> str:
+    """Number words, English and Chinese, as digits: ``minus one hundred`` is ``-100``; other text as it is."""
+    if _WORDS.fullmatch(text):
+        sign = "-" if text[:1] in "mMnN" and _MINUS.match(text) else ""
+        words = (_MINUS.sub("", text, count=1) if sign else text).lower()
+        try:
+            digits = alpha2digit(words, "en") if "point" in words else str(text2num(words, "en"))
+        except ValueError:
+            return text
+        return sign + digits if re.fullmatch(r"[0-9.]+", digits) else text
+    if _CHINESE.fullmatch(text):
+        try:
+            return f"{cn2an.cn2an(text.replace('两', '二'), 'smart'):g}"
+        except ValueError:
+            return text
+    return text
+
+
+def number_words(text: str) -> list[str]:
+    """The numbers that a text spells out, as digits."""
+    return [read_number_words(match[0]) for match in _WORDS.finditer(text)]
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the normalised ``text`` is, or None when it is anything else or too large to hold exactly.
+    """The number that the cleaned ``text`` is, or None when it is anything else or too large to hold exactly.
 
-    Understood: ASCII digits with thousands commas, decimals, exponents (``1e5``, ``3\\times10^{4}``), fractions
-    (``3/4``, ``\\frac{3}{4}``, ``2 1/2``), a percent sign, degrees.
+    Understood: ASCII digits with thousands commas, spaces or apostrophes, decimals, repeating decimals
+    (``0.\\overline{3}``, ``0.333…``), exponents (``1e5``, ``3\\times10^{4}``), fractions (``3/4``, ``\\frac{3}{4}``,
+    ``2 1/2``), number words, a percent sign.
     """
-    if len(text) > MAX_NUMBER_CHARS:
+    if len(text) > MAX_NUMBER_CHARS or not text:
         return None
-    bare = _PERCENT.sub("", text)
+    if text[0] == "(" and text[-1] == ")" and not re.search(r"[,;()]", text[1:-1]):
+        text = text[1:-1].strip()
+    bare = _PERCENT.sub("", text) if text[-1] in "%tTsS." else text
     percent = bare != text
-    bare = _DEGREES.sub("", bare)
-    value: Fraction | None = None
-    if match := _DECIMAL.fullmatch(bare):
-        value = _scaled(match[1], match[2], match[3])
-    elif match := _POWER_OF_TEN.fullmatch(bare):
-        value = _scaled(match[1], match[2] or "1", match[3] or match[4])
-    elif match := _RATIO.fullmatch(bare):
-        value = _ratio(match[1], match[2], match[3], match[4])
-    elif match := _FRAC.fullmatch(bare):
-        value = _ratio(match[1], match[2], match[3] or match[5], match[4] or match[6])
+    if not bare or (bare[0].isalpha() or bare[-1].isalpha()):
+        bare = _MINUS.sub("-", read_number_words(bare), count=1)
+    value = _value(bare)
     if value is None:
         return None
     return Number(value / 100 if percent else value, percent)
 
 
-def parse_quantity(text: str) -> tuple[Number, str] | None:
-    """The number and the canonical unit (empty: none) that the normalised ``text`` is; None when it is no number."""
+def parse_quantity(text: str) -> Quantity | None:
+    """The number and the unit (empty: none) that the cleaned ``text`` is; None when it is no number."""
     number = parse_number(text)
     if number is not None:
-        return number, ""
+        return number, NONE
     bare, unit = split_unit(text)
     number = parse_number(bare) if unit else None
     return None if number is None else (number, unit)
 
 
-def quantities_equal(first: tuple[Number, str], second: tuple[Number, str]) -> bool:
+def units_agree(first: Unit, second: Unit) -> bool:
     """A unit may be left out, but not replaced by another."""
-    return _numbers_equal(first[0], second[0]) and (first[1] == second[1] or not first[1] or not second[1])
+    return not first or not second or not first.isdisjoint(second)
 
 
-_BRACKETS = {"(": ")", "[": "]"}
+def quantities_equal(first: Quantity, second: Quantity) -> bool:
+    """Exact equality; a percent sign is neither a unit nor nothing beside one.
 
-
-def parse_list(text: str) -> tuple[str, list[tuple[Number, str]]] | None:
-    """(opening bracket or nothing, members) of a normalised list of at least two numbers; None for anything else."""
-    if len(text) > MAX_LIST_CHARS or "," not in text:
-        return None
-    opening = text[0] if text[0] in _BRACKETS and text.endswith(_BRACKETS[text[0]]) else ""
-    members = [parse_quantity(part.strip()) for part in (text[1:-1] if opening else text).split(",")]
-    known = [member for member in members if member is not None]
-    return (opening, known) if len(known) == len(members) else None
-
-
-def lists_equal(answer: str, gold: str) -> bool | None:
-    """Whether two lists of numbers have equal members in the same order; None where one is no such list.
-
-    Brackets may be left out. Round and square ones are left to algebra: they may be intervals.
+    Where only one has a percent sign, 50% is both 50 and 0.5, as people write it both ways.
     """
-    given, wanted = parse_list(answer), parse_list(gold)
-    if given is None or wanted is None or (given[0] and wanted[0] and given[0] != wanted[0]):
-        return None
-    return len(given[1]) == len(wanted[1]) and all(
-        quantities_equal(first, second) for first, second in zip(given[1], wanted[1], strict=True)
-    )
-
-
-def _numbers_equal(first: Number, second: Number) -> bool:
-    """Exact equality; where only one has a percent sign, 50% is both 50 and 0.5, as people write it both ways."""
-    if first.value == second.value:
-        return True
-    if first.percent == second.percent:
+    (one, one_unit), (other, other_unit) = first, second
+    if not units_agree(one_unit, other_unit):
         return False
-    return first.value * (100 if first.percent else 1) == second.value * (100 if second.percent else 1)
+    if one.percent != other.percent:
+        if one_unit or other_unit:
+            return False
+        if one.value * (100 if one.percent else 1) == other.value * (100 if other.percent else 1):
+            return True
+    return one.value == other.value
+
+
+_CLOCK = re.compile(
+    r"([01]?[0-9]|2[0-3])(?:[:.]([0-5][0-9]))?(?::([0-5][0-9]))? ?(?:([ap])\.? ?m\b\.?)?", re.IGNORECASE
+)
+
+
+def parse_clock(text: str) -> tuple[int, bool] | None:
+    """A time of day as (seconds, whether the half of the day is known): ``5:30 P.M.``, ``17:30``, ``5 pm``."""
+    match = _CLOCK.fullmatch(text)
+    if match is None or not (match[4] or (match[2] and ":" in text)):
+        return None
+    hours, minutes, seconds = int(match[1]), int(match[2] or 0), int(match[3] or 0)
+    if match[4]:
+        if not 1 <= hours <= 12:
+            return None
+        hours = hours % 12 + (12 if match[4] in "pP" else 0)
+    return (hours * 60 + minutes) * 60 + seconds, bool(match[4]) or not 1 <= hours <= 12
+
+
+def clocks_equal(answer: tuple[int, bool], gold: tuple[int, bool]) -> bool:
+    """The same time; where the gold answer says which half of the day, the answer must, too."""
+    if gold[1]:
+        return answer == gold
+    return answer[0] % 43200 == gold[0] % 43200

@@ -1,83 +1,187 @@
-"""Units behind a number: which they are, whatever their spelling. Nothing is converted: 1 m is not 100 cm."""
+"""Units of a quantity: which they are, whatever their spelling. pint knows them; here is what it does not know.
+
+A reading of a unit is a set of meanings, because "pound" is money and weight. Units agree where a meaning is shared:
+the same dimensions in the same size, so that cc is mL and km/h is kmph, and 1 m is not 100 cm. Nothing is converted.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+from typing import Any
 
-_SPELLINGS = {
-    "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
-    "dm": "dm decimeter decimetre",
-    "m": "m meter metre",
-    "km": "km kilometer kilometre",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard",
-    "mi": "mi mile",
-    "mg": "mg milligram",
-    "g": "g gram",
-    "kg": "kg kilogram",
-    "lb": "lb pound",
-    "oz": "oz ounce",
-    "t": "t ton tonne",
-    "ml": "ml milliliter millilitre",
-    "l": "l liter litre",
-    "ms": "ms millisecond",
-    "s": "s sec second",
-    "min": "min minute",
-    "h": "h hr hour",
-    "day": "day",
-    "week": "week",
-    "month": "month",
-    "year": "yr year",
-    "dollar": "dollar usd",
-    "cent": "cent",
-    "euro": "euro eur",
-    "n": "n newton",
-    "j": "j joule",
-    "w": "w watt",
-    "v": "v volt",
-    "pa": "pa pascal",
-    "kpa": "kpa",
-    "hz": "hz hertz",
-    "k": "k kelvin",
-    "mol": "mol mole",
-    "mph": "mph",
-    "unit": "unit",
-}
-_CANONICAL = {
-    spelling: name
-    for name, spellings in _SPELLINGS.items()
-    for word in spellings.split()
-    for spelling in (word, f"{word}s")
-}
-_POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
-_UNIT = re.compile(
-    r"(?P<number>.*[0-9}%.])(?P<space> ?)(?:(?P<power>square|sq|cubic|cu)\.? )?(?P<word>[a-z]{1,12})\.?"
-    r"(?:\^?\{?(?P<exponent>[23])\}?|(?P<sign>[²³]))?"
-    r"(?:(?:/| per )(?P<below>[a-z]{1,12})(?:\^?\{?(?P<lower>[23])\}?)?)?"
-)
-_CURRENCY = {"€": "euro", "£": "pound sterling", "¥": "yen"}
-_SIGNS = {"²": "^2", "³": "^3"}
+Meaning = tuple[str, frozenset[tuple[str, int]]]
+"""The size in root units to ten digits, and the dimensions with their exponents."""
+Unit = frozenset[Meaning]
+"""What a unit may mean; empty: no unit."""
+
+NONE: Unit = frozenset()
+MAX_UNIT_CHARS = 40
+
+# What pint does not have, or has as something else: money, angles and heat in one sign, counts, Chinese, habits.
+_OWN = {
+    "$": "=dollar", "us$": "=dollar", "usd": "=dollar", "dollar": "=dollar", "buck": "=dollar", "美元": "=dollar",
+    "cent": "=cent", "¢": "=cent", "penny": "=penny", "pence": "=penny",
+    "€": "=euro", "eur": "=euro", "euro": "=euro", "欧元": "=euro",
+    "£": "=sterling", "gbp": "=sterling", "quid": "=sterling", "英镑": "=sterling", "pound": "=sterling pound",
+    "¥": "=yen =yuan", "jpy": "=yen", "yen": "=yen", "日元": "=yen", "円": "=yen", "圆": "=yuan", "元": "=yuan",
+    "cny": "=yuan", "rmb": "=yuan", "yuan": "=yuan", "renminbi": "=yuan", "块": "=yuan", "人民币": "=yuan",
+    "₹": "=rupee", "rs": "=rupee", "inr": "=rupee", "rupee": "=rupee", "₩": "=won", "krw": "=won", "won": "=won",
+    "₽": "=ruble", "rub": "=ruble", "ruble": "=ruble", "rouble": "=ruble", "₺": "=lira", "try": "=lira",
+    "lira": "=lira", "฿": "=baht", "thb": "=baht", "baht": "=baht", "₫": "=dong", "vnd": "=dong", "dong": "=dong",
+    "₱": "=peso", "php": "=peso", "peso": "=peso", "mxn": "=peso", "₦": "=naira", "ngn": "=naira", "naira": "=naira",
+    "r$": "=real", "brl": "=real", "chf": "=franc", "franc": "=franc", "a$": "=australian", "aud": "=australian",
+    "c$": "=canadian", "cad": "=canadian", "hk$": "=hongkong", "hkd": "=hongkong", "s$": "=singapore",
+    "sgd": "=singapore", "sek": "=krona", "krona": "=krona", "zar": "=rand", "rand": "=rand",
+    "°": "=degree =celsius =fahrenheit", "deg": "=degree =celsius =fahrenheit",
+    "degree": "=degree =celsius =fahrenheit", "度": "=degree =celsius =fahrenheit", "°c": "=celsius",
+    "degc": "=celsius", "celsius": "=celsius", "centigrade": "=celsius", "摄氏度": "=celsius", "°f": "=fahrenheit",
+    "degf": "=fahrenheit", "fahrenheit": "=fahrenheit", "C": "=celsius coulomb", "F": "=fahrenheit farad",
+    "unit": "=unit", "rad": "=radian", "radian": "=radian", "弧度": "=radian", "bit": "=bit", "byte": "=byte",
+    "b": "", "B": "=byte", "pixel": "=pixel", "px": "=pixel", "ppm": "=ppm", "rpm": "=rpm", "db": "=decibel",
+    "decibel": "=decibel", "rev": "=revolution", "revolution": "=revolution", "turn": "=revolution",
+    "kmph": "kilometer_per_hour", "kmh": "kilometer_per_hour", "nm": "nanometer", "Nm": "newton_meter",
+    "ton": "ton metric_ton", "cal": "calorie", "Cal": "kilocalorie", "gal": "gallon", "micron": "micrometer",
+    '"': "inch", "''": "inch", "'": "foot", "ft": "foot", "in": "inch", "cc": "cubic_centimeter", "pc": "parsec",
+    "sec": "second", "AU": "astronomical_unit", "au": "astronomical_unit", "ly": "light_year", "pa": "pascal",
+    "kwh": "kilowatt_hour", "kWh": "kilowatt_hour", "mah": "milliampere_hour", "mAh": "milliampere_hour",
+    "米": "meter", "公尺": "meter", "厘米": "centimeter", "公分": "centimeter", "毫米": "millimeter",
+    "分米": "decimeter", "千米": "kilometer", "公里": "kilometer", "克": "gram", "千克": "kilogram",
+    "公斤": "kilogram", "毫克": "milligram", "吨": "metric_ton", "升": "liter", "毫升": "milliliter", "秒": "second",
+    "分钟": "minute", "小时": "hour", "天": "day", "周": "week", "月": "month", "年": "year", "岁": "year",
+    "牛": "newton", "牛顿": "newton", "焦耳": "joule", "瓦": "watt", "伏": "volt", "安": "ampere", "欧姆": "ohm",
+}  # fmt: skip
+_PRODUCTS = {"newton_meter": ("newton", "meter"), "kilowatt_hour": ("kilowatt", "hour"),
+             "milliampere_hour": ("milliampere", "hour")}  # fmt: skip
+_LETTERS = frozenset("mgslLthNJWVAKTHΩ")
+"""The units of one letter: other letters are more often a variable, or a constant of nature to pint."""
+_PREFIXED_MONEY = re.compile(r"([-+]?) ?((?:[A-Za-z]{0,2}\$|[€£¥₹₩₽₺฿₫₱₦]|[A-Za-z]{2,3}\.?)) ?([-+]?[0-9.].*)")
+
+_WORD = r"(?:[A-Za-zμΩ°\"'$€£¥₹₩¢]+|[\u4e00-\u9fff]{1,4})\.?"
+_POWER = r"(?:\^?\{?-?[1-4]\}?| squared| cubed)?"
+_FACTOR = rf"(?:(?:square|sq|cubic|cu)\.? ?|平方|立方)?{_WORD}{_POWER}"
+_UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/] ?\(?| per | )?{_FACTOR}\)?){{0,4}}\)?")
+_BORDER = re.compile(r"(?:(?<=[0-9%.})π…])|(?<=\\pi))( ?)(?=[^0-9%.})…\s*^/+\-=,;_])")
+_TOKEN = re.compile(rf"(square|sq|cubic|cu)\.? ?|(平方|立方)|([*·/()]| per )|({_WORD})({_POWER})|( )")
 
 
-def split_unit(normalized: str) -> tuple[str, str]:
-    """A normalised answer as (what stands before the unit, canonical unit); the unit is empty where there is none.
+def split_unit(text: str) -> tuple[str, Unit]:
+    """A cleaned answer as (what stands before or behind the unit, unit); the unit is empty where there is none.
 
     A single letter right behind a number is algebra, not a unit: ``5m``, but ``5 m``.
     """
-    if normalized[:1] in _CURRENCY:
-        return normalized[1:].strip(), _CURRENCY[normalized[0]]
-    if len(normalized) > 160:
-        return normalized, ""
-    match = _UNIT.fullmatch(normalized)
-    if match is None:
-        return normalized, ""
-    above = _CANONICAL.get(match["word"])
-    below = _CANONICAL.get(match["below"]) if match["below"] else ""
-    if above is None or below is None or (len(match["word"]) == 1 and not match["space"]):
-        return normalized, ""
-    power = _POWERS.get(match["power"] or "") or _SIGNS.get(match["sign"] or "")
-    power = power or (f"^{match['exponent']}" if match["exponent"] else "")
-    lower = f"^{match['lower']}" if match["lower"] else ""
-    return match["number"], above + power + (f"/{below}{lower}" if below else "")
+    if len(text) > 160:
+        return text, NONE
+    money = _PREFIXED_MONEY.fullmatch(text)
+    if money:
+        meaning = read_unit(money[2])
+        if meaning and all(name.startswith("=") for name in _OWN.get(money[2].rstrip(".").lower(), "").split()):
+            return money[1] + money[3], meaning
+    for border in _BORDER.finditer(text):
+        tail = text[border.end() :]
+        glued_letter = not border[1] and len(tail) == 1 and tail.isalpha() and tail.isascii()
+        if len(tail) <= MAX_UNIT_CHARS and not glued_letter:
+            unit = read_unit(tail)
+            if unit:
+                return text[: border.start()], unit
+    return text, NONE
+
+
+@functools.lru_cache(maxsize=4096)
+def read_unit(text: str) -> Unit:
+    """The meanings of a unit as people write it: ``m/s²`` (``m/s^2``), ``km per hour``, ``sq. cm``; empty if none."""
+    text = text.removeprefix("US ").removeprefix("U.S. ")
+    if len(text) > MAX_UNIT_CHARS or not _UNIT.fullmatch(text):
+        return NONE
+    factors: list[list[Meaning]] = []
+    sign, below, pending = 1, False, 1
+    position = 0
+    while position < len(text):
+        token = _TOKEN.match(text, position)
+        if token is None or token.end() == position:
+            return NONE
+        position = token.end()
+        before, chinese, joint, word, power, _ = token.groups()
+        if before or chinese:
+            pending = 2 if (before or chinese) in ("square", "sq", "平方") else 3
+        elif joint:
+            if joint in ("/", " per "):
+                sign, below = -1, True
+            elif joint == "(":
+                pass
+            elif joint == ")" or (joint in "*·" and "(" not in text):
+                sign, below = (1, False) if joint == ")" else (1, below)
+        elif word:
+            exponent = sign * pending * _exponent(power)
+            pending = 1
+            meanings = [_raised(meaning, exponent) for meaning in _read_word(word)]
+            if not meanings:
+                return NONE
+            factors.append(meanings)
+    return frozenset(_product(each) for each in itertools.islice(itertools.product(*factors), 32)) if factors else NONE
+
+
+def _exponent(power: str) -> int:
+    if not power:
+        return 1
+    if power in (" squared", " cubed"):
+        return 2 if power == " squared" else 3
+    return int(power.strip("^{} "))
+
+
+def _raised(meaning: Meaning, exponent: int) -> Meaning:
+    size = f"{float(meaning[0]) ** exponent:.10g}"
+    return size, frozenset((name, count * exponent) for name, count in meaning[1])
+
+
+def _product(meanings: tuple[Meaning, ...]) -> Meaning:
+    size = 1.0
+    dimensions: dict[str, int] = {}
+    for factor, names in meanings:
+        size *= float(factor)
+        for name, count in names:
+            dimensions[name] = dimensions.get(name, 0) + count
+    return f"{size:.10g}", frozenset((name, count) for name, count in dimensions.items() if count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_word(word: str) -> tuple[Meaning, ...]:
+    """The meanings of one word or sign, in the singular or plural, in any case where the case decides nothing."""
+    word = word.rstrip(".") or word
+    if word.lower() in ("square", "squared", "cubic", "cubed"):  # "5 squared" is 25
+        return ()
+    forms = [word, word.lower()]
+    forms += [form[:-1] for form in forms if len(form) > 2 and form.endswith("s")]
+    for form in forms:
+        if form in _OWN:
+            return tuple(meaning for name in _OWN[form].split() for meaning in _meaning(name))
+    if len(word) == 1:
+        return _meaning(word) if word in _LETTERS else ()
+    registry = _registry()
+    for form in (word, word.lower()):
+        found = registry.parse_unit_name(form)
+        if found:
+            return _meaning(found[0][0] + found[0][1])
+    folded = registry.parse_unit_name(word, case_sensitive=False) if len(word) <= 3 or word.isupper() else ()
+    return tuple(meaning for prefix, name, _ in folded[:4] for meaning in _meaning(prefix + name))
+
+
+def _meaning(name: str) -> tuple[Meaning, ...]:
+    """pint's unit of that name in root units; a name behind ``=`` is a dimension of its own."""
+    if name.startswith("="):
+        return (("1", frozenset({(name, 1)})),)
+    if name in _PRODUCTS:
+        return (_product(tuple(meaning for part in _PRODUCTS[name] for meaning in _meaning(part))),)
+    factor, root = _registry().get_root_units(name, check_nonmult=False)
+    names = frozenset((str(each), int(count)) for each, count in root._units.items() if count == int(count))
+    names = frozenset(each for each in names if each[0] != "radian")
+    return ((f"{float(factor):.10g}", names),) if names else ()  # a number: pint's pi, avogadro, percent
+
+
+@functools.cache
+def _registry() -> Any:
+    """pint's units, loaded at the first need: a third of a second."""
+    import pint
+
+    return pint.UnitRegistry()

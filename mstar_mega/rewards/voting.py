@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mstar_mega.data.types import Group, Response
-from mstar_mega.rewards.answers import answer_key, resolve_choice
+from mstar_mega.rewards.answers import answer_key
+from mstar_mega.rewards.choices import resolve_choice
 
 
 def _voting_score(response: Response) -> float:

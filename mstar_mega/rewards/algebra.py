@@ -1,0 +1,120 @@
+"""Algebraic equality by math-verify: what the answer checker's worker process runs.
+
+Nothing here is imported by the job itself: a comparison may take for ever, and its process is then killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+_MEMORY_BYTES = 1 << 30
+_RELATIVE_ERROR = 1e-9
+_DIGITS = 30
+
+
+def serve() -> None:
+    """The worker: one JSON object per line in (first, second, decimals, seconds), one out. Ends at end of input.
+
+    Each comparison runs under a processor-time alarm that ends the process, also from inside a C loop.
+    """
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # a library that prints must not garble the replies
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    except (ValueError, OSError):
+        pass  # some systems have no such limit; the time limit stands
+    try:
+        # Also loads the grammar, so that the first comparison's time limit is for that comparison.
+        ready = symbolically_equal("x+1", "1+x")
+        start: dict[str, Any] = {"ready": ready, "reason": "" if ready else "math-verify finds x+1 unequal to 1+x"}
+    except ImportError as error:
+        start = {"ready": False, "reason": str(error)}
+    print(json.dumps(start), file=replies)
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        first, second, decimals = request["first"], request["second"], request["decimals"]
+        equal = symbolically_equal(first, second) if decimals is None else nearly_equal(first, second, decimals)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"equal": equal}), file=replies)
+
+
+def symbolically_equal(answer: str, gold: str) -> bool:
+    """Whether two LaTeX expressions are equal to math-verify; False where either cannot be read. May take for ever.
+
+    math-verify takes differences below an absolute tolerance for nothing, so that the numbers that both hold are
+    compared once more by their relative error.
+    """
+    math_verify = importlib.import_module("math_verify")
+    target, candidate = _parsed_gold(gold), _parsed(answer)
+    if not target or not candidate:
+        return False
+    if not math_verify.verify(list(target), candidate, timeout_seconds=None):
+        return False
+    return _close(target[0], candidate[0])
+
+
+def nearly_equal(first: str, second: str, decimals: int) -> bool:
+    """Whether two numbers agree to so many decimals."""
+    values = [_number(found[0]) for found in (_parsed(first), _parsed_gold(second)) if found]
+    if len(values) != 2 or None in values:
+        return False
+    return bool(abs(values[0] - values[1]) <= 0.5 * 10**-decimals * (1 + _RELATIVE_ERROR))
+
+
+def _close(first: Any, second: Any) -> bool:
+    """Whether two expressions that math-verify found equal differ by rounding at most; anything but numbers passes."""
+    sympy = importlib.import_module("sympy")
+    if isinstance(first, (sympy.Tuple, sympy.FiniteSet)) and isinstance(second, (sympy.Tuple, sympy.FiniteSet)):
+        ones, others = list(first.args), list(second.args)
+        if isinstance(first, sympy.FiniteSet) or isinstance(second, sympy.FiniteSet):
+            ones, others = (sorted(each, key=lambda value: str(value.evalf(6))) for each in (ones, others))
+        return all(_close(one, other) for one, other in zip(ones, others, strict=True))
+    if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
+        return True
+    if first.free_symbols or second.free_symbols:
+        return True  # compared by simplification, which has no tolerance
+    one, other = _number(first), _number(second)
+    if one is None or other is None:
+        return True
+    return bool(abs(one - other) <= _RELATIVE_ERROR * max(abs(one), abs(other)))
+
+
+def _number(expression: Any) -> Any:
+    try:
+        value = expression.doit().evalf(_DIGITS)
+    except Exception:  # sympy raises anything here
+        return None
+    return value if value.is_number and value.is_finite else None
+
+
+def _parsed(latex: str) -> list[Any]:
+    """What math-verify reads; empty where it cannot.
+
+    Only the LaTeX grammar is used: math-verify's reader of plain expressions would hand them to Python's ``eval``.
+    """
+    math_verify = importlib.import_module("math_verify")
+    rules = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True)
+    config = math_verify.LatexExtractionConfig(normalization_config=rules)
+    found: list[Any] = math_verify.parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+    return [_with_imaginary_unit(each) for each in found]
+
+
+def _with_imaginary_unit(expression: Any) -> Any:
+    """``i`` as the imaginary unit: math-verify reads a symbol, and not always the same one."""
+    sympy = importlib.import_module("sympy")
+    symbols = expression.free_symbols if isinstance(expression, sympy.Basic) else ()
+    return expression.xreplace({symbol: sympy.I for symbol in symbols if symbol.name == "i"}) if symbols else expression
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed_gold(latex: str) -> list[Any]:
+    """:func:`_parsed`, once for all responses to a query, which follow one another."""
+    return _parsed(latex)

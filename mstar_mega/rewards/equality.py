@@ -1,0 +1,313 @@
+"""Whether two cleaned answers are the same: as text, time, quantity, list or chain; else what algebra has to show."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from mstar_mega.rewards.dressing import squeeze
+from mstar_mega.rewards.frames import Chain, chain
+from mstar_mega.rewards.quantities import (
+    MAX_LIST_CHARS,
+    clocks_equal,
+    parse_clock,
+    parse_number,
+    parse_quantity,
+    quantities_equal,
+    units_agree,
+)
+from mstar_mega.rewards.units import split_unit
+
+MAX_SYMBOLIC_CHARS = 512
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two expressions in LaTeX, and how many decimals of them have to agree (None: they must be equal)."""
+
+    first: str
+    second: str
+    decimals: int | None = None
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """Undecided: the answer is right if every pair is equal."""
+
+    pairs: tuple[Pair, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------- texts
+
+_INNER_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")
+_ONE_CHAR_SCRIPT = re.compile(r"([_^])\{(\w)\}")
+_FORMULA_DIGIT = re.compile(r"(?<=[a-z)])_\{?([0-9]{1,3}|[a-z])\}?(?![0-9])")
+
+
+@functools.lru_cache(maxsize=4096)
+def _text_key(cleaned: str) -> str:
+    """White space counts between digits only; ``H_2O`` is ``H2O``."""
+    key = squeeze(cleaned)
+    if "_" in key or "^" in key:
+        key = _FORMULA_DIGIT.sub(r"\1", _ONE_CHAR_SCRIPT.sub(r"\1\2", key))
+    return _INNER_SPACE.sub("", key)
+
+
+def same_text(first: str, second: str) -> bool:
+    """Equal but for case, white space and the spelling of subscripts."""
+    return _text_key(first) == _text_key(second)
+
+
+# ----------------------------------------------------------------------------------------------------------- LaTeX
+
+_TO_LATEX = (
+    ("**", "^"),
+    ("π", r"\pi "),
+    ("×", r"\times "),
+    ("·", r"\cdot "),
+    ("÷", r"\div "),
+    ("²", "^2"),
+    ("³", "^3"),
+    ("≤", r"\leq "),
+    ("≥", r"\geq "),
+    ("∞", r"\infty "),
+    ("°", r"^{\circ}"),
+    ("+-", "-"),
+)
+_FUNCTION = re.compile(r"(?<![\\a-z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![a-z])")
+_ROOT = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9]+|[a-z]))|(?<![\\a-z])sqrt ?\(([^()]*)\)")
+_COMMAND = re.compile(r"\\[a-z]+|\\[{}]")
+_MATH_CHARS = re.compile(r"[0-9a-z+\-*/^_=<>()\[\]{}.,|! ]*")
+_MATH_SIGN = re.compile(r"[0-9+*/^=<>\\]")
+
+
+def to_latex(normalized: str) -> str | None:
+    """The LaTeX form of a short normalised answer that looks like mathematics; None for words and prose.
+
+    A list without brackets becomes a tuple: its order counts, as in "sort these", while ``\\{1,2\\}`` is a set.
+    """
+    if len(normalized) > MAX_SYMBOLIC_CHARS or _BASE.search(normalized):
+        return None
+    latex = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}", normalized)
+    for plain, command in _TO_LATEX:
+        latex = latex.replace(plain, command)
+    latex = _FUNCTION.sub(r"\\\1 ", latex).strip()
+    without_commands = _COMMAND.sub(" ", latex)
+    if not _MATH_SIGN.search(latex) or not _MATH_CHARS.fullmatch(without_commands):
+        return None
+    runs = re.findall(r"[a-z]+", without_commands)
+    if len(latex) > MAX_SYMBOLIC_CHARS or any(len(run) > 2 for run in runs):
+        return None
+    return latex
+
+
+# -------------------------------------------------------------------------------------------------------- equality
+
+_BASE = re.compile(r"(?<=[0-9)])_\{?[0-9]|(?<=[0-9]) ?(?:in )?base ", re.IGNORECASE)
+_IN_BASE = re.compile(
+    r"\(?([0-9a-z]{1,64})\)?(?:_\{? ?([0-9]{1,2}|[a-z]{3,8}) ?\}?| ?(?:in )?base ([0-9]{1,2}|[a-z]{3,8}))", re.I
+)
+_DECIMAL = re.compile(r"-? ?[0-9]+\.([0-9]+)")
+
+
+def equal(given: str, wanted: str) -> bool | Algebra:
+    """Whether a cleaned answer is the cleaned gold answer. Neither may be empty."""
+    if given == wanted:
+        return True
+    answer, gold = chain(given), chain(wanted)
+    if len(gold.members) > 1:  # an equation: as it stands
+        return same_text(given, wanted) or _algebra(given, wanted)
+    if answer.names and gold.names and answer.names.isdisjoint(gold.names):
+        return False
+    return _members_equal(answer, gold.members[0])
+
+
+def _members_equal(answer: Chain, wanted: str) -> bool | Algebra:
+    """One side is the gold answer, and all the others are equal to it, or round to it across a sign for "nearly"."""
+    found = [_equal(member, wanted) for member in answer.members]
+    if len(found) == 1:
+        return found[0]
+    stated = [verdict for verdict in found if verdict is True]
+    number = parse_number(wanted)
+    if not stated and (number or not any(isinstance(verdict, Algebra) for verdict in found)):
+        return False
+    pairs: list[Pair] = []
+    for member, verdict in zip(answer.members, found, strict=True):
+        if verdict is True:
+            continue
+        if answer.nearly and (digits := _decimals(member, wanted)) is not None:
+            latex = _latex_pair(member, wanted, digits)
+        else:
+            latex = _latex_pair(member, wanted)
+        if latex is None or (parse_number(member) and number and not answer.nearly):
+            return False
+        pairs.append(latex)
+    return Algebra(tuple(pairs)) if pairs else True
+
+
+def _decimals(first: str, second: str) -> int | None:
+    """To how many decimals an approximation is written: the fewer where both have some."""
+    counts = [len(match[1]) for match in map(_DECIMAL.fullmatch, (first, second)) if match]
+    return min(counts) if counts else None
+
+
+def _latex_pair(first: str, second: str, decimals: int | None = None) -> Pair | None:
+    (one, one_unit), (other, other_unit) = split_unit(first), split_unit(second)
+    left, right = to_latex(squeeze(one)), to_latex(squeeze(other))
+    return Pair(left, right, decimals) if left and right and units_agree(one_unit, other_unit) else None
+
+
+def _equal(given: str, wanted: str, *, member: bool = False) -> bool | Algebra:
+    """Of two texts without equation signs; of members of lists also a number and an expression."""
+    answer, gold = parse_quantity(given), parse_quantity(wanted)
+    if answer and gold:
+        return quantities_equal(answer, gold)
+    if same_text(given, wanted):
+        return True
+    time, target = parse_clock(given), parse_clock(wanted)
+    if time and target:
+        return clocks_equal(time, target)
+    if _BASE.search(given) or _BASE.search(wanted):
+        return _in_base(given) == _in_base(wanted) is not None
+    lists = _lists_equal(given, wanted)
+    if lists is not None:
+        return lists
+    if (answer or gold) and not member:
+        return False
+    return _algebra(given, wanted)
+
+
+def _algebra(given: str, wanted: str) -> bool | Algebra:
+    pair = _latex_pair(given, wanted)
+    return Algebra((pair,)) if pair else False
+
+
+_BASE_NAMES = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def _in_base(text: str) -> tuple[str, int] | None:
+    match = _IN_BASE.fullmatch(text)
+    if match is None:
+        return None
+    base = (match[2] or match[3]).lower()
+    number = int(base) if base.isdigit() else _BASE_NAMES.index(base) if base in _BASE_NAMES else 0
+    return match[1].lower().lstrip("0") or "0", number
+
+
+# ----------------------------------------------------------------------------------------------------------- lists
+
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_JOINT = re.compile(r"(?:, ?|; ?)?\b(and|or)\b |([;,]) |(;)|(,)")
+_THOUSANDS = re.compile(r"[^0-9]*[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]).*")
+
+
+@dataclass(frozen=True)
+class Members:
+    """A list: its opening bracket (or nothing), what it holds, and whether it says in which order."""
+
+    opening: str
+    items: tuple[str, ...]
+    ordered: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_list(text: str) -> Members | None:
+    """The members of a list of at least two; None for anything else. ``±3`` is -3 and 3 in no order.
+
+    Members are set apart by commas, semicolons, "and" or "or". A comma between digits is one where it cannot group
+    thousands, and where the list has other marks it is none: ``1,234, 5,678`` has two members.
+    """
+    if len(text) > MAX_LIST_CHARS:
+        return None
+    text = text.replace("\\{", "{").replace("\\}", "}").replace("\\langle", "(").replace("\\rangle", ")").strip()
+    opening = text[0] if text[:1] in _BRACKETS and text.endswith(_BRACKETS[text[0]]) and _closes_last(text) else ""
+    inner = text[1:-1].strip() if opening else text
+    marks, items = _split(inner)
+    if marks == {"bare"} and not opening and _THOUSANDS.fullmatch(inner):
+        items = [inner]
+    names = [chain(item) for item in items]
+    labels = [next(iter(each.names)) for each in names if len(each.names) == 1]
+    if labels != sorted(labels):  # (x, y) is not (y, x)
+        return None
+    values = [each.members[0] if len(each.members) == 1 else item for each, item in zip(names, items, strict=True)]
+    signed = [value for value in values if "±" in value]
+    if signed:
+        values = [
+            value.replace("±", sign, 1).lstrip("+") for value in values for sign in ("+-" if "±" in value else "+")
+        ]
+    if len(values) < 2 or not all(values):
+        return None
+    return Members(opening, tuple(values), not (signed or "or" in marks or opening == "{"))
+
+
+def _closes_last(text: str) -> bool:
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0:
+            return index == len(text) - 1
+    return False
+
+
+def _split(text: str) -> tuple[set[str], list[str]]:
+    """The marks between members outside brackets, and the members; bare commas are marks where there is no other."""
+    places: list[tuple[int, int, str]] = []
+    depth, position = 0, 0
+    while position < len(text):
+        char = text[position]
+        depth += (char in "([{") - (char in ")]}")
+        mark = _JOINT.match(text, position) if depth == 0 and char in ",;aAoO" else None
+        if mark and (char in ",;" or position == 0 or not text[position - 1].isalnum()):
+            places.append((position, mark.end(), (mark[1] or "").lower() or mark[2] or mark[3] or "bare"))
+            position = mark.end()
+        else:
+            position += 1
+    if any(mark != "bare" for *_, mark in places):
+        grouped = [place for place in places if place[2] == "bare" and re.match(r"[0-9]{3}(?![0-9])", text[place[1] :])]
+        places = [place for place in places if place not in grouped]
+    items, start = [], 0
+    for begin, end, _ in places:
+        items.append(text[start:begin].strip())
+        start = end
+    return {mark for *_, mark in places}, [*items, text[start:].strip()]
+
+
+def _lists_equal(given: str, wanted: str) -> bool | Algebra | None:
+    """Of two lists, in the same order where the gold answer has one; None where either is no list.
+
+    Brackets may be left out. Round and square ones are left to algebra: they may be intervals.
+    """
+    answer, gold = parse_list(given), parse_list(wanted)
+    if answer is None or gold is None:
+        # A list is not one number.
+        return None if answer is None and gold is None else (False if _is_number_list(answer or gold) else None)
+    if len(answer.items) != len(gold.items):
+        return False
+    if {answer.opening, gold.opening} == {"(", "["}:
+        return None
+    if not gold.ordered or "±" in given:
+        return _sets_equal(answer.items, gold.items)
+    return _all([_equal(first, second, member=True) for first, second in zip(answer.items, gold.items, strict=True)])
+
+
+def _is_number_list(members: Members | None) -> bool:
+    return members is not None and any(parse_number(item) for item in members.items)
+
+
+def _sets_equal(answer: tuple[str, ...], gold: tuple[str, ...]) -> bool | Algebra:
+    left = list(gold)
+    for item in answer:
+        match = next((each for each in left if _equal(item, each, member=True) is True), None)
+        if match is None:
+            first, second = (rf"\{{{','.join(squeeze(each) for each in items)}\}}" for items in (answer, gold))
+            return _algebra(first, second)
+        left.remove(match)
+    return not left
+
+
+def _all(verdicts: list[bool | Algebra]) -> bool | Algebra:
+    if any(verdict is False for verdict in verdicts):
+        return False
+    pairs = tuple(pair for verdict in verdicts if isinstance(verdict, Algebra) for pair in verdict.pairs)
+    return Algebra(pairs) if pairs else True
