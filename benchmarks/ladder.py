@@ -27,6 +27,8 @@ from typing import Any
 
 from mstar_mega.data.records import read_groups
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.recipe.method import needs_prm
+from mstar_mega.settings import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,6 +94,7 @@ ROWS = (
     Row("voting_75", "... after 75%", "top_2", (45.0, 58.8), 3, (*VOTING, "--prompts.mixin=0.75")),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
+ALL_SEEDS = [0, 1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,11 @@ class Ladder:
             return {"responses": 0, "tokens": 0, "steps": 0}
         summary = json.loads((self.run(row.name, seed) / "summary.json").read_text())
         steps = [point["steps"] for point in summary["trajectory"]]
+        # The base run has step labels for every row; only those that need a PRM pay for them.
+        phases = ("evolve", "sweeps", "annotate") if needs_prm(load(self.run(row.name, seed))) else ("evolve", "sweeps")
         return {
             "responses": summary["responses_generated"] or 0,
-            "tokens": summary["generated"]["for_training"]["tokens"],
+            "tokens": sum(summary["generated"][phase]["tokens"] for phase in phases),
             "steps": steps[-1] - steps[0],
         }
 
@@ -205,13 +210,16 @@ def result(ladder: Ladder, row: Row, seeds: list[int]) -> dict[str, Any]:
 
 def write_results(ladder: Ladder, seeds: list[int]) -> dict[str, Any]:
     """Results, table and figure of everything that is finished."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    marked = ladder.directory / "commit.json"  # of the code that made the runs, not of the one that reports them
+    if not marked.exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        write_text_atomic(marked, json.dumps({"commit": commit, "date": datetime.date.today().isoformat()}))
     rows = []
     for row in ROWS:
         finished = [seed for seed in seeds if ladder.is_finished(row, seed)]
         if finished:
             rows.append(result(ladder, row, finished))
-    results = {"commit": commit, "date": datetime.date.today().isoformat(), "config": ladder.config, "rows": rows}
+    results = {**json.loads(marked.read_text()), "config": ladder.config, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     write_text_atomic(RESULTS / "ladder.json", json.dumps(results, indent=1) + "\n")
     text = EVIDENCE.read_text()
@@ -276,7 +284,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a row uses its first ones")
+    parser.add_argument("--seeds", type=int, nargs="+", default=ALL_SEEDS, help="a row uses its first ones")
     parser.add_argument("--dir", default="runs/ladder")
     parser.add_argument("--config", default="examples/configs/ladder.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one process with one thread each")
@@ -291,8 +299,8 @@ def main() -> None:
             wanted = [(row, seed) for seed in options.seeds for row in rows if seed in range(row.seeds)]
             for (row, seed), _ in zip(wanted, pool.map(lambda pair: ladder.make(*pair), wanted), strict=True):
                 print(f"{row.name}, seed {seed}: finished", flush=True)
-                write_results(ladder, list(range(max(options.seeds) + 1)))
-    print(table(write_results(ladder, list(range(max(options.seeds) + 1)))))
+                write_results(ladder, ALL_SEEDS)
+    print(table(write_results(ladder, ALL_SEEDS)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def files_of(run_dir: Path) -> dict[str, bytes]:
 
 def shares(said: str) -> dict[str, str]:
     """What was printed, by name: ``{"validation: greedy accuracy": "25.0%"}``."""
-    return dict(re.findall(r"^(.*) ([0-9.]+%)$", said, re.MULTILINE))
+    return dict(re.findall(r"^(\w+: [^\d]+(?:@\d+)?) ([0-9.]+%)", said, re.MULTILINE))
 
 
 def test_evaluate_says_what_the_run_measured_and_changes_nothing(

@@ -128,6 +128,7 @@ def test_reasoning_is_measured_among_right_answers_where_it_is_known() -> None:
 @pytest.mark.usefixtures("job_of_one")
 @pytest.mark.parametrize("known", [True, False])
 def test_the_event_and_what_is_said(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mstar_mega.evaluation.prm_quality.ENOUGH_QUERIES", 1)
     said: list[str] = []
     monkeypatch.setattr(Job, "say", lambda job, text: said.append(text))
     task = Task([], [], [], [], [], check_reasoning=is_right if known else None)

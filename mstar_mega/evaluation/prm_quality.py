@@ -22,6 +22,9 @@ CheckReasoning = Callable[[str, str], bool | None]
 
 Judged = tuple[Response, bool]
 
+ENOUGH_QUERIES = 10
+"""Mixed queries that it takes to say that the PRM is not better than what is free."""
+
 
 def _process_score(response: Response) -> float:
     return -math.inf if response.score is None else response.score
@@ -127,8 +130,11 @@ WORDS = {
 
 
 def warn_not_better(quality: Quality) -> str | None:
-    """What to tell the person where the process score is not above every free baseline by two standard errors."""
-    if quality.within_query_auc is None:
+    """What to tell the person where the process score is not above every free baseline by two standard errors.
+
+    Of fewer than ``ENOUGH_QUERIES`` mixed queries nothing can be said either way.
+    """
+    if quality.within_query_auc is None or quality.mixed_queries < ENOUGH_QUERIES:
         return None
     weak = []
     for name, gap in quality.difference.items():

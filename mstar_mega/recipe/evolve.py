@@ -6,14 +6,16 @@ prompts, the temperature.
 
 from __future__ import annotations
 
+from typing import Any
+
 from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.choose import choose, gold_examples
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
 from mstar_mega.recipe.fit import Position, fit, restore, save, weights_to_start_from
 from mstar_mega.recipe.generate import check_log_probs, generate
-from mstar_mega.recipe.intervals import next_interval
-from mstar_mega.recipe.method import resolve_method
+from mstar_mega.recipe.intervals import Interval, next_interval
+from mstar_mega.recipe.method import ResolvedMethod, resolve_method
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.recipe.temperature import tune_temperature
 from mstar_mega.training.batches import Examples, split_into_epochs
@@ -26,25 +28,14 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     actors = Actors(job, policy.model, prm)
     start = weights_to_start_from(job, policy, method.start_from)
     position = restore(job, policy, "evolve") or Position(iteration=1, total_steps=warmup_steps)
-    if position.iteration == 1 and position.step == 0:
+    if position.is_new:
         measure_exploration(job, actors, "warmup", 0)
 
     while (now := next_interval(job, method, position)) is not None:
-        with job.quiet(position.step > 0):  # resumed inside this iteration: its beginning is logged already
-            if position.step == 0 and now.sweep:
-                position.temperature = tune_temperature(job, actors, now.number, position.temperature)
-            if job.config.evolve.method == "sft":
-                examples = gold_examples(job, now)
-            else:
-                groups = generate(job, actors, now, position)  # and reward: judged and scored, on disk
-                if position.step == 0:
-                    check_log_probs(job, policy.model, now, groups, position.temperature)
-                examples = choose(job, now, groups)  # select
-            if position.step == 0 and examples:
-                if start is not None and (now.number == 1 or not method.starts_once):
-                    policy.load_weights(start)  # the present policy generated; training starts over
-                if not method.inherit_optimizer:
-                    policy.reset_optimizer()
+        with job.quiet(position.is_inside):  # an iteration's beginning is logged already
+            balance(job, actors, now, position)
+            examples = generate_and_select(job, policy, actors, now, position)
+            start_over(policy, method, start, now, position, examples)
         improve(job, policy, examples, position)
         measure(job, actors, position)
         position.begin_next_iteration()
@@ -52,6 +43,39 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
     if not _is_measured(job, position.iteration - 1):
         measure_exploration(job, actors, "evolve", position.iteration - 1)
     return position
+
+
+def balance(job: Job, actors: Actors, now: Interval, position: Position) -> None:
+    """Tune the sampling temperature where a sweep is due."""
+    if now.sweep and not position.is_inside:
+        position.temperature = tune_temperature(job, actors, now.number, position.temperature)
+
+
+def generate_and_select(job: Job, policy: Trainer, actors: Actors, now: Interval, position: Position) -> Examples:
+    """What the iteration trains on: selected ones of sampled, judged and scored responses (SFT: the gold answers)."""
+    if job.config.evolve.method == "sft":
+        return gold_examples(job, now)
+    groups = generate(job, actors, now, position)  # and reward; on disk, also for a resume
+    if not position.is_inside:
+        check_log_probs(job, policy.model, now, groups, position.temperature)
+    return choose(job, now, groups)
+
+
+def start_over(
+    policy: Trainer,
+    method: ResolvedMethod,
+    start: dict[str, Any] | None,
+    now: Interval,
+    position: Position,
+    examples: Examples,
+) -> None:
+    """Give the policy the weights and the optimizer that the method begins an iteration with; it has generated."""
+    if position.is_inside or not examples:
+        return
+    if start is not None and (now.number == 1 or not method.starts_once):
+        policy.load_weights(start)
+    if not method.inherit_optimizer:
+        policy.reset_optimizer()
 
 
 def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -> None:

@@ -50,6 +50,16 @@ class Position:
     """What these steps took."""
     finished: bool = False
 
+    @property
+    def is_new(self) -> bool:
+        """Nothing of evolving is done yet."""
+        return self.iteration == 1 and self.step == 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Resumed within an iteration: what comes before its optimizer steps is done, and on disk."""
+        return self.step > 0
+
     def begin_next_iteration(self) -> None:
         """To step 0 of the iteration after this one."""
         self.iteration, self.step, self.loss_sum, self.seconds, self.drawn_by = self.iteration + 1, 0, 0.0, 0.0, ""
