@@ -90,7 +90,7 @@ def _close(first: Any, second: Any) -> bool:
 
 def _number(expression: Any) -> Any:
     try:
-        value = expression.doit().evalf(_DIGITS)
+        value = expression.evalf(_DIGITS)
     except Exception:  # sympy raises anything here
         return None
     return value if value.is_number and value.is_finite else None
