@@ -74,11 +74,11 @@ def test_hostile_answers_neither_hang_nor_crash() -> None:
 def test_runaway_algebra_times_out_and_the_next_answer_is_judged_as_ever(checker: AnswerChecker) -> None:
     before = checker.counts["timeout"]
     start = time.perf_counter()
-    assert checker.check("999999999!", "3x") == Verdict(False, "timeout")
+    assert checker.check("x<999999999!", "x<3y") == Verdict(False, "timeout")
     assert time.perf_counter() - start < 55, "not by the wall clock"
     assert checker.check("x+3", "3+x") == Verdict(True, "symbolic")
     start = time.perf_counter()
-    assert checker.check("999999999!", "3x") == Verdict(False, "timeout"), "remembered"
+    assert checker.check("x<999999999!", "x<3y") == Verdict(False, "timeout"), "remembered"
     assert time.perf_counter() - start < 0.1
     assert checker.counts["timeout"] == before + 2
 

@@ -16,7 +16,7 @@ from typing import Any
 
 _MEMORY_BYTES = 1 << 30
 _RELATIVE_ERROR = 1e-9
-_DIGITS = 30
+_DIGITS = 20
 
 
 def serve() -> None:
@@ -49,16 +49,16 @@ def serve() -> None:
 def symbolically_equal(answer: str, gold: str) -> bool:
     """Whether two LaTeX expressions are equal to math-verify; False where either cannot be read. May take for ever.
 
-    math-verify takes differences below an absolute tolerance for nothing, so that the numbers that both hold are
-    compared once more by their relative error.
+    Before that, both are compared at one point by their relative error: math-verify takes any difference below an
+    absolute tolerance for nothing, and is slow to find expressions unequal.
     """
     math_verify = importlib.import_module("math_verify")
     target, candidate = _parsed_gold(gold), _parsed(answer)
     if not target or not candidate:
         return False
-    if not math_verify.verify(list(target), candidate, timeout_seconds=None):
+    if not _close(target[0], candidate[0]):
         return False
-    return _close(target[0], candidate[0])
+    return bool(math_verify.verify(list(target), candidate, timeout_seconds=None))
 
 
 def nearly_equal(first: str, second: str, decimals: int) -> bool:
@@ -70,18 +70,19 @@ def nearly_equal(first: str, second: str, decimals: int) -> bool:
 
 
 def _close(first: Any, second: Any) -> bool:
-    """Whether two expressions that math-verify found equal differ by rounding at most; anything but numbers passes."""
+    """Whether two expressions may be equal: their values at one point are, to rounding. Anything else may be."""
     sympy = importlib.import_module("sympy")
-    if isinstance(first, (sympy.Tuple, sympy.FiniteSet)) and isinstance(second, (sympy.Tuple, sympy.FiniteSet)):
-        ones, others = list(first.args), list(second.args)
-        if isinstance(first, sympy.FiniteSet) or isinstance(second, sympy.FiniteSet):
-            ones, others = (sorted(each, key=lambda value: str(value.evalf(6))) for each in (ones, others))
-        return all(_close(one, other) for one, other in zip(ones, others, strict=True))
+    if isinstance(first, sympy.Tuple) and isinstance(second, sympy.Tuple):
+        return len(first) == len(second) and all(map(_close, first, second))
+    if isinstance(first, sympy.FiniteSet) and isinstance(second, sympy.FiniteSet):
+        return all(any(_close(one, other) for other in second) for one in first)
     if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
         return True
-    if first.free_symbols or second.free_symbols:
-        return True  # compared by simplification, which has no tolerance
-    one, other = _number(first), _number(second)
+    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+    # An irregular point, where expressions do not meet by chance; the same for a name whatever is assumed of it.
+    names = sorted({symbol.name for symbol in symbols})
+    point = {symbol: sympy.Rational(10007 + 31 * names.index(symbol.name), 9001) for symbol in symbols}
+    one, other = (_number(each.xreplace(point)) for each in (first, second))
     if one is None or other is None:
         return True
     return bool(abs(one - other) <= _RELATIVE_ERROR * max(abs(one), abs(other)))
@@ -89,7 +90,7 @@ def _close(first: Any, second: Any) -> bool:
 
 def _number(expression: Any) -> Any:
     try:
-        value = expression.doit().evalf(_DIGITS)
+        value = expression.evalf(_DIGITS)
     except Exception:  # sympy raises anything here
         return None
     return value if value.is_number and value.is_finite else None

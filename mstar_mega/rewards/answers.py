@@ -46,6 +46,8 @@ WRONG = Verdict(False, "none")
 def find_answer_heading(text: str) -> re.Match[str] | None:
     """The last answer heading in ``text``, or None."""
     last = None
+    if "#" not in text:
+        return None
     for match in ANSWER_HEADING.finditer(text):
         last = match
     return last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -27,11 +28,17 @@ def split_letter(text: str) -> tuple[str, str] | None:
     return (match[1] or match[2] or match[3]).upper(), clean(match[4] or "")
 
 
+@functools.lru_cache(maxsize=256)
+def _cleaned(choices: tuple[str, ...]) -> list[str]:
+    """Once for all responses to a query."""
+    return [clean(choice) for choice in choices]
+
+
 def _matching(text: str, choices: Sequence[str]) -> list[int]:
     """Indices of the choices whose text is this: as text if any is, otherwise as a number, quantity or list."""
     if not text:
         return []
-    forms = [clean(choice) for choice in choices]
+    forms = _cleaned(tuple(choices))
     found = [index for index, form in enumerate(forms) if form and same_text(form, text)]
     return found or [index for index, form in enumerate(forms) if form and equal(text, form) is True]
 

@@ -26,6 +26,8 @@ _COUNTED = re.compile(
     r"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{1,20}){0,3}? ((?:" + WORDS + r"|no)\b|[0-9]+\b)",
     re.IGNORECASE,
 )
+_COMPOUND = re.compile(r"[/\\^×{]|[0-9] [0-9]|\b[mM]inus\b|\b[nN]egative\b|^[^0-9]*$")
+"""A number that is more than digits, if the statement is one."""
 _OUT_OF = re.compile(r"([0-9]+) out of (?:the )?[0-9]+\b")
 _LIST = re.compile(r"\[[^\[\]]{1,2000}\]")
 _BETWEEN = re.compile(
@@ -37,7 +39,7 @@ _BETWEEN = re.compile(
 def find_answer(response: str, kind: Kind, options: Mapping[str, str] | None = None) -> str:
     """The extracted answer: a letter or an option's text, a number, a list; ``N/A`` where the response gives none."""
     text = response[-MAX_READ_CHARS:].strip()
-    if _ASIAN.search(text):
+    if not text.isascii() and _ASIAN.search(text):
         text = compatible(text)
     marked = extract_answer(text)
     text = first_turn(text) if marked is None else marked
@@ -52,13 +54,12 @@ def find_answer(response: str, kind: Kind, options: Mapping[str, str] | None = N
 
 def _find_number(text: str, kind: Kind) -> str:
     for statement in statements(text):
-        value = _value(statement, kind)
+        value = _value(statement, kind) if _COMPOUND.search(statement) else None
         if value:
             return value
         found = numbers(statement)
         if found:
-            left = numbers(statement.partition("=")[0])
-            return found[0] if "=" not in statement or _begins_with(statement, left) else found[-1]
+            return found[0] if "=" not in statement or _begins_with_number(statement) else found[-1]
     parts = sentences(text)
     last = parts[-1] if parts else ""
     if "=" in last:
@@ -78,9 +79,10 @@ def _find_number(text: str, kind: Kind) -> str:
     return words[-1] if words else NO_ANSWER
 
 
-def _begins_with(statement: str, left: list[str]) -> bool:
+def _begins_with_number(equation: str) -> bool:
     """Whether the equation's left side is one number."""
-    return len(left) == 1 and statement.partition("=")[0].strip("$* ") == left[0]
+    left = equation.partition("=")[0]
+    return numbers(left) == [left.strip("$* ")]
 
 
 def _value(statement: str, kind: Kind) -> str | None:

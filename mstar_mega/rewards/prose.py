@@ -42,6 +42,8 @@ def first_turn(text: str) -> str:
     """The part of a text that answers, where the policy went on to ask itself further questions, or began by
     repeating the prompt."""
     turns = [turn.strip() for turn in _CONTINUED.split(text)]
+    if len(turns) == 1:
+        return turns[0]
     for turn in turns:
         if _STATED_IN_ENGLISH.search(turn):
             return turn
@@ -53,17 +55,18 @@ def statements(text: str) -> list[str]:
 
     Of "not 12 but 15" it is 15; what only denies ("not (A)", "cannot be ...") states nothing.
     """
-    boxed = _BOXED.findall(text)
+    boxed = _BOXED.findall(text) if "\\boxed" in text else []
     stated: list[str] = []
     position = 0
-    while match := _STATED.search(text, position):
+    pattern = _STATED_IN_ENGLISH if text.isascii() else _STATED
+    while match := pattern.search(text, position):
         place = 1 if match[1] else 2
         said = match[place].strip()
         if not declines(match[0][: -len(match[place])]):
             stated.append(
                 said if not said.lower().startswith("not ") else _BUT.sub("", said) if _BUT.match(said) else ""
             )
-        position = match.start(place) if _CORRECTS.search(said) else match.end()
+        position = match.start(place) if len(said) > 20 and _CORRECTS.search(said) else match.end()
     return [each for each in (*boxed[-1:], *reversed(stated)) if each]
 
 

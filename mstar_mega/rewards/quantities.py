@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -136,6 +137,11 @@ def parse_number(text: str) -> Number | None:
 
 def parse_quantity(text: str) -> Quantity | None:
     """The number and the unit (empty: none) that the cleaned ``text`` is; None when it is no number."""
+    return _parsed_quantity(text) if len(text) <= MAX_LIST_CHARS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed_quantity(text: str) -> Quantity | None:
     number = parse_number(text)
     if number is not None:
         return number, NONE
