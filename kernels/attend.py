@@ -41,19 +41,10 @@ _MAX_ELEMENTS = 2**31
 
 
 @jit
-def _rows(  # type: ignore[no-untyped-def]
-    TABLE, PLACE, batch, head, first, tokens, rep, BM: tl.constexpr, TABLED: tl.constexpr
-):
+def _rows(batch, head, first, tokens, rep, BM: tl.constexpr):  # type: ignore[no-untyped-def]
     """(token, query head, is there) of a program's rows."""
     row = first + tl.arange(0, BM)
-    there = row < tokens * rep
-    slot = batch * tokens + row // rep
-    token = slot
-    if TABLED:
-        token = tl.load(TABLE + slot, mask=there, other=0).to(tl.int32)
-        # Padding of the table names any slot; only the slot's own place counts.
-        there = there & (tl.load(PLACE + token, mask=there, other=-1) == slot)
-    return token, head * rep + row % rep, there
+    return batch * tokens + row // rep, head * rep + row % rep, row < tokens * rep
 
 
 @jit
@@ -75,10 +66,10 @@ def _scores(  # type: ignore[no-untyped-def]
 
 @jit(varying=("tokens", "keys", "query_tokens", "first_part", "inner", "stride_g", "stride_n"))
 def attend_kernel(  # type: ignore[no-untyped-def]
-    Q, K, V, BIAS, TABLE, PLACE, OUT, LSE, tokens, keys, key_heads, rep, scale, span, query_tokens, first_part,
+    Q, K, V, BIAS, OUT, LSE, tokens, keys, key_heads, rep, scale, span, query_tokens, first_part,
     k_b, k_h, k_n, v_b, v_h, v_n, inner, stride_g, stride_n, stride_r,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ROW_BIAS: tl.constexpr, TABLED: tl.constexpr, INTERP: tl.constexpr,
+    ROW_BIAS: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows of one batch and key head against keys [split * span, ...). OUT [parts, T, Hq, D]."""
     blocks = tl.cdiv(tokens * rep, BM)
@@ -86,7 +77,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     batch = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
     head = tl.program_id(0) // blocks % key_heads
     split = tl.program_id(1)
-    token, query_head, there = _rows(TABLE, PLACE, batch.to(tl.int32), head, first, tokens, rep, BM, TABLED)
+    token, query_head, there = _rows(batch.to(tl.int32), head, first, tokens, rep, BM)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
     heads = key_heads * rep
@@ -157,7 +148,7 @@ def attend_dq_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) % blocks * BM
     batch = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
     head = tl.program_id(0) // blocks % key_heads
-    token, query_head, there = _rows(LSE, LSE, batch.to(tl.int32), head, first, tokens, rep, BM, False)
+    token, query_head, there = _rows(batch.to(tl.int32), head, first, tokens, rep, BM)
     row = first + tl.arange(0, BM)
     d = tl.arange(0, BD)
     place = token * key_heads * rep + query_head
@@ -204,7 +195,7 @@ def attend_dkv_kernel(  # type: ignore[no-untyped-def]
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     for first in range(0, tokens * rep, BM):
-        token, query_head, there = _rows(LSE, LSE, batch.to(tl.int32), head, first, tokens, rep, BM, False)
+        token, query_head, there = _rows(batch.to(tl.int32), head, first, tokens, rep, BM)
         row = first + tl.arange(0, BM)
         place = token * key_heads * rep + query_head
         at = place[:, None] * D + d[None, :]
@@ -230,7 +221,7 @@ def attend_dkv_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Part:
-    """Keys that a run of query tokens attends to: batch b's tokens are [b * tokens, (b + 1) * tokens), or a table's."""
+    """Keys that a run of query tokens attends to: batch b's tokens are [b * tokens, (b + 1) * tokens)."""
 
     k: Tensor
     """[batches, Hk, keys, D], channels side by side."""
@@ -238,10 +229,6 @@ class Part:
     bias: Tensor
     """float32 [outer, inner, tokens or 1, keys]: 0 or minus infinity; batch b is (b // inner, b % inner)."""
     tokens: int
-    table: Tensor | None = None
-    """int64 [batches, tokens], padded with any token."""
-    place: Tensor | None = None
-    """int64 [T]: where each token stands in the flattened table."""
 
     @property
     def splits(self) -> int:
@@ -280,12 +267,10 @@ def forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]
         rep = Hq // key_heads
         tile = FEW_ROWS if part.tokens * rep <= FEW_ROWS["BM"] else FORWARD
         span = cdiv(cdiv(keys, cuts), tile["BN"]) * tile["BN"]
-        tabled = part.table is not None
         # All but the first dimension of a grid end at 65,535.
         attend_kernel[(cdiv(part.tokens * rep, tile["BM"]) * batches * key_heads, cuts)](
-            q, part.k, part.v, part.bias, part.table if tabled else q, part.place if tabled else q, outputs, lses,
-            part.tokens, keys, key_heads, rep, scale, span, T, done, *part.strides(),
-            D=D, BD=max(16, next_power_of_2(D)), **tile, ROW_BIAS=part.bias.size(2) > 1, TABLED=tabled,
+            q, part.k, part.v, part.bias, outputs, lses, part.tokens, keys, key_heads, rep, scale, span, T, done,
+            *part.strides(), D=D, BD=max(16, next_power_of_2(D)), **tile, ROW_BIAS=part.bias.size(2) > 1,
             INTERP=INTERPRETED, **FORWARD_OPTIONS,
         )  # fmt: skip
         done += cuts
@@ -301,7 +286,7 @@ def forward(q: Tensor, parts: list[Part], scale: float) -> tuple[Tensor, Tensor]
 def backward(
     q: Tensor, parts: list[Part], out: Tensor, lse: Tensor, dout: Tensor, scale: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """(dq, [(dk, dv) of each part]); parts without a table."""
+    """(dq, [(dk, dv) of each part])."""
     T, Hq, D = q.shape
     dout = dout.to(q.dtype).contiguous()
     delta = (dout.float() * out.float()).sum(-1)

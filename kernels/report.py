@@ -154,11 +154,12 @@ def _row_cases() -> Iterator[Case]:
 def _attention_cases() -> Iterator[Case]:
     sizes, strides = "i32 i32 i32 i32 fp32", "i32! i32! i32! i32! i32! i32! i32"
     head = {"D": 128, "BD": 128, "INTERP": False}
-    types = f"*bf16 *bf16 *bf16 *fp32 *i64 *i64 *fp32 *fp32 {sizes} i32! i32 i32 {strides} i32 i32 i32!"
-    for name, tile, row_bias, tabled in (("training, own tokens", attend.FORWARD, True, False),):
-        constants = {**head, **tile, "ROW_BIAS": row_bias, "TABLED": tabled}
-        wgmma = tile is attend.FORWARD  # fewer than 64 rows cannot be
-        yield Case(f"attention, {name}", attend.attend_kernel, types, constants, attend.FORWARD_OPTIONS, wgmma=wgmma)
+    types = f"*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 {sizes} i32! i32 i32 {strides} i32 i32 i32!"
+    function, options = attend.attend_kernel, attend.FORWARD_OPTIONS
+    yield Case(
+        "attention, training, own tokens", function, types, {**head, **attend.FORWARD, "ROW_BIAS": True}, options,
+        wgmma=True,
+    )  # fmt: skip
     types = "*bf16 *bf16 *bf16 *i64 *i64 *i64 *fp32 *fp32 i32 i32 i32 fp32"
     function, options = decode_attention.decode_prefix_kernel, decode_attention.PREFIX_OPTIONS
     yield Case("decode, prompts", function, types, {**head, **decode_attention.PREFIX}, options, wgmma=True)
