@@ -41,6 +41,10 @@ class Way:
     """The last digit that is read is left out: such a chain is wrong even where its answer is right."""
 
 
+Solve = Callable[[Sequence[int], Way], tuple[list[str], str]]
+"""Steps and result from the digits as they are read, written in one way."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A scene with a question."""
@@ -52,8 +56,7 @@ class Problem:
     chain_of_thought: str
     """The response the warm-up trains on."""
     answer: str
-    solve: Callable[[Sequence[int], Way], tuple[list[str], str]]
-    """Steps and result from the digits as they are read, written in one way."""
+    solve: Solve
 
     def chain(self, way: Way) -> str:
         """The whole response, written in one way."""
@@ -87,9 +90,7 @@ def _text(steps: Sequence[str], result: str) -> str:
     return "\n\n".join((*steps, "# Answer", result))
 
 
-def _think(
-    scene: Scene, solve: Callable[[Sequence[int], Way], tuple[list[str], str]], choices: tuple[str, ...], way: Way
-) -> tuple[list[str], str]:
+def _think(scene: Scene, solve: Solve, choices: tuple[str, ...], way: Way) -> tuple[list[str], str]:
     """Steps and answer; an answer that is none of the choices is the empty text."""
     values = scene.values[::-1] if way.backwards else scene.values
     if way.overlooks:
@@ -125,7 +126,6 @@ def _yes(is_so: bool) -> str:
     return "yes" if is_so else "no"
 
 
-Solve = Callable[[Sequence[int], Way], tuple[list[str], str]]
 Draft = tuple[str, Solve]
 """A question and how it is solved."""
 
