@@ -175,15 +175,15 @@ def measure(groups: Sequence[Group], k: int, reward_k: int, distinct: bool = Fal
     scored = any(response.score is not None for group in groups for response in group.responses)
     at_random = pass_at_k_of_each(groups, reward_k)
     by_score = reward_pass_at_k_of_each(groups, reward_k, distinct) if scored else []
-    gains = [one - other for one, other in zip(by_score, at_random, strict=True)] if scored else []
+    gain, gain_stderr = paired_difference(by_score, at_random) if scored else (None, None)
     return Exploration(
         pass_at_k=pass_at_k(groups, k),
         k=k,
         reward_pass_at_k=mean(by_score),
         reward_k=reward_k,
         pass_at_reward_k=mean(at_random),
-        reward_gain=mean(gains),
-        reward_gain_stderr=standard_error(gains),
+        reward_gain=gain,
+        reward_gain_stderr=gain_stderr,
         best_of_n=best_of_n_accuracy(groups) if scored else None,
         weighted_vote=weighted_vote_accuracy(groups) if scored else None,
         majority_vote=majority_vote_accuracy(groups),
