@@ -227,8 +227,8 @@ class SelectionConfig:
     """For threshold and top_k_above: keep correct responses whose process score is above it (the paper's alpha is
     unknown)."""
     distinct: bool = False
-    """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
-    silent)."""
+    """Count responses of a query with the same tokens once: in the selection, in Reward-Pass@K and in the Pass@K of
+    random responses beside it (the paper is silent)."""
 
 
 @dataclass
