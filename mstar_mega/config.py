@@ -122,7 +122,8 @@ class OptimizerConfig:
     shuffle: Literal["responses", "queries"] = "responses"
     """What is shuffled into steps. responses: each by itself, as SFT does; those of a query that meet in a step share
     its image and prompt. queries: all responses of a query in one step, which costs less to compute and makes the step
-    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128."""
+    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128. What scattering
+    costs is in benchmarks/README.md."""
     loss_mean: LossMean = "token"
     """What the loss is a mean over, in the whole batch. token: every counted token (the PRM: step) weighs the same, a
     long response more than a short one. response: every response weighs the same (the paper is silent; the sum over a
