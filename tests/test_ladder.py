@@ -230,9 +230,9 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: object) -> None:
-    """Until it holds, half a minute at most."""
+    """Until it holds, two minutes at most: a busy machine imports slowly."""
     assert callable(condition)
-    for _ in range(600):
+    for _ in range(2400):
         if condition():
             return
         time.sleep(0.05)
