@@ -23,6 +23,7 @@ from ladder_runs import MADE_BY, Ladder
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data.records import write_groups
+from mstar_mega.settings_rules import validate
 
 LADDER_YAML = "examples/configs/ladder.yaml"
 
@@ -56,7 +57,11 @@ def test_every_row_and_question_names_rows_that_there_are_and_settings_that_this
     names = {row.reference for row in ROWS} | {name for q in QUESTIONS for name in (q.row, q.reference)}
     names |= {name for row in ROWS for name in row.tokens_of or ()}
     assert names <= set(BY_NAME)
-    assert all(ladder.is_known(row, Ladder(tmp_path, LADDER_YAML)) for row in ROWS)
+    place = Ladder(tmp_path, LADDER_YAML)
+    assert all(ladder.is_known(row, place) for row in ROWS)
+    for row in ROWS:
+        if row.mixin is not None:  # the config has unlabelled prompts enough
+            validate(settings.parse(place.arguments(row.name, 1, place.settings_of(row, 1))))
 
 
 @pytest.mark.parametrize(("labelled", "unlabelled", "passes"), [(1024, 1024, 2.0), (1000, 900, 3.0), (96, 256, 1.5)])
