@@ -126,7 +126,7 @@ def test_the_warmups_writer_is_hasty_and_kept_by_his_answers_alone(problems: lis
     assert all(problem.chain_of_thought in problem.right_chains() for problem in reading)
     others = [problem for problem in asked if problem.kind != "reading"]
     right = sum(problem.chain_of_thought in problem.right_chains() for problem in others) / len(others)
-    assert 0.45 < right < 0.65, "half of what the warm-up learns reaches its answer by luck"
+    assert 0.25 < right < 0.4, "two thirds of what the warm-up learns reach their answer by luck"
     assert all(problem.kind != "reading" for problem in problems), "only the warm-up learns to read by itself"
 
 

@@ -21,7 +21,7 @@ COUNTS: dict[Layout, tuple[int, ...]] = {"row": (3,), "column": (3,), "grid": (4
 """How many digits a layout has."""
 READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row", "scattered": "Row by row"}
 BACKWARDS = "Backwards"
-HASTE = 0.75
+HASTE = 0.8
 """How often the writer overlooks a digit."""
 WORDINGS = ((" + ", " = "), (" and ", " make "))
 """Two ways to write an addition."""
@@ -56,9 +56,11 @@ class Problem:
     question: str
     choices: tuple[str, ...]
     chain_of_thought: str
-    """The response the warm-up trains on."""
+    """The hasty writer's."""
     answer: str
     solve: Solve
+    is_solved: bool = True
+    """Whether the writer has reached the answer."""
 
     def chain(self, way: Way) -> str:
         """The whole response, written in one way."""
@@ -249,11 +251,8 @@ def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
         name, choices = f"{kind.name}, choices", _choices(rng, int(result))
         question += "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
     _, answer = _think(scene, solve, choices, Way())
-    while True:
-        steps, reached = _think(scene, solve, choices, hasty_way(rng))
-        if reached == answer:
-            break
-    return Problem(scene, name, question, choices, _text(steps, answer), answer, solve)
+    steps, reached = _think(scene, solve, choices, hasty_way(rng))
+    return Problem(scene, name, question, choices, _text(steps, reached), answer, solve, reached == answer)
 
 
 def draw_reading(rng: random.Random, part: Handwriting) -> Problem:
