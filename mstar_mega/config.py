@@ -181,6 +181,9 @@ class PRMConfig:
     freeze_vision: bool = True
     reduction: Reduction = "min"
     """How step scores become the response's process score."""
+    refresh_every: int = 0
+    """Iterations between two refreshes of the PRM: the present policy annotates other queries (as ``annotate`` says),
+    and the PRM is trained on from its present weights with a fresh optimizer and schedule. 0: never (the paper)."""
 
 
 @dataclass

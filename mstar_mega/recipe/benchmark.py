@@ -132,8 +132,8 @@ def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, LMM | None]:
         load_start(job, model)
         return model, None
     run = replace(job, dir=checkpoint)
-    policy, _ = newest_policy(run)
-    return policy, load_prm(run, policy)
+    policy, position = newest_policy(run)
+    return policy, load_prm(run, policy, position.refreshed)
 
 
 def prepare(benchmark: Benchmark, request: Request, instruct: bool) -> Asked:

@@ -51,7 +51,6 @@ def run(config: Config, until: str | None = None) -> None:
     """Run the recipe up to and including a stage (``warmup``, ``annotate``, ``prm``), or all of it and the report."""
     with open_job(config) as job:
         standing = find_standing(job, lambda position: can_resume(job, position))
-        reached = STAGES.index(standing.stage)
         if _is_done(job, standing, until):
             job.say(f"{job.dir}: {until or 'everything'} is done already")
         else:
@@ -60,7 +59,7 @@ def run(config: Config, until: str | None = None) -> None:
                 job.say(f"Resuming {job.dir} in stage {standing.stage}")
             _log_start(job)
             timer = Timer(job)
-            run_stages(job, reached, until)
+            run_stages(job, standing, until)
             if until is None:
                 job.log("stage", stage="total", seconds=timer.seconds)
         if until is None:
@@ -80,8 +79,9 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
     return next_interval(job, resolve_method(job.config.evolve), standing.position) is None
 
 
-def run_stages(job: Job, reached: int, until: str | None) -> None:
+def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
+    reached = STAGES.index(standing.stage)
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
@@ -92,20 +92,22 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
         steps = warmup(job, policy, batches).total_steps
     if until == "warmup":
         return
-    prm = load_prm(job, policy.model) if reached > 1 and needs_prm(job.config) else None
-    if prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
+    actors = Actors(job, policy.model, None)
+    if standing.position is not None and reached > 1 and needs_prm(job.config):
+        actors.use_prm(load_prm(job, policy.model, standing.position.refreshed))
+    if actors.prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
         with job.quiet(reached > 0):
-            groups = annotate(job, Actors(job, policy.model, None))
+            groups = annotate(job, actors)
         if until == "annotate":
             return
         with job.quiet(reached > 1):
-            prm = train_prm(job, policy.model, groups)
+            actors.use_prm(train_prm(job, policy.model, groups))
     if until == "prm":
         return
     with job.stage("evolve"):
         budget = job.config.evolve.max_steps  # includes the warm-up's steps
         policy.reconfigure(job.config.evolve.optimizer, max(0, budget - steps))
-        evolve(job, policy, prm, steps)
+        evolve(job, policy, actors, steps)
 
 
 def _check_budget(budget: int, steps: int) -> None:
@@ -139,7 +141,7 @@ def evaluate(config: Config) -> None:
     """
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, position = newest_policy(job)
-        actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
+        actors = Actors(job, policy, load_prm(job, policy, position.refreshed) if needs_prm(config) else None)
         at = f"_step_{position.step:06d}" if position.step else ""
         done = position.iteration if at else position.iteration - 1
         at += "_changed" if differences(load(job.dir), config) else ""

@@ -42,11 +42,16 @@ class Sampling:
 
 
 class Actors:
-    """The policy's engine and the frozen PRM (None where the settings need none)."""
+    """The policy's engine and the PRM (None where the settings need none)."""
 
     def __init__(self, job: Job, policy: LMM, prm: LMM | None) -> None:
         self.engine = Engine(policy, job.family, job.config.generation, job.config.seed)
-        self.policy, self.prm = policy, prm
+        self.policy = policy
+        self.use_prm(prm)
+
+    def use_prm(self, prm: LMM | None) -> None:
+        """Score with this PRM from now on. Collective over the model copy."""
+        self.prm = prm
         self._prm_fingerprint = "none" if prm is None else fingerprint(prm)
 
     def fingerprint(self) -> str:
