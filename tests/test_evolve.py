@@ -289,3 +289,14 @@ def test_the_prm_is_refreshed_between_iterations_before_the_sweep(
 def test_without_a_prm_nothing_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done, _ = run_settings(tmp_path, monkeypatch, refresh=1, method="sft", passes=3)
     assert not [what for what in done if "refresh" in what]
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (0, [3])])
+def test_test_accuracy_is_measured_every_so_often_and_at_the_end(
+    every: int, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up policy's is the warm-up stage's business."""
+    done, _ = run_settings(tmp_path, monkeypatch, EvaluationConfig(every=2, test_every=every), passes=0.75)
+    assert [what for what in done if what.startswith("measure_greedy")] == [
+        f"measure_greedy evolve {iteration} test" for iteration in measured
+    ]
