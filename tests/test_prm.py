@@ -22,6 +22,7 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position, forget_old_refreshes, refreshes
 from mstar_mega.recipe.held_out import divide
 from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.training.batches import Batches, TrainGroup
 from mstar_mega.training.trainer import Trainer
 
@@ -178,7 +179,7 @@ def test_it_starts_as_the_policy_with_a_new_head(
     frozen = {name for name, trained in taught.trained.items() if not trained}
     eyes = {name for name in taught.weights if name.startswith(("vision.", "connector."))}
     assert eyes and frozen == (eyes if freeze else set())
-    after = dict(taught.prm.named_parameters())
+    after = dict(taught.prm.model.named_parameters())
     assert after.keys() == taught.weights.keys() and not any(p.requires_grad for p in after.values())
     assert all(torch.equal(after[name], value) for name, value in taught.weights.items()), "what was saved"
 
@@ -191,7 +192,7 @@ def test_a_score_is_the_probability_that_the_step_is_good(head: Any) -> None:
     def prompt_of(query: Query) -> Any:
         return tiny.prompt(int(query.id[1:]), 9)
 
-    score_groups(prm, prompt_of, groups, "min", max_tokens=20)
+    score_groups(PRM(prm, Reader(prompt_of)), groups, "min", max_tokens=20)
     seen = []
     for group in groups:
         for response in group.responses:

@@ -18,8 +18,15 @@ from mstar_mega.evaluation.prm_quality import (
 )
 from mstar_mega.recipe.blocks import Blocks
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
-from mstar_mega.rewards.process import score_groups
+from mstar_mega.recipe.rollouts import (
+    VALIDATION_NOISE,
+    Actors,
+    Sampling,
+    drawn,
+    gather_groups,
+    rollout,
+    score_responses,
+)
 
 Split = Literal["validation", "test"]
 
@@ -80,7 +87,7 @@ def measure_refreshed(job: Job, actors: Actors, iteration: int, measured: Blocks
     """
     assert actors.prm is not None, "a refreshed PRM"
     groups = list(measured)
-    score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
+    score_responses(job, actors.prm, groups)
     log_prm_quality(job, gather_groups(groups), "refresh", iteration, "validation")
 
 

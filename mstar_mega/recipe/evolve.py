@@ -53,7 +53,7 @@ def refresh(job: Job, actors: Actors, now: Interval, position: Position) -> None
     """Train the PRM on with labels of the present policy, and measure it on that policy's responses, where due."""
     if now.refresh and not position.is_inside:
         last = now.number - 1
-        measured = exploration_responses(job, actors, last) if _is_measured(job, last) else None
+        measured = exploration_responses(job, actors, last) if _is_due(job.config.evaluation.every, last) else None
         refresh_prm(job, actors, last, position.refreshed)
         position.refreshed = last
         if measured is not None:

@@ -240,6 +240,17 @@ def refreshes(job: Job) -> list[int]:
     return sorted(int(path.name[4:]) for path in job.checkpoints.glob("prm_*") if path.name[4:].isdigit())
 
 
+def finished_prm(checkpoints: Path) -> Path | None:
+    """The checkpoint of the last PRM that a run finished, refreshed ones included; None: it has none."""
+    folders = [path for path in checkpoints.glob("prm_*") if path.name[4:].isdigit()]
+    for folder in [*sorted(folders, key=lambda path: -int(path.name[4:])), checkpoints / "prm"]:
+        for path in find_checkpoints(folder)[:1]:
+            manifest, problem = read_manifest(path)
+            if not problem and _position(manifest["common"], path).finished:
+                return path
+    return None
+
+
 def forget_old_refreshes(job: Job) -> None:
     """Delete the refreshed PRMs that no kept checkpoint of evolving needs. Acts on global rank 0 only."""
     # Those span as many iterations as are kept, and one more: its start.

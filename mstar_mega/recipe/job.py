@@ -30,6 +30,7 @@ from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, loa
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import needs_prm, resolve_method
+from mstar_mega.recipe.outside_prm import find_outside_prm
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
@@ -70,7 +71,8 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
     """Nothing is left to do, so the log must stay as it is."""
     if until is not None:
         # A later stage says nothing of these two: SFT needs neither.
-        reached = find_checkpoints(job.checkpoints / "prm") if until in ("annotate", "prm") else True
+        makes_prm = until in ("annotate", "prm") and job.config.prm.checkpoint is None
+        reached = find_checkpoints(job.checkpoints / "prm") if makes_prm else True
         return broadcast_object(bool(reached)) and STAGES.index(standing.stage) > (1 if until == "prm" else 0)
     ended = job.metrics.position_after(lambda event: event["event"] == "stage" and event.get("stage") == "total")
     if not broadcast_object(0 < ended == job.metrics.position()) or standing.stage != "evolve":
@@ -82,6 +84,9 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
     reached = STAGES.index(standing.stage)
+    from_outside = job.config.prm.checkpoint is not None and (until is not None or needs_prm(job.config))
+    if from_outside:
+        find_outside_prm(job.config)  # what is wrong with it is told before the work begins
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
@@ -92,9 +97,14 @@ def run_stages(job: Job, standing: Standing, until: str | None) -> None:
         steps = warmup(job, policy, batches).total_steps
     if until == "warmup":
         return
+    if from_outside:
+        job.say(f"   the PRM is {job.config.prm.checkpoint}: nothing is annotated, and no PRM is trained")
+        if until is not None:
+            return
     actors = Actors(job, policy.model, None)
-    if standing.position is not None and reached > 1 and needs_prm(job.config):
-        actors.use_prm(load_prm(job, policy.model, standing.position.refreshed))
+    refreshed = standing.position.refreshed if standing.position is not None else 0
+    if needs_prm(job.config) and (from_outside or reached > 1):
+        actors.use_prm(load_prm(job, policy.model, refreshed))
     if actors.prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
         with job.quiet(reached > 0):
             groups = annotate(job, actors)

@@ -30,8 +30,9 @@ from mstar_mega.recipe.fit import (
     steps_taken,
 )
 from mstar_mega.recipe.held_out import divide
-from mstar_mega.recipe.rollouts import Actors
-from mstar_mega.rewards.process import score_groups
+from mstar_mega.recipe.outside_prm import load_outside_prm
+from mstar_mega.recipe.rollouts import Actors, score_responses
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.trainer import Trainer, weights_of
@@ -49,7 +50,7 @@ def build_prm(job: Job, policy: LMM) -> LMM:
     return prm
 
 
-def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
+def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> PRM:
     """Train and measure the PRM on this rank's annotated groups. ``policy`` holds the warm-up weights."""
     with job.stage("prm"):
         return _train(job, policy, groups, Position())
@@ -67,7 +68,7 @@ def refresh_prm(job: Job, actors: Actors, after: int, before: int) -> None:
     with job.quiet(begun):
         groups = label_steps(job, actors, after)
     start = Position(iteration=after, total_steps=steps_taken(job, "prm", before))
-    weights = weights_of(actors.prm)
+    weights = weights_of(actors.prm.model)
     actors.use_prm(None)
     actors.use_prm(_train(job, actors.policy, groups, start, weights))
     forget_old_refreshes(job)
@@ -75,7 +76,7 @@ def refresh_prm(job: Job, actors: Actors, after: int, before: int) -> None:
 
 def _train(
     job: Job, policy: LMM, groups: Sequence[Group], start: Position, weights: dict[str, Tensor] | None = None
-) -> LMM:
+) -> PRM:
     """Train from ``weights`` (None: the policy's trunk and a fresh head), save, load what was saved, and measure."""
     settings, after = job.config.prm, start.iteration
     train, held_out = divide(job, groups, _annotated_before(job, after))
@@ -100,10 +101,15 @@ def _train(
     return prm
 
 
-def load_prm(job: Job, policy: LMM, refreshed: int = 0) -> LMM | None:
-    """The trained, frozen PRM of a run, refreshed after that iteration; None when it is not finished."""
-    prm = build_prm(job, policy).requires_grad_(False)
-    position = restore_weights(job, prm, "prm", refreshed)
+def load_prm(job: Job, policy: LMM, refreshed: int = 0) -> PRM | None:
+    """The PRM of the settings, frozen: the one from outside, or the run's own, refreshed after that iteration.
+
+    None when the run's is not finished.
+    """
+    if job.config.prm.checkpoint is not None:
+        return load_outside_prm(job)
+    prm = PRM(build_prm(job, policy).requires_grad_(False), Reader(job.prompt))
+    position = restore_weights(job, prm.model, "prm", refreshed)
     return prm if position is not None and position.finished else None
 
 
@@ -136,13 +142,13 @@ def _label(share: float | None, hard: bool) -> float:
     return float(share > 0) if hard else share
 
 
-def _measure(job: Job, prm: LMM, held_out: list[Group], after: int) -> None:
+def _measure(job: Job, prm: PRM, held_out: list[Group], after: int) -> None:
     """How well the PRM orders a held-out query's responses, and accuracy and AUC over all held-out steps together.
 
     A step counts as good where its label is at least the threshold that its score must reach: the head has learnt
     the label itself, hard or soft.
     """
-    score_groups(prm, job.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
+    score_responses(job, prm, held_out)
     steps = [step for group in held_out for response in group.responses for step in response.steps]
     scores = [step.score for step in steps if step.score is not None]
     threshold = 0.5
