@@ -453,3 +453,25 @@ def check_refresh(run_dir: Path) -> None:
     counted = json.loads((run_dir / "summary.json").read_text())["generated"]["annotate"]
     assert counted["responses"] == sum(event["responses"] + event["rollouts"] for event in of("annotation"))
     assert counted["tokens"] == sum(event["tokens"] for event in of("annotation"))
+
+
+def test_a_run_with_another_runs_prm_ends_as_that_run(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    """From the same warm-up, nothing annotated, nothing trained; resumed in the middle too."""
+    run_dir = copy_run(whole(1), tmp_path / "run")
+    for path in (run_dir / "checkpoints/prm", run_dir / "checkpoints/evolve", run_dir / "rollouts"):
+        shutil.rmtree(path)
+    extra = ("--prm.checkpoint", str(whole(1)), "--run.allow_changed_settings", "true")
+    job = Job(run_dir, 1, *extra)
+    assert job.run_until(exists("checkpoints/evolve/iteration_0001_step_000004")), job.output
+    job.kill()
+    told = f"the PRM is {whole(1)}: nothing is annotated, and no PRM is trained"
+    assert told in job.output and told not in finish(run_dir, 1, *extra), "once"
+    assert not (run_dir / "rollouts/annotate").exists() and not (run_dir / "checkpoints/prm").exists()
+    for number in (1, 2):
+        groups, wanted = (groups_of(d / f"rollouts/iteration_{number:04d}") for d in (run_dir, whole(1)))
+        assert [group.responses for group in groups] == [group.responses for group in wanted], "tokens and scores"
+    assert outcome(run_dir)[2] == outcome(whole(1))[2], "and so are the weights in the end"
+    qualities = [e["iteration"] for e in events_of(run_dir) if e["event"] == "prm_quality"]
+    assert qualities == [0, 1, 2], "on validation queries, from the start"
+    job = Job(run_dir, 1, *extra, command="train-prm")
+    assert job.wait() == 0 and "done already" in job.output

@@ -98,7 +98,8 @@ def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     if until == "warmup":
         return
     if from_outside:
-        job.say(f"   the PRM is {job.config.prm.checkpoint}: nothing is annotated, and no PRM is trained")
+        with job.quiet(reached > 1):
+            job.say(f"   the PRM is {job.config.prm.checkpoint}: nothing is annotated, and no PRM is trained")
         if until is not None:
             return
     actors = Actors(job, policy.model, None)

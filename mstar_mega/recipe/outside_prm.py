@@ -128,6 +128,8 @@ def _judgement(config: Config, tokenizer: Tokenizer, head: Head) -> Judgement | 
 def _one_token(tokenizer: Tokenizer, name: str, text: str) -> int:
     control = _control(tokenizer, text)
     ids = tokenizer.encode(text) if control is None else [control]
+    if len(ids) == 2 and not tokenizer.decode(ids[:1]):  # the space that Llama's put in front of every text
+        ids = ids[1:]
     if len(ids) != 1:
         raise ValueError(
             f"prm.{name} {text!r} is {len(ids)} tokens of {tokenizer.path}, {ids}: it must be one; a space in front of "
