@@ -16,6 +16,7 @@ import pytest
 import tiny_families
 import tokenizers
 import torch
+from parallel import run_parallel
 from PIL import Image
 from safetensors.torch import save_file
 from scripted import make_job, make_task
@@ -84,7 +85,8 @@ def queries(folder: Path, count: int = 2) -> list[Query]:
     """Questions, the first about a picture."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "a.png")
+    if not (folder / "a.png").exists():  # ranks that share the folder only read it
+        Image.fromarray(pixels).save(folder / "a.png")
     image = ImageRef(str(folder / "a.png"), image_digest((folder / "a.png").read_bytes()))
     return [Query(f"q{i}", "Which digit is the largest?", (image,) if i == 0 else (), "7") for i in range(count)]
 
@@ -274,6 +276,29 @@ def test_another_familys_words_behind_marks(kind: str, name: str, converted: dic
                 rows.append(hand.by_words(group.query, ids, ends, good, bad))
             wanted.append(rows)
         check(groups, wanted)
+
+
+def scores_in_a_layout(folder: str, checkpoint: str, tensor: int, pipeline: int) -> list[list[list[float | None]]]:
+    """What every rank of one model copy that is cut so gets."""
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    distributed.initialize(parallel, 0)
+    prm = PRMConfig(checkpoint=checkpoint, good_token="+", bad_token="-", step_mark="<|eot_id|>")
+    with make_job(Path(folder), Config(parallel=parallel, prm=prm), make_task()) as job:
+        groups, found = written(job, Path(folder)), load_prm(job, NO_POLICY)
+        assert found is not None
+        score_responses(job, found, groups)
+        return step_scores(groups)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_words_in_every_layout(tensor: int, pipeline: int, converted: dict[str, Path], tmp_path: Path) -> None:
+    arguments = (str(tmp_path), str(converted["minicpm_v2_5"]))
+    queries(tmp_path)
+    (whole,) = run_parallel(1, "test_outside_prm:scores_in_a_layout", *arguments, 1, 1)
+    for found in run_parallel(2, "test_outside_prm:scores_in_a_layout", *arguments, tensor, pipeline):
+        for group, wanted in zip(found, whole, strict=True):
+            for scores, expected in zip(group, wanted, strict=True):
+                assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_another_familys_score_head(converted: dict[str, Path], tmp_path: Path) -> None:
