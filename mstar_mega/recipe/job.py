@@ -85,8 +85,6 @@ def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
     reached = STAGES.index(standing.stage)
     from_outside = job.config.prm.checkpoint is not None and (until is not None or needs_prm(job.config))
-    if from_outside:
-        find_outside_prm(job.config)  # what is wrong with it is told before the work begins
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
@@ -207,6 +205,8 @@ def open_job(
     place = distributed.layout()
     family = build_family(config)
     check_divisible(config, family.vision, family.language)
+    if trains and config.prm.checkpoint is not None:
+        find_outside_prm(config)  # what is wrong with it is told before any work begins
     with ExitStack() as stack:
         directory = stack.enter_context(run_directory(config, place.is_main, trains))
         metrics: MetricsLog | NullMetrics = NullMetrics()
