@@ -35,6 +35,7 @@ from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.memory import peak_memory_bytes
 from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.trainer import Trainer
 
@@ -67,7 +68,7 @@ def score_stage(prm: LMM, family: Family, queries: Sequence[Query], config: Conf
     groups = [Group(q, [Response(i, tokens, "", steps=steps) for i in range(config.evolve.responses)]) for q in queries]
 
     def run() -> int:
-        score_groups(prm, family.prompt, groups, config.prm.reduction, config.generation.prefill_tokens)
+        score_groups(PRM(prm, Reader(family.prompt)), groups, config.prm.reduction, config.generation.prefill_tokens)
         return len(groups) * config.evolve.responses * length
 
     return run

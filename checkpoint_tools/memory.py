@@ -45,7 +45,7 @@ class RankMemory:
     cache: int
     """Keys and values of the responses in flight and their prompts."""
     prefill: int
-    """Activations of the prompts that enter at once."""
+    """Activations of the prompts that enter at once, or are scored."""
 
     @property
     def total(self) -> int:
@@ -77,12 +77,16 @@ def is_possible(model: ModelMap, tensor: int, pipeline: int) -> bool:
     return model.layers % pipeline == 0 and not any(number % tensor for number in cut)
 
 
-def rank_memory(model: ModelMap, config: Config, layout: Layout) -> list[RankMemory]:
-    """What a rank of each pipeline stage needs under these settings. All tensor ranks of a stage need the same."""
+def rank_memory(model: ModelMap, config: Config, layout: Layout, outside: ModelMap | None = None) -> list[RankMemory]:
+    """What a rank of each pipeline stage needs under these settings. All tensor ranks of a stage need the same.
+
+    ``outside``: the PRM of ``prm.checkpoint``, which is not trained; None: it is made from the policy.
+    """
     width = DTYPES[config.model.precision].itemsize
     cut = (layout.tensor, layout.pipeline)
     counts = parameter_counts(model, *cut)
-    scoring = parameter_counts(_prm(model, config), *cut, freeze_vision=config.prm.freeze_vision)
+    scorer = outside or own_prm(model, config)
+    scoring = parameter_counts(scorer, *cut, freeze_vision=config.prm.freeze_vision)
     if not needs_prm(config):
         scoring = [(0, 0)] * layout.pipeline
     moments = 8 if width == 4 else 12  # two moments; below float32 also the weights' own float32 copy
@@ -95,17 +99,17 @@ def rank_memory(model: ModelMap, config: Config, layout: Layout) -> list[RankMem
                 gradients=trained * GRADIENT_BYTES,
                 optimizer=ceil(trained * moments / copies),
                 prm=(prm_trained + prm_frozen) * width,
-                prm_training=prm_trained * GRADIENT_BYTES + ceil(prm_trained * moments / copies),
+                prm_training=0 if outside else prm_trained * GRADIENT_BYTES + ceil(prm_trained * moments / copies),
                 activations=_activations(model, config, layout, stage, width),
                 cache=_cache(model, config, layout, width),
-                prefill=_prefill(model, config, layout, stage, width),
+                prefill=max(_prefill(one, config, layout, stage, width) for one in (model, scorer)),
             )
         )
     return result
 
 
-def _prm(model: ModelMap, config: Config) -> ModelMap:
-    """The process reward model of this policy."""
+def own_prm(model: ModelMap, config: Config) -> ModelMap:
+    """The process reward model that is made from this policy."""
     head = config.prm.head
     trunk = [m for m in model.mappings if head == "likelihood" or not m.name.startswith("language.output_layer.")]
     return replace(model, head=head, mappings=trunk + score_heads(model.language.hidden, head))

@@ -9,17 +9,20 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
 from mstar_mega import settings
-from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
-from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, rank_memory
+from mstar_mega.checkpoint_tools.maps import ModelMap, head_of, map_of
+from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, own_prm, rank_memory
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.platform.terminal import say
+from mstar_mega.recipe.method import needs_prm
 from mstar_mega.settings_rules import validate
+from mstar_mega.training.manifest import read_index
 
 USABLE = 0.9
 """Share of a GPU's memory to plan for; the rest is the driver's, the libraries' and what fragments."""
@@ -88,6 +91,27 @@ def model_of(config: Config) -> tuple[ModelMap, str]:
     return model, where
 
 
+def prm_of(config: Config) -> ModelMap | None:
+    """The PRM of ``prm.checkpoint``; None where it is made from the policy, or none is needed.
+
+    Raises ValueError where it is not there.
+    """
+    return _outside(config.prm.checkpoint) if config.prm.checkpoint is not None and needs_prm(config) else None
+
+
+@lru_cache(maxsize=4)
+def _outside(path: str) -> ModelMap:
+    folder = Path(path) / MODEL_FILES
+    if folder.is_dir():
+        return map_of(read_config(folder), head_of(read_index(Path(path)).tensors), folder / "config.json")
+    if not (Path(path) / settings.CONFIG_FILE).is_file():
+        raise ValueError(
+            f"prm.checkpoint {path} is neither a converted checkpoint nor a run directory: it is not there"
+        )
+    run = settings.load(path)
+    return own_prm(model_of(run)[0], run)
+
+
 def settings_tokens(config: Config) -> int:
     """The settings' bound of a micro-batch: that of the stage which has the highest."""
     return max(stage.optimizer.microbatch_tokens for stage in (config.warmup, config.prm, config.evolve))
@@ -100,9 +124,11 @@ def choices(model: ModelMap, config: Config, gpus: int, tokens: int, shared: boo
     settings', but off where the tensor size is 1.
     """
     found = []
+    outside = prm_of(config)
+    models = [model] if outside is None else [model, outside]
     for tensor in range(1, min(gpus, _LARGEST_TENSOR) + 1):
         for pipeline in range(1, gpus // tensor + 1):
-            if gpus % (tensor * pipeline) or not is_possible(model, tensor, pipeline):
+            if gpus % (tensor * pipeline) or not all(is_possible(one, tensor, pipeline) for one in models):
                 continue
             parallel = ParallelConfig(
                 tensor=tensor,
@@ -111,7 +137,8 @@ def choices(model: ModelMap, config: Config, gpus: int, tokens: int, shared: boo
                 distributed_optimizer=config.parallel.distributed_optimizer if shared is None else shared,
             )
             layout = Layout(tensor, pipeline, tokens, gpus // (tensor * pipeline))
-            found.append(Choice(layout, parallel, rank_memory(model, replace(config, parallel=parallel), layout)))
+            stages = rank_memory(model, replace(config, parallel=parallel), layout, outside)
+            found.append(Choice(layout, parallel, stages))
     # Of equal cuts the one with fewer stages: a pipeline idles at both ends of a step.
     return sorted(found, key=lambda choice: (-choice.layout.data, choice.layout.pipeline))
 

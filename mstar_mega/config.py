@@ -184,6 +184,19 @@ class PRMConfig:
     freeze_vision: bool = True
     reduction: Reduction = "min"
     """How step scores become the response's process score."""
+    checkpoint: str | None = None
+    """A PRM from outside, instead of annotating and training one: another run's directory, or a converted checkpoint
+    (``mstar convert``). It may be of another family than the policy, with its own tokenizer and image preprocessing.
+    The settings of its training say nothing then."""
+    good_token: str | None = None
+    """For a ``prm.checkpoint`` without a score head: its token for a good step. The score is this token's probability
+    against ``bad_token``'s, next after the step or its mark."""
+    bad_token: str | None = None
+    step_mark: str | None = None
+    """What such a PRM has behind each step, in front of the blank line: a text or a control symbol. None: nothing."""
+    refresh_every: int = 0
+    """Iterations between two refreshes of the PRM: the present policy annotates other queries (as ``annotate`` says),
+    and the PRM is trained on from its present weights with a fresh optimizer and schedule. 0: never (the paper)."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ _UNIT = _Rule("between 0 and 1", lambda x: 0 <= x <= 1)
 _INSIDE_UNIT = _Rule("above 0 and below 1", lambda x: 0 < x < 1)
 _DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
 _TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
+_NOT_EMPTY = _Rule("a text that is not empty", lambda x: bool(x))
 _GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
 
 RESETTING = ("iterative_rft", "rest_em")
@@ -50,6 +51,7 @@ _NAMES_OF_RULE = (
         """
         warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
         optimizer.warmup_steps evolve.max_steps evaluation.every evaluation.test_every report.samples_per_iteration
+        prm.refresh_every
         """,
     ),
     (_SEED, "seed"),
@@ -74,9 +76,10 @@ _NAMES_OF_RULE = (
     (
         _TEXT,
         """
-        run.dir model.family model.size model.checkpoint data.dir data.path data.images data.warmup_file
+        run.dir model.family model.size model.checkpoint prm.checkpoint data.dir data.path data.images data.warmup_file
         """,
     ),
+    (_NOT_EMPTY, "prm.good_token prm.bad_token prm.step_mark"),
     (_GRID, "temperature.grid"),
 )
 _RULES = {name: rule for rule, names in _NAMES_OF_RULE for name in names.split()}
@@ -103,6 +106,7 @@ def validate(config: Config) -> None:
 
 def _validate_pairs(config: Config) -> None:
     temperature, evaluation = config.temperature, config.evaluation
+    _validate_prm(config)
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:
@@ -139,4 +143,19 @@ def _validate_pairs(config: Config) -> None:
     if config.prompts.unlabelled != "none" and config.data.name == "mathv360k" and config.data.labelled_share == 1:
         raise ValueError(
             f"prompts.unlabelled is '{config.prompts.unlabelled}': it needs data.labelled_share below 1, which is 1"
+        )
+
+
+def _validate_prm(config: Config) -> None:
+    prm = config.prm
+    words = {"good_token": prm.good_token, "bad_token": prm.bad_token, "step_mark": prm.step_mark}
+    given = [f"prm.{name}" for name, value in words.items() if value is not None]
+    if given and prm.checkpoint is None:
+        raise ValueError(f"{given[0]} is given without prm.checkpoint: it says how a PRM from outside is read")
+    if given and None in (prm.good_token, prm.bad_token):
+        raise ValueError(f"{given[0]} is given alone: prm.good_token and prm.bad_token belong together")
+    if prm.checkpoint is not None and prm.refresh_every:
+        raise ValueError(
+            f"prm.refresh_every is {prm.refresh_every} and prm.checkpoint is given: a PRM from outside is not trained "
+            "on; set prm.refresh_every to 0"
         )

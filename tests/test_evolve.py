@@ -14,6 +14,7 @@ from mstar_mega.config import (
     EvaluationConfig,
     EvolveConfig,
     OptimizerConfig,
+    PRMConfig,
     PromptsConfig,
     SelectionConfig,
     TemperatureConfig,
@@ -26,6 +27,7 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position
 from mstar_mega.recipe.intervals import Interval, next_interval
 from mstar_mega.recipe.method import needs_prm, resolve_method
+from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.training.batches import Examples, TrainGroup
 from mstar_mega.training.trainer import Trainer
 
@@ -166,7 +168,6 @@ def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warm
         return TrainGroup(LABELLED[i], [[1]])
 
     chosen = Examples([query.id for query in LABELLED[:responses]], array("i", [1] * responses), read)
-    monkeypatch.setattr(loop, "Actors", lambda *arguments: None)
     monkeypatch.setattr(loop, "restore", lambda *arguments: None)
     monkeypatch.setattr(fitting, "base_weights", lambda job: "base weights")
     for name, value in (("tune_temperature", tune), ("generate", generate), ("fit", fit)):
@@ -174,20 +175,27 @@ def run_loop(job: Job, monkeypatch: pytest.MonkeyPatch, responses: int = 8, warm
     note("check_log_probs")
     note("choose", chosen)
     note("gold_examples", chosen)
+    note("refresh_prm", None, 2, 3)
+    note("exploration_responses", "responses", 2)
+    note("measure_refreshed", None, 2, 3)
     note("measure_exploration", None, 2, 3)
     note("measure_greedy", None, 2, 3, 4)
     note("save", None, 2)
-    loop.evolve(job, cast(Trainer, policy), None, warmup_steps)
+    loop.evolve(job, cast(Trainer, policy), cast(Actors, None), warmup_steps)
     return done
 
 
 def run_settings(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, evaluation: EvaluationConfig | None = None, **evolve: Any
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluation: EvaluationConfig | None = None,
+    refresh: int = 0,
+    **evolve: Any,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """What the loop does with these settings in batches of 4 responses, and its events ``improve``."""
     given = {name: evolve.pop(name) for name in ("responses", "warmup_steps") if name in evolve}
     settings = EvolveConfig(optimizer=OptimizerConfig(batch_size=4), **{"max_steps": 0, **evolve})
-    config = Config(evolve=settings, evaluation=evaluation or EvaluationConfig())
+    config = Config(evolve=settings, evaluation=evaluation or EvaluationConfig(), prm=PRMConfig(refresh_every=refresh))
     with make_job(directory, config, make_task(labelled=LABELLED)) as job:
         done = run_loop(job, monkeypatch, **given)
         assert isinstance(job.metrics, Events)
@@ -257,6 +265,30 @@ def test_exploration_is_measured_at_the_start_every_so_often_and_at_the_end(
     done, _ = run_settings(tmp_path, monkeypatch, EvaluationConfig(every=every), passes=0.75)
     explored = [what.split()[1:] for what in done if what.startswith("measure_exploration")]
     assert explored == [["evolve" if iteration else "warmup", str(iteration)] for iteration in measured]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [(2, 0), (4, 2)]), (3, [(3, 0)]), (0, [])])
+def test_the_prm_is_refreshed_between_iterations_before_the_sweep(
+    every: int, expected: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured before and after on the same responses where the iteration is measured; not behind the last one."""
+    done, _ = run_settings(tmp_path, monkeypatch, EvaluationConfig(every=4), every, passes=1.25)
+    refreshed = [i for i, what in enumerate(done) if what.startswith("refresh_prm")]
+    assert [done[i] for i in refreshed] == [f"refresh_prm {after} {before}" for after, before in expected]
+    for i, (after, _) in zip(refreshed, expected, strict=True):
+        of_iteration = [f"exploration_responses {after}"] if after == 4 else []
+        assert done[i - len(of_iteration) - 1 : i] == ["save evolve", *of_iteration]
+        following = [f"measure_refreshed {after} responses"] if after == 4 else []
+        following += [f"tune {after + 1} from 0.{after - 1}"] if after % 2 == 0 else []
+        assert done[i + 1 : i + len(following) + 2] == [
+            *following,
+            f"generate {after + 1} at 0.{after + 1 - after % 2}",
+        ]
+
+
+def test_without_a_prm_nothing_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, _ = run_settings(tmp_path, monkeypatch, refresh=1, method="sft", passes=3)
+    assert not [what for what in done if "refresh" in what]
 
 
 @pytest.mark.parametrize(("every", "measured"), [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (0, [3])])

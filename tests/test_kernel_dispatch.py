@@ -29,6 +29,7 @@ from mstar_mega.models.mapping import Head
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
 from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.rewards.selection import select
 from mstar_mega.training.batches import TrainGroup, microbatches
 
@@ -181,7 +182,7 @@ def recipe_piece(policy: LMM, prm: LMM) -> Piece:
     def prompt_of(query: Query) -> Prompt:
         return prompts[query.id]
 
-    score_groups(prm, prompt_of, groups, "min", 1000)
+    score_groups(PRM(prm, Reader(prompt_of)), groups, "min", 1000)
     selected = select(groups, SelectionConfig(rule="top_k", k=1), 0)
     chosen = [TrainGroup(g.query, [r.tokens for r in best]) for g, best in zip(groups, selected, strict=True)]
     (batch,) = microbatches(chosen, prompt_of, OptimizerConfig(microbatch_tokens=1000), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from scripted import Events, make_job, make_task
 from torch import Tensor
 
-from mstar_mega.config import AnnotateConfig, Config, OptimizerConfig, PRMConfig
+from mstar_mega.config import AnnotateConfig, Config, OptimizerConfig, PRMConfig, RunConfig
 from mstar_mega.data.types import Group, ImageRef, Query, Response, Step
 from mstar_mega.models.packing import pack, step_index
 from mstar_mega.recipe import prm as stage
 from mstar_mega.recipe.context import Job
-from mstar_mega.recipe.fit import Position
+from mstar_mega.recipe.fit import Position, forget_old_refreshes, refreshes
+from mstar_mega.recipe.held_out import divide
 from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.training.batches import Batches, TrainGroup
 from mstar_mega.training.trainer import Trainer
 
@@ -107,12 +110,31 @@ def test_queries_that_share_a_picture_are_on_one_side(tmp_path: Path) -> None:
     for seed in range(8):
         config = Config(seed=seed, annotate=AnnotateConfig(held_out=0.2))
         with make_job(tmp_path, config, make_task(), tiny.family()) as job:
-            train, held_out = stage._split(job, groups)
-            again = stage._split(job, groups[::-1])
+            train, held_out = divide(job, groups)
+            again = divide(job, groups[::-1])
         assert sorted(group.query.id for group in train + held_out) == [group.query.id for group in groups]
         seen = [{image.digest for group in side for image in group.query.images} for side in (train, held_out)]
         assert not seen[0] & seen[1] and 8 <= len(held_out) <= 20
         assert (train, held_out) == again
+
+
+def test_what_an_earlier_training_has_seen_is_never_measured_on(tmp_path: Path) -> None:
+    """Later annotations have some queries of the earlier ones, new ones, and new ones about known pictures."""
+    rng = random.Random(5)
+    queries = [Query(f"q{i:03d}", "?", (ImageRef("", f"p{i // 2}"),) if i % 5 else (), "1") for i in range(120)]
+    with make_job(tmp_path, Config(seed=3, annotate=AnnotateConfig(held_out=0.2)), make_task()) as job:
+        earlier: list[list[Query]] = []
+        before: dict[str, bool] = {}
+        for _ in range(4):
+            asked = rng.sample(queries, 60)
+            sides = divide(job, [Group(query, []) for query in asked], earlier)
+            assert sorted(g.query.id for side in sides for g in side) == sorted(query.id for query in asked)
+            assert 6 <= len(sides[1]) <= 18, "about a fifth"
+            for is_out, side in enumerate(sides):
+                names = {name for group in side for name in (group.query.id, *(i.digest for i in group.query.images))}
+                assert all(before.get(name, bool(is_out)) == bool(is_out) for name in names)
+                before.update(dict.fromkeys(names, bool(is_out)))
+            earlier.append(asked)
 
 
 def test_labels_that_are_all_alike_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +179,7 @@ def test_it_starts_as_the_policy_with_a_new_head(
     frozen = {name for name, trained in taught.trained.items() if not trained}
     eyes = {name for name in taught.weights if name.startswith(("vision.", "connector."))}
     assert eyes and frozen == (eyes if freeze else set())
-    after = dict(taught.prm.named_parameters())
+    after = dict(taught.prm.model.named_parameters())
     assert after.keys() == taught.weights.keys() and not any(p.requires_grad for p in after.values())
     assert all(torch.equal(after[name], value) for name, value in taught.weights.items()), "what was saved"
 
@@ -170,7 +192,7 @@ def test_a_score_is_the_probability_that_the_step_is_good(head: Any) -> None:
     def prompt_of(query: Query) -> Any:
         return tiny.prompt(int(query.id[1:]), 9)
 
-    score_groups(prm, prompt_of, groups, "min", max_tokens=20)
+    score_groups(PRM(prm, Reader(prompt_of)), groups, "min", max_tokens=20)
     seen = []
     for group in groups:
         for response in group.responses:
@@ -186,3 +208,14 @@ def test_a_score_is_the_probability_that_the_step_is_good(head: Any) -> None:
             assert response.score == pytest.approx(min(expected), abs=1e-5)
             seen += expected
     assert max(seen) - min(seen) > 0.01
+
+
+def test_old_refreshed_prms_are_deleted_and_no_others(tmp_path: Path) -> None:
+    """Kept are as many as checkpoints of evolving, and one more."""
+    for name in ("prm", "prm_failed", "prm_0003", "prm_0009", "prm_0010", "prm_10002", "evolve"):
+        (tmp_path / "checkpoints" / name / "iteration_0000_step_000000").mkdir(parents=True)
+    with make_job(tmp_path, Config(run=RunConfig(keep_checkpoints=1)), make_task()) as job:
+        forget_old_refreshes(job)
+        assert refreshes(job) == [10, 10002]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"prm", "prm_failed", "prm_0010", "prm_10002", "evolve"}

@@ -387,3 +387,91 @@ def test_a_log_that_was_cut_is_told(tmp_path: Path, whole: Callable[[int], Path]
     job = Job(run_dir, 2)
     assert job.wait() == 2
     assert "has 9 events, but the checkpoint was written after event" in job.output, job.output
+
+
+# ---------------------------------------------------------------------------------------------- the PRM's refreshes
+
+REFRESH = (
+    *("--prm.refresh_every", "1", "--run.checkpoint_every_steps", "2", "--run.keep_checkpoints", "100"),
+    *("--run.allow_changed_settings", "true"),
+)
+REFRESH_MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "annotation": exists("rollouts/annotate_0001/block_*.jsonl"),
+    "training": exists("checkpoints/prm_0001/iteration_0001_step_000002"),
+    "what it has gained": logged(event="prm_quality", stage="refresh"),
+    "behind it": exists("checkpoints/evolve/iteration_0002_step_000002"),
+}
+
+
+def test_kill_9_around_a_refresh_of_the_prm(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    """Also behind it, where the refreshed PRM is lost and the policy that labelled for it is gone."""
+    expected = copy_run(whole(1), tmp_path / "expected")
+    go_back(expected, "evolve", "iteration_0002_step_000000")
+    run_dir = copy_run(expected, tmp_path / "run")
+    finish(expected, 1, *REFRESH)
+    check_refresh(expected)
+    for name, moment in REFRESH_MOMENTS.items():
+        job = Job(run_dir, 1, *REFRESH)
+        assert job.run_until(moment), f"{name} was never seen:\n{job.output}"
+        job.kill()
+    last = checkpoints(run_dir, "evolve")[-1]
+    for path in (run_dir / "checkpoints/prm_0001").glob("*/*.distcp"):
+        flip_a_bit(path)
+    output = finish(run_dir, 1, *REFRESH)
+    assert "DAMAGED CHECKPOINT" in output and f"{last} cannot be used: it needs the PRM in" in output, output
+    assert_equal(run_dir, expected)
+
+
+def check_refresh(run_dir: Path) -> None:
+    """What a refresh leaves behind: who labelled which queries, who scores from then on, and what is told of it."""
+
+    def origin(name: str) -> list[str]:
+        text = json.loads((run_dir / f"rollouts/{name}/origin.json").read_text())["drawn_by"]
+        return str(text).split(", ")
+
+    def of(name: str, **fields: Any) -> list[dict[str, Any]]:
+        return [event for event in events_of(run_dir) if event["event"] == name and fields.items() <= event.items()]
+
+    asked = []
+    for after, name in ((0, "annotate"), (1, "annotate_0001")):
+        groups = groups_of(run_dir / "rollouts" / name)
+        asked.append({group.query.id for group in groups})
+        assert all(step.label is not None for group in groups for r in group.responses for step in r.steps)
+        (event,) = of("annotation", iteration=after)
+        counted = (len(groups), sum(len(group.responses) for group in groups))
+        assert (event["queries"], event["responses"]) == counted
+        policy = origin(f"iteration_{after + 1:04d}")[0]
+        assert origin(name)[0] == policy, "the policy that draws the next iteration's responses"
+    assert asked[0] != asked[1] and origin("iteration_0001")[1] != origin("iteration_0002")[1]
+    first, second = of("step", stage="prm", iteration=None), of("step", stage="prm", iteration=1)
+    assert [step["step"] for step in first + second] == list(range(1, len(first + second) + 1))
+    rates = [step["learning_rate"] for step in second]
+    assert rates[0] == first[0]["learning_rate"] > rates[-1], "the schedule starts over"
+    (aged,), (fresh,) = (of("prm_quality", stage=stage, iteration=1) for stage in ("evolve", "refresh"))
+    assert aged["baselines"] == fresh["baselines"] and aged["responses"] == fresh["responses"], "the same responses"
+    assert len(of("prm_quality", split="held_out", iteration=1)) == 1
+    counted = json.loads((run_dir / "summary.json").read_text())["generated"]["annotate"]
+    assert counted["responses"] == sum(event["responses"] + event["rollouts"] for event in of("annotation"))
+    assert counted["tokens"] == sum(event["tokens"] for event in of("annotation"))
+
+
+def test_a_run_with_another_runs_prm_ends_as_that_run(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    """From the same warm-up, nothing annotated, nothing trained; resumed in the middle too."""
+    run_dir = copy_run(whole(1), tmp_path / "run")
+    for path in (run_dir / "checkpoints/prm", run_dir / "checkpoints/evolve", run_dir / "rollouts"):
+        shutil.rmtree(path)
+    extra = ("--prm.checkpoint", str(whole(1)), "--run.allow_changed_settings", "true")
+    job = Job(run_dir, 1, *extra)
+    assert job.run_until(exists("checkpoints/evolve/iteration_0001_step_000004")), job.output
+    job.kill()
+    told = f"the PRM is {whole(1)}: nothing is annotated, and no PRM is trained"
+    assert told in job.output and told not in finish(run_dir, 1, *extra), "once"
+    assert not (run_dir / "rollouts/annotate").exists() and not (run_dir / "checkpoints/prm").exists()
+    for number in (1, 2):
+        groups, wanted = (groups_of(d / f"rollouts/iteration_{number:04d}") for d in (run_dir, whole(1)))
+        assert [group.responses for group in groups] == [group.responses for group in wanted], "tokens and scores"
+    assert outcome(run_dir)[2] == outcome(whole(1))[2], "and so are the weights in the end"
+    qualities = [e["iteration"] for e in events_of(run_dir) if e["event"] == "prm_quality"]
+    assert qualities == [0, 1, 2], "on validation queries, from the start"
+    job = Job(run_dir, 1, *extra, command="train-prm")
+    assert job.wait() == 0 and "done already" in job.output

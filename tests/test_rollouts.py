@@ -45,7 +45,7 @@ def query(id: str, answer: str | None = "7", **fields: Any) -> Query:
     return Query(id, f"question {id}", (), answer, **fields)
 
 
-def score_by_text(prm: Any, prompt: Any, groups: list[Group], reduction: str, tokens: int) -> None:
+def score_by_text(job: Any, prm: Any, groups: list[Group]) -> None:
     """In place of a PRM: a response begins with its score."""
     for group in groups:
         for response in group.responses:
@@ -112,7 +112,7 @@ def test_a_truncated_response_has_not_answered(tmp_path: Path) -> None:
 def test_unlabelled_queries_are_judged_by_what_the_settings_let_them_know(
     unlabelled: Any, answer: str, right: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    monkeypatch.setattr(rollouts, "score_responses", score_by_text)
     config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
     texts = [f"0.3\n\n{RIGHT}", f"0.4\n\n{RIGHT}", f"0.6\n\n{WRONG}"]  # 7 has the larger sum
     with make_job(tmp_path, config, make_task()) as job:
@@ -128,7 +128,7 @@ def test_what_agrees_with_a_vote_is_not_counted_as_correct(
     unlabelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The vote's winner always agrees with itself: only hidden answers tell whether it is right."""
-    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    monkeypatch.setattr(rollouts, "score_responses", score_by_text)
     config = Config(prompts=PromptsConfig(unlabelled=unlabelled))
     # "b" answers 8 three times, which is what its hidden answer is; "c" nothing at all; the others 7 twice.
     texts = {"b": [f"1\n\n{WRONG}"] * 3, "c": ["1"] * 3}
@@ -185,7 +185,7 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     mode: Any, chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cold: one right response of three, which the PRM prefers. Hot: two, which it does not."""
-    monkeypatch.setattr(rollouts, "score_groups", score_by_text)
+    monkeypatch.setattr(rollouts, "score_responses", score_by_text)
     texts = {
         0.5: [f"0.9\n\n{RIGHT}", f"0.1\n\n{WRONG}", f"0.1\n\n{WRONG}"],
         1.0: [f"0.1\n\n{RIGHT}", f"0.2\n\n{RIGHT}", f"0.9\n\n{WRONG}"],

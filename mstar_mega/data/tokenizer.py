@@ -73,6 +73,15 @@ class Tokenizer:
             raise ValueError(f"the tokenizer {self.path} has no control symbol {piece!r}")
         return id
 
+    def spells_as(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same text, byte or control symbol in both: ids of one can be read as the
+        other's."""
+        return (
+            self.vocab_size == other.vocab_size
+            and (self._texts, self._bytes, self._controls) == (other._texts, other._bytes, other._controls)
+            and self._first_space == other._first_space
+        )
+
     def silent(self, size: int | None = None) -> list[int]:
         """Ids below ``size`` (None: the vocabulary's) that decode to nothing: control symbols and unassigned ids."""
         ids = range(self.vocab_size if size is None else size)

@@ -1,4 +1,4 @@
-"""Monte-Carlo annotation: how often does the warm-up policy reach the gold answer from the end of each step?
+"""Monte-Carlo annotation: how often does the policy reach the gold answer from the end of each step?
 
 Every response of a query and all continuations of its steps share the query's image and prompt; a beginning that
 several responses have in common is continued once.
@@ -30,18 +30,33 @@ def annotate(job: Job, actors: Actors) -> list[Group]:
     All of them are in memory here and in the PRM's training: ``annotate.queries`` bounds that, not the set's size.
     """
     with job.stage("annotate"):
-        timer = Timer(job)
-        labelled = in_blocks(
-            job,
-            _queries(job, job.config.annotate),
-            job.rollouts / "annotate",
-            "annotate steps",
-            _origin(job, actors),
-            lambda block: _label(job, actors, block),
-        )
-        groups = list(labelled)
-        _log(job, groups, timer.seconds)
+        return label_steps(job, actors)
+
+
+def label_steps(job: Job, actors: Actors, after: int = 0) -> list[Group]:
+    """This rank's share of the queries annotated by the policy after an iteration (0: the warm-up's).
+
+    Each time other queries, other random numbers and a directory of its own.
+    """
+    timer = Timer(job)
+    name = f"annotate_{after:04d}" if after else "annotate"
+    labelled = in_blocks(
+        job,
+        annotated_queries(job, after),
+        job.rollouts / name,
+        "annotate steps",
+        _origin(job, actors),
+        lambda block: _label(job, actors, name, block),
+    )
+    groups = list(labelled)
+    _log(job, groups, after, timer.seconds)
     return groups
+
+
+def annotated_queries(job: Job, after: int) -> Sequence[Query]:
+    """The labelled queries that are annotated after an iteration (0: before the first)."""
+    key = (job.config.seed, "annotate", *([after] if after else []))
+    return shuffled(job.task.labelled, *key)[: job.config.annotate.queries]
 
 
 def _origin(job: Job, actors: Actors) -> dict[str, Any]:
@@ -51,7 +66,7 @@ def _origin(job: Job, actors: Actors) -> dict[str, Any]:
     return {"drawn_by": actors.fingerprint(), **counts, **sampling_limits(job)}
 
 
-def _log(job: Job, groups: list[Group], seconds: float) -> None:
+def _log(job: Job, groups: list[Group], after: int, seconds: float) -> None:
     steps = [step for group in groups for response in group.responses for step in response.steps]
     counts = sum_over_data(
         {
@@ -67,7 +82,7 @@ def _log(job: Job, groups: list[Group], seconds: float) -> None:
     )
     positive = counts.pop("positive") / max(1, counts["steps"])
     whole = {name: int(value) for name, value in counts.items()}
-    job.log("annotation", **whole, positive_share=positive, seconds=seconds)
+    job.log("annotation", iteration=after, **whole, positive_share=positive, seconds=seconds)
     job.say(f"   {whole['steps']} steps of {whole['responses']} responses labelled, {100 * positive:.1f}% can succeed")
     warning = warn_stepless(whole["without_steps"], whole["responses"])
     if warning:
@@ -79,17 +94,13 @@ def _tokens(group: Group) -> int:
     return group.continuation_tokens + sum(len(response.tokens) for response in group.responses)
 
 
-def _queries(job: Job, settings: AnnotateConfig) -> Sequence[Query]:
-    return shuffled(job.task.labelled, job.config.seed, "annotate")[: settings.queries]
-
-
-def _label(job: Job, actors: Actors, queries: list[Query]) -> list[Group]:
-    """Sample responses of a block of queries and label their steps."""
+def _label(job: Job, actors: Actors, name: str, queries: list[Query]) -> list[Group]:
+    """Sample responses of a block of queries and label their steps. ``name`` names the random numbers."""
     settings = job.config.annotate
-    sampling = Sampling("annotate", settings.temperature, settings.responses)
+    sampling = Sampling(name, settings.temperature, settings.responses)
     groups = sample_groups(job, actors.engine, queries, sampling)
     judge(job, groups)
-    shares = _success_shares(job, actors, groups, settings)
+    shares = _success_shares(job, actors, groups, settings, name)
     for group, share in zip(groups, shares, strict=True):
         for response in group.responses:
             for step in response.steps[:-1]:
@@ -101,14 +112,14 @@ def _label(job: Job, actors: Actors, queries: list[Query]) -> list[Group]:
 
 
 def _success_shares(
-    job: Job, actors: Actors, groups: Sequence[Group], settings: AnnotateConfig
+    job: Job, actors: Actors, groups: Sequence[Group], settings: AnnotateConfig, name: str
 ) -> list[dict[Beginning, float]]:
     """For each group, the share of correct continuations of every beginning."""
     requests: list[Request] = []
     for group in groups:
         drafts = [response.tokens for response in group.responses]
         samples = [
-            SampleSpec(key_of("annotate", group.query.id, beginning, i), draft, len(beginning))
+            SampleSpec(key_of(name, group.query.id, beginning, i), draft, len(beginning))
             for beginning, draft in _beginnings(group).items()
             for i in range(settings.rollouts)
         ]

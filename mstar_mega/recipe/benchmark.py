@@ -33,10 +33,11 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
 from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.job import newest_policy, open_job
+from mstar_mega.recipe.outside_prm import load_outside_prm
 from mstar_mega.recipe.prm import load_prm
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_groups, sampling_limits
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_groups, sampling_limits, score_responses
 from mstar_mega.report.benchmark_page import write_page
-from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM
 from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner
 from mstar_mega.settings import CONFIG_FILE, load
 
@@ -125,15 +126,16 @@ def settings_of(checkpoint: Path) -> Config:
     return load(checkpoint)
 
 
-def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, LMM | None]:
-    """The newest policy of a run directory, and its PRM where it has a finished one; or a converted checkpoint."""
+def load_policy(job: Job, checkpoint: Path) -> tuple[LMM, PRM | None]:
+    """The newest policy of a run directory, and its PRM where it has a finished one; or a converted checkpoint, with
+    the PRM that the settings name."""
     if (checkpoint / MODEL_FILES).is_dir():
         model = build_model(job.config, job.family, draw=False)
         load_start(job, model)
-        return model, None
+        return model, None if job.config.prm.checkpoint is None else load_outside_prm(job)
     run = replace(job, dir=checkpoint)
-    policy, _ = newest_policy(run)
-    return policy, load_prm(run, policy)
+    policy, position = newest_policy(run)
+    return policy, load_prm(run, policy, position.refreshed)
 
 
 def prepare(benchmark: Benchmark, request: Request, instruct: bool) -> Asked:
@@ -162,7 +164,7 @@ def draw(job: Job, actors: Actors, asked: Asked, request: Request) -> list[Group
     def make(block: list[Query]) -> list[Group]:
         groups = sample_groups(job, actors.engine, block, sampling)
         if actors.prm is not None and not greedy:
-            score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
+            score_responses(job, actors.prm, groups)
         return groups
 
     texts = json.dumps(

@@ -231,7 +231,7 @@ def shared_data(config: Config) -> dict[str, Path]:
     """What every rank reads besides the run directory, by setting."""
     data = config.data
     files = {"data.path": data.path, "data.images": data.images} if data.name == "mathv360k" else {}
-    files |= {"data.dir": data.dir, "data.warmup_file": data.warmup_file}
+    files |= {"data.dir": data.dir, "data.warmup_file": data.warmup_file, "prm.checkpoint": config.prm.checkpoint}
     return {name: Path(path) for name, path in files.items() if path}
 
 

@@ -16,8 +16,17 @@ from mstar_mega.evaluation.prm_quality import (
     share_of,
     warn_not_better,
 )
+from mstar_mega.recipe.blocks import Blocks
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
+from mstar_mega.recipe.rollouts import (
+    VALIDATION_NOISE,
+    Actors,
+    Sampling,
+    drawn,
+    gather_groups,
+    rollout,
+    score_responses,
+)
 
 Split = Literal["validation", "test"]
 
@@ -50,9 +59,7 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
     timer = Timer(job)
     settings = job.config.evaluation
     greedy = _greedy(job, actors, iteration, "validation", at)
-    name = f"evaluation_{iteration:04d}{at}_validation_sampled"
-    sampling = Sampling(name, 1.0, settings.k, key=VALIDATION_NOISE)
-    sampled = gather_groups(rollout(job, actors, job.task.validation, sampling))
+    sampled = gather_groups(exploration_responses(job, actors, iteration, at))
     result = measure(sampled, settings.k, settings.reward_k, job.config.selection.distinct)
     fields = {**_greedy_fields(stage, iteration, "validation", greedy), **asdict(result), **drawn([*greedy, *sampled])}
     check = job.task.check_reasoning
@@ -64,6 +71,24 @@ def measure_exploration(job: Job, actors: Actors, stage: str, iteration: int, at
     if actors.prm is not None:
         log_prm_quality(job, sampled, stage, iteration, "validation")
     return result
+
+
+def exploration_responses(job: Job, actors: Actors, iteration: int, at: str = "") -> Blocks:
+    """The scored responses that :func:`measure_exploration` reads: sampled, where they are not on disk already."""
+    name = f"evaluation_{iteration:04d}{at}_validation_sampled"
+    sampling = Sampling(name, 1.0, job.config.evaluation.k, key=VALIDATION_NOISE)
+    return rollout(job, actors, job.task.validation, sampling)
+
+
+def measure_refreshed(job: Job, actors: Actors, iteration: int, measured: Blocks) -> None:
+    """What a refresh after an iteration has gained: the same responses of the same policy in the order of the new PRM.
+
+    ``measured``: :func:`exploration_responses` of the PRM before.
+    """
+    assert actors.prm is not None, "a refreshed PRM"
+    groups = list(measured)
+    score_responses(job, actors.prm, groups)
+    log_prm_quality(job, gather_groups(groups), "refresh", iteration, "validation")
 
 
 def exploration_in_words(result: Exploration) -> str:

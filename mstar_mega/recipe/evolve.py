@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.choose import choose, gold_examples
 from mstar_mega.recipe.context import Job
-from mstar_mega.recipe.evaluate import measure_exploration, measure_greedy
+from mstar_mega.recipe.evaluate import (
+    exploration_responses,
+    measure_exploration,
+    measure_greedy,
+    measure_refreshed,
+)
 from mstar_mega.recipe.fit import Position, fit, restore, save, weights_to_start_from
 from mstar_mega.recipe.generate import check_log_probs, generate
 from mstar_mega.recipe.intervals import Interval, next_interval
 from mstar_mega.recipe.method import ResolvedMethod, resolve_method
+from mstar_mega.recipe.prm import refresh_prm
 from mstar_mega.recipe.rollouts import Actors
 from mstar_mega.recipe.temperature import tune_temperature
 from mstar_mega.training.batches import Examples, split_into_epochs
 from mstar_mega.training.trainer import Trainer
 
 
-def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Position:
-    """Generate and improve until the budget is spent. ``policy`` holds the warm-up weights."""
+def evolve(job: Job, policy: Trainer, actors: Actors, warmup_steps: int) -> Position:
+    """Generate and improve until the budget is spent. ``policy``, the actors' own, holds the warm-up weights."""
     method = resolve_method(job.config.evolve)
-    actors = Actors(job, policy.model, prm)
     start = weights_to_start_from(job, policy, method.start_from)
     position = restore(job, policy, "evolve") or Position(iteration=1, total_steps=warmup_steps)
     if position.is_new:
@@ -33,6 +37,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
 
     while (now := next_interval(job, method, position)) is not None:
         with job.quiet(position.is_inside):  # an iteration's beginning is logged already
+            refresh(job, actors, now, position)
             balance(job, actors, now, position)
             examples = generate_and_select(job, policy, actors, now, position)
             start_over(policy, method, start, now, position, examples)
@@ -42,6 +47,17 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
         save(job, policy, "evolve", position)
     measure_the_last(job, actors, position.iteration - 1)
     return position
+
+
+def refresh(job: Job, actors: Actors, now: Interval, position: Position) -> None:
+    """Train the PRM on with labels of the present policy, and measure it on that policy's responses, where due."""
+    if now.refresh and not position.is_inside:
+        last = now.number - 1
+        measured = exploration_responses(job, actors, last) if _is_due(job.config.evaluation.every, last) else None
+        refresh_prm(job, actors, last, position.refreshed)
+        position.refreshed = last
+        if measured is not None:
+            measure_refreshed(job, actors, last, measured)
 
 
 def balance(job: Job, actors: Actors, now: Interval, position: Position) -> None:

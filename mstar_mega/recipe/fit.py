@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.inputs import checked
 from mstar_mega.recipe.context import Job, Timer
+from mstar_mega.recipe.directory import on_main
 from mstar_mega.training.batches import TrainGroup
 from mstar_mega.training.checkpoint import (
     find_checkpoints,
@@ -23,7 +25,7 @@ from mstar_mega.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from mstar_mega.training.manifest import DamagedCheckpointError, verify_checkpoint
+from mstar_mega.training.manifest import DamagedCheckpointError, read_manifest, verify_checkpoint
 from mstar_mega.training.trainer import NonFiniteLossError, Trainer, weights_of
 
 STAGES = ("warmup", "prm", "evolve")
@@ -42,6 +44,8 @@ class Position:
     """The sampling temperature of the last sweep."""
     barren: int = 0
     """Iterations in a row without anything to train on."""
+    refreshed: int = 0
+    """The iteration after which the PRM in use was refreshed; 0: it is the one trained before evolving."""
     drawn_by: str = ""
     """Fingerprint of the policy and the PRM at this iteration's start, which drew and scored its responses."""
     loss_sum: float = 0.0
@@ -77,10 +81,15 @@ def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
         "scheduler": trainer.scheduler.state_dict(),
         "metrics": broadcast_object(_logged(job, stage, position)),
     }
-    name = _name(position.iteration, position.step)
-    save_checkpoint(job.checkpoints / stage, name, trainer.sharded_state(), common)
+    name, folder = _name(position.iteration, position.step), checkpoint_folder(job, stage, position.iteration)
+    save_checkpoint(folder, name, trainer.sharded_state(), common)
     # A checkpoint inside an iteration is good only as long as the responses are; without them its start is needed.
-    prune(job.checkpoints / stage, job.config.run.keep_checkpoints, needed=[_name(position.iteration, 0)])
+    prune(folder, job.config.run.keep_checkpoints, needed=[_name(position.iteration, 0)])
+
+
+def checkpoint_folder(job: Job, stage: str, iteration: int = 0) -> Path:
+    """Where a stage's checkpoints lie; the PRM that is refreshed after an iteration has a folder of its own."""
+    return job.checkpoints / (f"{stage}_{iteration:04d}" if stage == "prm" and iteration else stage)
 
 
 def _name(iteration: int, step: int) -> str:
@@ -102,9 +111,12 @@ def _logged(job: Job, stage: str, position: Position) -> int:
     )
 
 
-def restore(job: Job, trainer: Trainer, stage: str) -> Position | None:
-    """Load a stage's newest good checkpoint into the trainer; None when it has none."""
-    found = load_latest(job.checkpoints / stage, trainer.sharded_state)
+def restore(job: Job, trainer: Trainer, stage: str, iteration: int = 0) -> Position | None:
+    """Load a stage's newest good checkpoint into the trainer; None when it has none.
+
+    ``iteration``: see :func:`checkpoint_folder`.
+    """
+    found = load_latest(checkpoint_folder(job, stage, iteration), trainer.sharded_state)
     if found is None:
         return None
     state, common, path = found
@@ -112,9 +124,12 @@ def restore(job: Job, trainer: Trainer, stage: str) -> Position | None:
     return _position(common, path)
 
 
-def restore_weights(job: Job, model: LMM, stage: str) -> Position | None:
-    """Load only the weights of a stage's newest good checkpoint into a model that is not trained further."""
-    found = load_latest(job.checkpoints / stage, lambda: {"model": model.sharded_state_dict()})
+def restore_weights(job: Job, model: LMM, stage: str, iteration: int = 0) -> Position | None:
+    """Load only the weights of a stage's newest good checkpoint into a model that is not trained further.
+
+    ``iteration``: see :func:`checkpoint_folder`.
+    """
+    found = load_latest(checkpoint_folder(job, stage, iteration), lambda: {"model": model.sharded_state_dict()})
     if found is None:
         return None
     state, common, path = found
@@ -168,26 +183,98 @@ class Standing:
 def find_standing(job: Job, can_resume: Callable[[Position], bool]) -> Standing:
     """How far the run is by its most advanced good checkpoint. Collective.
 
-    Damaged checkpoints are named and set aside, in every stage; so are those inside an iteration of evolving from which
-    the job cannot go on.
+    Damaged checkpoints are named and set aside, in every stage; so are those of evolving from which the job cannot go
+    on, because responses (``can_resume``) or the refreshed PRM are lost.
     """
     newest: Standing | None = None
     for stage in reversed(STAGES):
-        for path in broadcast_object(find_checkpoints(job.checkpoints / stage)):
-            try:
-                common = verify_checkpoint(path)
-            except DamagedCheckpointError as error:
-                _set_aside(job, path, f"DAMAGED CHECKPOINT: {error}")
+        for position, logged, path in _good_checkpoints(job, checkpoint_folder(job, stage)):
+            lost = _lost(job, position, can_resume) if stage == "evolve" else ""
+            if lost:
+                _set_aside(job, path, f"checkpoint {path} cannot be used: it needs {lost}")
                 continue
-            position = _position(common, path)
-            if stage == "evolve" and not can_resume(position):
-                lost = f"it needs all responses of iteration {position.iteration}, and some are lost"
-                _set_aside(job, path, f"checkpoint {path} cannot be used: {lost}")
-                continue
-            logged = checked(_EVENTS, common.get("metrics"), f"{path}: the number of events")
             newest = newest or Standing(stage, logged, position)
             break
-    return newest or Standing(STAGES[0], 0, None)
+    return _with_refresh(job, newest or Standing(STAGES[0], 0, None))
+
+
+def _good_checkpoints(job: Job, folder: Path) -> Iterator[tuple[Position, int, Path]]:
+    """(position, events logged until then, path), the newest first; damaged ones are named and set aside."""
+    for path in broadcast_object(find_checkpoints(folder)):
+        try:
+            common = verify_checkpoint(path)
+        except DamagedCheckpointError as error:
+            _set_aside(job, path, f"DAMAGED CHECKPOINT: {error}")
+            continue
+        logged = checked(_EVENTS, common.get("metrics"), f"{path}: the number of events")
+        yield _position(common, path), logged, path
+
+
+def _lost(job: Job, position: Position, can_resume: Callable[[Position], bool]) -> str:
+    """What the checkpoint of evolving at this position cannot go on without; empty where nothing is lost."""
+    if not can_resume(position):
+        return f"all responses of iteration {position.iteration}, and some are lost"
+    if position.refreshed:
+        folder = checkpoint_folder(job, "prm", position.refreshed)
+        newest = next(_good_checkpoints(job, folder), None)
+        if newest is None or not newest[0].finished:
+            return f"the PRM in {folder}, and that is lost"
+    return ""
+
+
+def _with_refresh(job: Job, standing: Standing) -> Standing:
+    """The standing at an iteration's start goes on behind what of a refresh there is; later refreshes are undone."""
+    position = standing.position if standing.stage == "evolve" else None
+    before = -1 if position is None else position.iteration - 1
+    for iteration in broadcast_object(refreshes(job)):
+        if iteration > before:
+            _remove(job, checkpoint_folder(job, "prm", iteration))
+    if position is None or position.step or not before:
+        return standing
+    newest = next(_good_checkpoints(job, checkpoint_folder(job, "prm", before)), None)
+    return standing if newest is None else replace(standing, logged=max(standing.logged, newest[1]))
+
+
+def refreshes(job: Job) -> list[int]:
+    """The iterations after which the PRM was refreshed, or began to be, as far as their checkpoints are kept."""
+    return sorted(int(path.name[4:]) for path in job.checkpoints.glob("prm_*") if path.name[4:].isdigit())
+
+
+def finished_prm(checkpoints: Path) -> Path | None:
+    """The checkpoint of the last PRM that a run finished, refreshed ones included; None: it has none."""
+    folders = [path for path in checkpoints.glob("prm_*") if path.name[4:].isdigit()]
+    for folder in [*sorted(folders, key=lambda path: -int(path.name[4:])), checkpoints / "prm"]:
+        for path in find_checkpoints(folder)[:1]:
+            manifest, problem = read_manifest(path)
+            if not problem and _position(manifest["common"], path).finished:
+                return path
+    return None
+
+
+def forget_old_refreshes(job: Job) -> None:
+    """Delete the refreshed PRMs that no kept checkpoint of evolving needs. Acts on global rank 0 only."""
+    # Those span as many iterations as are kept, and one more: its start.
+    for iteration in refreshes(job)[: -(job.config.run.keep_checkpoints + 1)]:
+        _remove(job, checkpoint_folder(job, "prm", iteration))
+
+
+def _remove(job: Job, folder: Path) -> None:
+    if job.layout.is_main:
+        doomed = folder.with_name(f".{folder.name}.old")  # at once: half of it must not look like a whole
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def steps_taken(job: Job, stage: str, iteration: int = 0) -> int:
+    """Optimizer steps of a finished stage by its newest checkpoint, which has been verified. Collective."""
+
+    def read() -> int:
+        newest = find_checkpoints(checkpoint_folder(job, stage, iteration))[0]
+        manifest, _ = read_manifest(newest)
+        return _position(manifest["common"], newest).total_steps
+
+    return int(on_main(job.layout.is_main, read))
 
 
 def _position(common: dict[str, Any], path: Path) -> Position:
@@ -241,9 +328,8 @@ def fit(
             position.total_steps += 1
             position.loss_sum += stats.loss
             position.seconds += timer.seconds
-            iteration = position.iteration if stage == "evolve" else None
-            fields = {"iteration": iteration, "step": position.total_steps, **asdict(stats), "seconds": timer.seconds}
-            job.log("step", stage=stage, **fields)
+            fields = {"iteration": position.iteration or None, "step": position.total_steps, **asdict(stats)}
+            job.log("step", stage=stage, **fields, seconds=timer.seconds)
             task.advance(1, loss=round(stats.loss, 3))
             if position.step % every == 0 and position.step < len(batches):
                 save(job, trainer, stage, position)

@@ -10,7 +10,7 @@ from mstar_mega.data.order import Joined, shuffled
 from mstar_mega.data.types import Query
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import Position
-from mstar_mega.recipe.method import ResolvedMethod
+from mstar_mega.recipe.method import ResolvedMethod, needs_prm
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Interval:
     unlabelled: Sequence[Query]
     sweep: bool
     """The temperature is tuned before this iteration."""
+    refresh: bool = False
+    """The PRM is trained on with the present policy's labels before this iteration."""
 
     @property
     def queries(self) -> Sequence[Query]:
@@ -56,7 +58,9 @@ def next_interval(job: Job, method: ResolvedMethod, position: Position) -> Inter
         if job.config.prompts.ratio is not None:  # every pass has its own order, so that others come in the next
             unlabelled = unlabelled[: round(job.config.prompts.ratio * len(labelled))]
     sweep = settings.method != "sft" and (number - 1) % job.config.temperature.every == 0
-    return Interval(number, labelled, unlabelled, sweep)
+    every = job.config.prm.refresh_every
+    refresh = number > 1 and bool(every) and (number - 1) % every == 0 and needs_prm(job.config)
+    return Interval(number, labelled, unlabelled, sweep, refresh)
 
 
 def _share(queries: Sequence[Query], number: int, per_pass: int, key: tuple[object, ...]) -> Sequence[Query]:

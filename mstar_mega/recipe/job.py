@@ -30,6 +30,7 @@ from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, loa
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import needs_prm, resolve_method
+from mstar_mega.recipe.outside_prm import find_outside_prm
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
 from mstar_mega.recipe.warmup import warmup, warmup_batches
@@ -51,7 +52,6 @@ def run(config: Config, until: str | None = None) -> None:
     """Run the recipe up to and including a stage (``warmup``, ``annotate``, ``prm``), or all of it and the report."""
     with open_job(config) as job:
         standing = find_standing(job, lambda position: can_resume(job, position))
-        reached = STAGES.index(standing.stage)
         if _is_done(job, standing, until):
             job.say(f"{job.dir}: {until or 'everything'} is done already")
         else:
@@ -60,7 +60,7 @@ def run(config: Config, until: str | None = None) -> None:
                 job.say(f"Resuming {job.dir} in stage {standing.stage}")
             _log_start(job)
             timer = Timer(job)
-            run_stages(job, reached, until)
+            run_stages(job, standing, until)
             if until is None:
                 job.log("stage", stage="total", seconds=timer.seconds)
         if until is None:
@@ -71,7 +71,8 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
     """Nothing is left to do, so the log must stay as it is."""
     if until is not None:
         # A later stage says nothing of these two: SFT needs neither.
-        reached = find_checkpoints(job.checkpoints / "prm") if until in ("annotate", "prm") else True
+        makes_prm = until in ("annotate", "prm") and job.config.prm.checkpoint is None
+        reached = find_checkpoints(job.checkpoints / "prm") if makes_prm else True
         return broadcast_object(bool(reached)) and STAGES.index(standing.stage) > (1 if until == "prm" else 0)
     ended = job.metrics.position_after(lambda event: event["event"] == "stage" and event.get("stage") == "total")
     if not broadcast_object(0 < ended == job.metrics.position()) or standing.stage != "evolve":
@@ -80,8 +81,10 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
     return next_interval(job, resolve_method(job.config.evolve), standing.position) is None
 
 
-def run_stages(job: Job, reached: int, until: str | None) -> None:
+def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
+    reached = STAGES.index(standing.stage)
+    from_outside = job.config.prm.checkpoint is not None and (until is not None or needs_prm(job.config))
     batches = warmup_batches(job)
     if until is None:
         _check_budget(job.config.evolve.max_steps, len(batches))
@@ -92,20 +95,28 @@ def run_stages(job: Job, reached: int, until: str | None) -> None:
         steps = warmup(job, policy, batches).total_steps
     if until == "warmup":
         return
-    prm = load_prm(job, policy.model) if reached > 1 and needs_prm(job.config) else None
-    if prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
+    if from_outside:
+        with job.quiet(reached > 1):
+            job.say(f"   the PRM is {job.config.prm.checkpoint}: nothing is annotated, and no PRM is trained")
+        if until is not None:
+            return
+    actors = Actors(job, policy.model, None)
+    refreshed = standing.position.refreshed if standing.position is not None else 0
+    if needs_prm(job.config) and (from_outside or reached > 1):
+        actors.use_prm(load_prm(job, policy.model, refreshed))
+    if actors.prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
         with job.quiet(reached > 0):
-            groups = annotate(job, Actors(job, policy.model, None))
+            groups = annotate(job, actors)
         if until == "annotate":
             return
         with job.quiet(reached > 1):
-            prm = train_prm(job, policy.model, groups)
+            actors.use_prm(train_prm(job, policy.model, groups))
     if until == "prm":
         return
     with job.stage("evolve"):
         budget = job.config.evolve.max_steps  # includes the warm-up's steps
         policy.reconfigure(job.config.evolve.optimizer, max(0, budget - steps))
-        evolve(job, policy, prm, steps)
+        evolve(job, policy, actors, steps)
 
 
 def _check_budget(budget: int, steps: int) -> None:
@@ -139,7 +150,7 @@ def evaluate(config: Config) -> None:
     """
     with open_job(config, trains=False) as job, job.quiet(True):
         policy, position = newest_policy(job)
-        actors = Actors(job, policy, load_prm(job, policy) if needs_prm(config) else None)
+        actors = Actors(job, policy, load_prm(job, policy, position.refreshed) if needs_prm(config) else None)
         at = f"_step_{position.step:06d}" if position.step else ""
         done = position.iteration if at else position.iteration - 1
         at += "_changed" if differences(load(job.dir), config) else ""
@@ -194,6 +205,8 @@ def open_job(
     place = distributed.layout()
     family = build_family(config)
     check_divisible(config, family.vision, family.language)
+    if trains and config.prm.checkpoint is not None:
+        find_outside_prm(config)  # what is wrong with it is told before any work begins
     with ExitStack() as stack:
         directory = stack.enter_context(run_directory(config, place.is_main, trains))
         metrics: MetricsLog | NullMetrics = NullMetrics()

@@ -1,22 +1,41 @@
-"""PRM training: the warm-up policy's trunk learns to score reasoning steps from Monte-Carlo labels."""
+"""PRM training: the warm-up policy's trunk learns to score reasoning steps from Monte-Carlo labels.
+
+A refresh trains it on with labels of a later policy.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
 
-from mstar_mega.data.types import Group
+from torch import Tensor
+
+from mstar_mega.data.types import Group, Query
 from mstar_mega.evaluation.passk import accuracy, auc
-from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import broadcast_object
+from mstar_mega.recipe.annotate import annotated_queries, label_steps
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import log_prm_quality
-from mstar_mega.recipe.fit import Position, fit, note_more_steps, restore, restore_weights, save
-from mstar_mega.recipe.rollouts import gather_groups
-from mstar_mega.rewards.process import score_groups
+from mstar_mega.recipe.fit import (
+    Position,
+    checkpoint_folder,
+    fit,
+    forget_old_refreshes,
+    note_more_steps,
+    restore,
+    restore_weights,
+    save,
+    steps_taken,
+)
+from mstar_mega.recipe.held_out import divide
+from mstar_mega.recipe.outside_prm import load_outside_prm
+from mstar_mega.recipe.rollouts import Actors, score_responses
+from mstar_mega.rewards.reader import PRM, Reader
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
-from mstar_mega.training.trainer import Trainer
+from mstar_mega.training.checkpoint import find_checkpoints
+from mstar_mega.training.trainer import Trainer, weights_of
 
 
 def build_prm(job: Job, policy: LMM) -> LMM:
@@ -31,69 +50,78 @@ def build_prm(job: Job, policy: LMM) -> LMM:
     return prm
 
 
-def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> LMM:
+def train_prm(job: Job, policy: LMM, groups: Sequence[Group]) -> PRM:
     """Train and measure the PRM on this rank's annotated groups. ``policy`` holds the warm-up weights."""
-    settings = job.config.prm
     with job.stage("prm"):
-        train, held_out = _split(job, groups)
-        batches = _batches(job, train)
-        cut = job.config.parallel.distributed_optimizer
-        model = build_prm(job, policy)
-        trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
-        position = restore(job, trainer, "prm") or Position()
-        note_more_steps(job, "prm", position, len(batches))
-        if not position.finished:
-            fit(job, trainer, "prm", batches, position)
-            position.finished = True
-            save(job, trainer, "prm", position)
-        del model, trainer  # what is used from here on is what was saved
-        gc.collect()  # gradients and moments hang on hooks that refer to each other
-        prm = load_prm(job, policy)
-        assert prm is not None, "just saved"
-        _measure(job, prm, held_out)
+        return _train(job, policy, groups, Position())
+
+
+def refresh_prm(job: Job, actors: Actors, after: int, before: int) -> None:
+    """Let the present policy, that after an iteration, label other queries, and train the PRM on with them.
+
+    Weights go on from the present ones, optimizer and schedule start over. Checkpoints lie in a folder of their own: a
+    killed refresh goes on, a finished one is read back. ``before``: the refresh that the present PRM is from.
+    """
+    assert actors.prm is not None, "a refresh without a PRM"
+    begun = broadcast_object(bool(find_checkpoints(checkpoint_folder(job, "prm", after))))
+    job.say(f"== PRM refresh after iteration {after}")
+    with job.quiet(begun):
+        groups = label_steps(job, actors, after)
+    start = Position(iteration=after, total_steps=steps_taken(job, "prm", before))
+    weights = weights_of(actors.prm.model)
+    actors.use_prm(None)
+    actors.use_prm(_train(job, actors.policy, groups, start, weights))
+    forget_old_refreshes(job)
+
+
+def _train(
+    job: Job, policy: LMM, groups: Sequence[Group], start: Position, weights: dict[str, Tensor] | None = None
+) -> PRM:
+    """Train from ``weights`` (None: the policy's trunk and a fresh head), save, load what was saved, and measure."""
+    settings, after = job.config.prm, start.iteration
+    train, held_out = divide(job, groups, _annotated_before(job, after))
+    batches = _batches(job, train, after)
+    model = build_prm(job, policy)
+    if weights is not None:
+        model.load_state_dict(weights)
+        weights.clear()  # with the last reference to the PRM before, whose memory the training may need
+    cut = job.config.parallel.distributed_optimizer
+    trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
+    position = restore(job, trainer, "prm", after) or start
+    note_more_steps(job, "prm", position, len(batches))
+    if not position.finished:
+        fit(job, trainer, "prm", batches, position)
+        position.finished = True
+        save(job, trainer, "prm", position)
+    del model, trainer  # what is used from here on is what was saved
+    gc.collect()  # gradients and moments hang on hooks that refer to each other
+    prm = load_prm(job, policy, after)
+    assert prm is not None, "just saved"
+    _measure(job, prm, held_out, after)
     return prm
 
 
-def load_prm(job: Job, policy: LMM) -> LMM | None:
-    """The trained, frozen PRM of a run; None when it is not finished."""
-    prm = build_prm(job, policy).requires_grad_(False)
-    position = restore_weights(job, prm, "prm")
+def load_prm(job: Job, policy: LMM, refreshed: int = 0) -> PRM | None:
+    """The PRM of the settings, frozen: the one from outside, or the run's own, refreshed after that iteration.
+
+    None when the run's is not finished.
+    """
+    if job.config.prm.checkpoint is not None:
+        return load_outside_prm(job)
+    prm = PRM(build_prm(job, policy).requires_grad_(False), Reader(job.prompt))
+    position = restore_weights(job, prm.model, "prm", refreshed)
     return prm if position is not None and position.finished else None
 
 
-def _split(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """(training, held-out) annotated queries, over all ranks; a stable choice.
-
-    Queries that share an image stand on one side, so the held-out ones can be a few more or fewer than their share.
-    """
-    everyone = sorted(gather_groups(groups), key=lambda group: key_of(job.config.seed, "held-out", group.query.id))
-    wanted = round(len(everyone) * job.config.annotate.held_out)
-    train: list[Group] = []
-    held_out: list[Group] = []
-    for together in _by_image(everyone):
-        # A picture with many questions must not take the whole of a small set.
-        fits = len(held_out) < wanted and 2 * (len(held_out) + len(together)) <= max(2, len(everyone))
-        (held_out if fits else train).extend(together)
-    return train, held_out
+def _annotated_before(job: Job, after: int) -> list[Sequence[Query]]:
+    every = max(1, job.config.prm.refresh_every)
+    return [annotated_queries(job, earlier) for earlier in range(0, after, every)]
 
 
-def _by_image(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups whose queries share an image, directly or through others, together; in the order of their first."""
-    component: dict[str, int] = {}
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        digests = [image.digest for image in group.query.images]
-        joined = sorted({component[digest] for digest in digests if digest in component} | {i})
-        members[joined[0]] = [*(member for one in joined for member in members.pop(one, [])), i]
-        held = (image.digest for member in members[joined[0]] for image in groups[member].query.images)
-        component.update(dict.fromkeys(held, joined[0]))
-    return [[groups[i] for i in of_image] for of_image in sorted(map(sorted, members.values()))]
-
-
-def _batches(job: Job, groups: Sequence[Group]) -> Batches:
+def _batches(job: Job, groups: Sequence[Group], after: int) -> Batches:
     settings = job.config.prm
     examples = [example for group in groups if (example := _example(group, settings.labels == "hard")).responses]
-    key = (job.config.seed, "prm")
+    key = (job.config.seed, "prm", *([after] if after else []))
     return split_into_epochs(Examples.of(examples), settings.optimizer, settings.epochs, key)
 
 
@@ -114,13 +142,13 @@ def _label(share: float | None, hard: bool) -> float:
     return float(share > 0) if hard else share
 
 
-def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
+def _measure(job: Job, prm: PRM, held_out: list[Group], after: int) -> None:
     """How well the PRM orders a held-out query's responses, and accuracy and AUC over all held-out steps together.
 
     A step counts as good where its label is at least the threshold that its score must reach: the head has learnt
     the label itself, hard or soft.
     """
-    score_groups(prm, job.prompt, held_out, job.config.prm.reduction, job.config.generation.prefill_tokens)
+    score_responses(job, prm, held_out)
     steps = [step for group in held_out for response in group.responses for step in response.steps]
     scores = [step.score for step in steps if step.score is not None]
     threshold = 0.5
@@ -134,6 +162,5 @@ def _measure(job: Job, prm: LMM, held_out: list[Group]) -> None:
         )
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in pooled.items() if value is not None)
     job.say(f"   PRM on {len(steps)} held-out steps, {100 * positive:.1f}% good: {shown or 'nothing to measure on'}")
-    log_prm_quality(
-        job, held_out, "prm", 0, "held_out", **pooled, steps=len(steps), positive_share=positive, threshold=threshold
-    )
+    more = {**pooled, "steps": len(steps), "positive_share": positive, "threshold": threshold}
+    log_prm_quality(job, held_out, "prm", after, "held_out", **more)

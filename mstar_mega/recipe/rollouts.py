@@ -20,6 +20,7 @@ from mstar_mega.recipe.blocks import Blocks, all_finished, cut, in_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import Verdict, extract_answer
 from mstar_mega.rewards.process import score_groups
+from mstar_mega.rewards.reader import PRM
 from mstar_mega.rewards.steps import split_steps
 from mstar_mega.rewards.voting import apply_pseudo_answers
 
@@ -42,15 +43,21 @@ class Sampling:
 
 
 class Actors:
-    """The policy's engine and the frozen PRM (None where the settings need none)."""
+    """The policy's engine and the PRM (None where the settings need none)."""
 
-    def __init__(self, job: Job, policy: LMM, prm: LMM | None) -> None:
+    def __init__(self, job: Job, policy: LMM, prm: PRM | None) -> None:
         self.engine = Engine(policy, job.family, job.config.generation, job.config.seed)
-        self.policy, self.prm = policy, prm
-        self._prm_fingerprint = "none" if prm is None else fingerprint(prm)
+        self.policy = policy
+        self.use_prm(prm)
+
+    def use_prm(self, prm: PRM | None) -> None:
+        """Score with this PRM from now on. Collective over the model copy."""
+        self.prm = prm
+        read = f" read as {prm.reader.name}" if prm is not None and prm.reader.name else ""
+        self._prm_fingerprint = "none" if prm is None else f"{fingerprint(prm.model)}{read}"
 
     def fingerprint(self) -> str:
-        """Names the present weights of policy and PRM. Collective over the model copy."""
+        """Names the present weights of policy and PRM, and how that reads. Collective over the model copy."""
         return f"policy {fingerprint(self.policy)}, PRM {self._prm_fingerprint}"
 
 
@@ -66,7 +73,7 @@ def rollout(
         groups = sample_groups(job, actors.engine, block, sampling)
         if actors.prm is not None:
             timer = Timer(job)
-            score_groups(actors.prm, job.prompt, groups, job.config.prm.reduction, job.config.generation.prefill_tokens)
+            score_responses(job, actors.prm, groups)
             job.score_seconds += timer.seconds
         groups = [_with_answer(job, group) for group in groups]
         judge(job, groups)
@@ -74,6 +81,17 @@ def rollout(
 
     origin = _origin(job, sampling, drawn_by or actors.fingerprint())
     return in_blocks(job, queries, job.rollouts / sampling.name, f"sample {sampling.name}", origin, make)
+
+
+def score_responses(job: Job, prm: PRM, groups: Sequence[Group]) -> None:
+    """Process scores of the groups, in place; warns of responses that the PRM cannot read."""
+    settings = job.config
+    too_long = score_groups(prm, groups, settings.prm.reduction, settings.generation.prefill_tokens)
+    if too_long and job.writes_files:
+        job.warn(
+            f"{too_long} responses from query {groups[0].query.id} on are too long for the PRM, whose context is "
+            f"{prm.model.size.context} tokens: they have the worst process score, 0"
+        )
 
 
 def all_on_disk(job: Job, queries: Sequence[Query], sampling: Sampling, drawn_by: str) -> bool:

@@ -8,16 +8,17 @@ event            fields
 ===============  =======================================================================================================
 run              world_size, parallel {tensor, pipeline, [data]}; the first event of a run, and of a start in a layout
                  other than the last one's
-step             stage (warmup, prm, evolve), iteration (or null), step, loss, grad_norm, learning_rate, tokens,
-                 computed_tokens, queries (distinct), responses, seconds
+step             stage (warmup, prm, evolve), iteration (null before evolving; prm: that after which it is refreshed),
+                 step, loss, grad_norm, learning_rate, tokens, computed_tokens, queries (distinct), responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
                  responses, tokens, by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k,
                  pass_at_reward_k (of as many random responses), reward_gain (Reward-Pass@K minus that),
                  reward_gain_stderr (paired), best_of_n, weighted_vote, majority_vote, right_reasoning {share,
                  responses}]
-annotation       queries, responses, rollouts (continuations), tokens (of both), steps, positive_share, without_steps,
-                 truncated, seconds
-prm_quality      stage (prm, warmup, evolve), iteration, split (held_out, validation), within_query_auc,
+annotation       iteration (whose policy annotates), queries, responses, rollouts (continuations), tokens (of both),
+                 steps, positive_share, without_steps, truncated, seconds
+prm_quality      stage (prm, warmup, evolve; refresh: the same responses as evolve, scored by the refreshed PRM),
+                 iteration (whose policy drew the responses), split (held_out, validation), within_query_auc,
                  within_query_auc_stderr, mixed_queries, responses, right_share; by baseline (policy_log_prob, length,
                  constant_per_query): baselines (their within-query AUC), baselines_stderr, difference (PRM minus
                  baseline), difference_stderr (paired); pooled_auc {process_score and baselines}; reasoning (the same

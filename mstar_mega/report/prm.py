@@ -71,7 +71,7 @@ _HEAD = [
 
 
 def _cells(event: Event, quality: Event) -> list[str]:
-    iteration = "after its training" if event.get("split") == "held_out" else _policy(event)
+    iteration = _policy(event)
     own = _plus_minus(number(quality, "within_query_auc"), number(quality, "within_query_auc_stderr"))
     free = [_plus_minus(_of(quality, "baselines", n), _of(quality, "baselines_stderr", n)) for n in BASELINES]
     pooled = [_plus_minus(_of(quality, "pooled_auc", name), None) for name in ("process_score", "constant_per_query")]
@@ -81,7 +81,12 @@ def _cells(event: Event, quality: Event) -> list[str]:
 
 
 def _policy(event: Event) -> str:
-    return f"validation, iteration {event['iteration']}" if event.get("iteration") else "validation, warm-up"
+    """Which PRM was measured on whose responses."""
+    number = event.get("iteration")
+    if event.get("split") == "held_out":
+        return f"after its refresh, iteration {number}" if number else "after its training"
+    refreshed = ", PRM refreshed" if event.get("stage") == "refresh" else ""
+    return f"validation, iteration {number}{refreshed}" if number else "validation, warm-up"
 
 
 def _gap(value: float | None, error: float | None) -> str:

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from mstar_mega.config import Reduction
-from mstar_mega.data.types import Group, Query
+from mstar_mega.data.types import Group, Step
 from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
-from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt, cut_by_size, pack, step_index
+from mstar_mega.rewards.reader import PRM, Reading
 from mstar_mega.rewards.steps import check_finite, reduce_scores
 
 
-def score_groups(
-    prm: LMM,
-    prompt_of: Callable[[Query], Prompt],
-    groups: Sequence[Group],
-    reduction: Reduction,
-    max_tokens: int,
-) -> None:
+@dataclass(frozen=True)
+class _Read:
+    """A group as the PRM reads it."""
+
+    group: Group
+    prompt: Prompt
+    responses: list[Reading]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt.tokens) + sum(len(response.tokens) for response in self.responses)
+
+
+def score_groups(prm: PRM, groups: Sequence[Group], reduction: Reduction, max_tokens: int) -> int:
     """Fill ``Step.score`` and ``Response.score`` in place, on every rank of the model copy.
 
     A response without any step keeps the score None. At most about ``max_tokens`` tokens go through the PRM at once.
+    Returns the number of responses that are, with their prompt, longer than the PRM's context: it has not read them,
+    and their steps have the worst score, 0.
     """
-    pairs = ((group, prompt_of(group.query)) for group in groups)  # each prompt is made when its turn comes
-    with inference(prm):
-        for part in cut_by_size(pairs, _tokens_of, max_tokens):
-            _score(prm, [group for group, _ in part], [prompt for _, prompt in part])
+    prm.reader.expect(group.query for group in groups)
+    read = (_read(prm, group) for group in groups)  # each prompt is made when its turn comes
+    too_long = 0
+    with inference(prm.model):
+        for part in cut_by_size(read, lambda each: each.tokens, max_tokens):
+            too_long += _score(prm, part)
     reduce_groups(groups, reduction)
+    return too_long
+
+
+def _read(prm: PRM, group: Group) -> _Read:
+    return _Read(group, prm.reader.prompt_of(group.query), [prm.reader.read(each) for each in group.responses])
 
 
 def reduce_groups(groups: Sequence[Group], reduction: Reduction) -> None:
@@ -55,19 +72,31 @@ def reduce_groups(groups: Sequence[Group], reduction: Reduction) -> None:
         response.score = score
 
 
-def _score(prm: LMM, groups: list[Group], prompts: list[Prompt]) -> None:
-    tokens = [[response.tokens for response in group.responses] for group in groups]
-    ends = [[[step.end for step in response.steps] for response in group.responses] for group in groups]
-    steps = [step for group in groups for response in group.responses for step in response.steps]
-    batch = pack(prompts, tokens, prm.stream_multiple, prm.rope.regimes)
-    hidden = run_packed(prm, batch)
+def _score(prm: PRM, part: list[_Read]) -> int:
+    """Score the steps of these groups; returns how many responses are too long to be read."""
+    model = prm.model
+    context = model.size.context if prm.reader.name else None  # the policy's own bounds are kept by the policy
+    tokens: list[list[list[int]]] = [[] for _ in part]
+    ends: list[list[list[int]]] = [[] for _ in part]
+    steps: list[Step] = []
+    too_long = 0
+    for g, each in enumerate(part):
+        for response, reading in zip(each.group.responses, each.responses, strict=True):
+            if context is not None and len(each.prompt.tokens) + len(reading.tokens) > context:
+                too_long += 1
+                for step in response.steps:
+                    step.score = 0.0
+                continue
+            tokens[g].append(reading.tokens)
+            ends[g].append(reading.ends)
+            steps += response.steps
+    if not steps:
+        return too_long
+    batch = pack([each.prompt for each in part], tokens, model.stream_multiple, model.rope.regimes)
+    hidden = run_packed(model, batch)
     scores = torch.empty(len(steps))
     if hidden is not None:
-        scores = torch.sigmoid(prm.step_logits(hidden, step_index(batch, tokens, ends)))
+        scores = torch.sigmoid(prm.reader.logits(model, hidden, step_index(batch, tokens, ends)))
     for step, score in zip(steps, from_last_stage(scores).tolist(), strict=True):
         step.score = score
-
-
-def _tokens_of(pair: tuple[Group, Prompt]) -> int:
-    group, prompt = pair
-    return len(prompt.tokens) + sum(len(response.tokens) for response in group.responses)
+    return too_long

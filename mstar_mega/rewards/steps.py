@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from mstar_mega.config import Reduction
@@ -77,6 +78,27 @@ def split_steps(tokens: Sequence[int], offsets: Sequence[int], text: str) -> lis
             steps.append(Step(token, end, text[char : ends[step]].strip()))
             token, char = end, ends[step]
     return steps
+
+
+def step_ends(offsets: Sequence[int], starts: Sequence[int]) -> list[int]:
+    """One past the last token of each step, in whatever tokens the text is in; a step's range is as
+    :func:`split_steps` has it.
+
+    ``offsets``: characters that the tokens so far cover. ``starts``: where the steps begin in the text, the first at 0.
+    A step that owns no token ends where the one before it does, the first behind the first token.
+    """
+    owners = _owners(offsets, starts)
+    return [max(1, bisect_right(owners, step)) for step in range(len(starts))]
+
+
+def places_of_steps(text: str, steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """[begin, end) in characters of each step's own text, without separators, in its response's."""
+    places, after = [], 0
+    for step in steps:
+        begin = text.index(step.text, after)
+        after = begin + len(step.text)
+        places.append((begin, after))
+    return places
 
 
 def reduce_scores(scores: Sequence[float], how: Reduction) -> float | None:
