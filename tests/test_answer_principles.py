@@ -58,6 +58,13 @@ RIGHT = {
     "9:05 AM": ["9:05 a.m.", "9:05am", "09:05 AM"],
     "(1, -2)": ["(1,-2)", "1, -2", "(1;-2)", "x=1, y=-2", "（1，-2）"],
     "H2O": ["H_2O", "H₂O", "$\\mathrm{H_2O}$", "h2o"],
+    "5/2": ["two and a half", "2 and 1/2", "five halves", "{5 \\over 2}", "\\frac{5}2", "[5/2]", "2½", "5/2 (2.5)"],
+    "3000000": ["3 million", "3,\\!000,\\!000", "三百万", "300万", "3e6"],
+    "7": ["7 books", "There are 7 red balls", "We get 7", "is 7", "7 in total", "∴ 7", "\\Rightarrow 7", "7个",
+          "seven (7)", "{\\color{red}7}", "\\Large{7}", "7\\\\", "x: 7", "Side = 7", "\\overline{AB} = 7", "S_{\\triangle ABC}=7",
+          "7 N\\cdot m", "7\\,\\frac{m}{s}", "7 kgs", "\\begin{equation}7\\end{equation}", "7 (approximately)",
+          "7[/INST]"],
+    "7 books": ["7", "seven books", "7 old books", "Books: 7"],
     "3\\sqrt{2}": ["3√2", "\\sqrt{18}", "3 \\sqrt 2 \\text{ cm}"],
 }  # fmt: skip
 WRONG = {
@@ -77,6 +84,12 @@ WRONG = {
     "3\\sqrt{2}": ["2\\sqrt{3}", "1=3\\sqrt{2}", "\\sqrt{3}=3\\sqrt{2}", "3"],
     "\\frac{1}{3^{70}}": ["\\frac{1}{3^{71}}", "0", "\\frac{2}{3^{70}}"],
     "101_2": ["101_3", "101", "5"],
+    "5/2": ["one half", "5", "half", "2 and 5", "fifth"],
+    "3000000": ["3 thousand", "3", "3, 000, 000"],
+    "7": ["7 or 8", "There are 7 or 8", "7 (8)", "seven (eight)", "7 dozens", "7 tens", "7 plus 2", "7不", "7分之2",
+          "7 thousand"],
+    "7 books": ["7 pens", "7 kg", "7%", "$7", "8 books"],
+    "H2O": ["HO2", "2HO"],
     "5 mW": ["5 MW", "5 W"],
 }  # fmt: skip
 

@@ -60,7 +60,11 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     """
     if text in options.values():
         return text
-    if len(text) <= _MAX_BLOCK and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+    if (
+        len(text) <= _MAX_BLOCK
+        and "\n\n" not in text
+        and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    ):
         letter = resolve_choice(text, list(options.values()))
         if letter is not None:
             return letter
