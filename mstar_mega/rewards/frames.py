@@ -27,7 +27,9 @@ _IS = re.compile(
     r"(?:[^.;:?!]{1,80}? (?:is|are|was|were|equals|measures|costs|will be|would be) (?:equal to )?"
     r"|(?![A-Z]\b)[A-Za-z][A-Za-z _]{0,40}: )(\S.*)"
 )
-_DENIES = re.compile(r"\b(?:not|no|never|neither|nor|either|or|if|unless|cannot|false|wrong|doubt)\b|n't\b|不|非", re.I)
+_DENIES = re.compile(
+    r"\b(?:not|no|never|neither|nor|either|or|if|unless|because|since|cannot|false|wrong|doubt)\b|n't\b|不|非", re.I
+)
 _ABOUT = re.compile(
     r"(?:approximately|approx\.?|about|roughly|around|exactly|equal to|大约|约) ?|≈ ?|= ?", re.IGNORECASE
 )
