@@ -161,8 +161,22 @@ def _patches(v: VisionSize, tokens: int) -> int:
     return tokens * 4
 
 
+def longest_prompt(model: ModelMap, config: Config) -> int:
+    """Tokens of a prompt with one picture of the largest size. A set on disk may be held to shorter ones."""
+    longest = most_image_tokens(model.vision) + TEXT_TOKENS
+    return min(longest, config.data.max_prompt_tokens) if config.data.name == "mathv360k" else longest
+
+
+def largest_microbatch(model: ModelMap, config: Config, microbatch_tokens: int) -> int:
+    """Tokens of the largest micro-batch that can occur (training/batches.py): what does not fit into the bound is
+    divided, but a prompt with one response never is."""
+    return max(microbatch_tokens, longest_prompt(model, config) + config.generation.max_new_tokens)
+
+
 def _activations(model: ModelMap, config: Config, layout: Layout, stage: int, width: int) -> int:
-    v, t, tokens = model.vision, model.language, layout.microbatch_tokens
+    v, t = model.vision, model.language
+    tokens = largest_microbatch(model, config, layout.microbatch_tokens)
+    image_tokens = max(layout.microbatch_tokens, longest_prompt(model, config))
     layers = t.layers // layout.pipeline
     one = _language_layer(t, layout.tensor, config.parallel.sequence)
     in_flight = layout.pipeline - stage
@@ -171,7 +185,7 @@ def _activations(model: ModelMap, config: Config, layout: Layout, stage: int, wi
     else:
         values = in_flight * tokens * layers * one
     if stage == 0:
-        values += in_flight * _patches(v, tokens) * _vision_values(v, layout.tensor)
+        values += in_flight * _patches(v, image_tokens) * _vision_values(v, layout.tensor)
     total = values * width
     if stage == layout.pipeline - 1:
         total += tokens * t.padded_vocab / layout.tensor * (width + 4 + 4)  # logits, float32 copy and gradient
@@ -182,7 +196,7 @@ def _cache(model: ModelMap, config: Config, layout: Layout, width: int) -> int:
     t, g = model.language, config.generation
     per_token = 2 * t.kv_heads * t.head_dim // layout.tensor * (t.layers // layout.pipeline) * width
     prompts = ceil(g.slots / config.evolve.responses)
-    tokens = g.slots * g.max_new_tokens + prompts * (most_image_tokens(model.vision) + TEXT_TOKENS)
+    tokens = g.slots * g.max_new_tokens + prompts * longest_prompt(model, config)
     return tokens * per_token
 
 

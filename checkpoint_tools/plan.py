@@ -88,6 +88,11 @@ def model_of(config: Config) -> tuple[ModelMap, str]:
     return model, where
 
 
+def settings_tokens(config: Config) -> int:
+    """The settings' bound of a micro-batch: that of the stage which has the highest."""
+    return max(stage.optimizer.microbatch_tokens for stage in (config.warmup, config.prm, config.evolve))
+
+
 def choices(model: ModelMap, config: Config, gpus: int, tokens: int, shared: bool | None = None) -> list[Choice]:
     """Every layout that uses all GPUs, the least cut first, for micro-batches of so many tokens.
 
@@ -129,7 +134,7 @@ def recommend(model: ModelMap, config: Config, gpus: int, memory: int) -> Choice
     A cut that fits only with a distributed optimizer gets one. Micro-batches from 1/8 to 4 times the settings' are
     tried, but a smaller one only where the settings' fits nowhere.
     """
-    wanted = config.evolve.optimizer.microbatch_tokens
+    wanted = settings_tokens(config)
     for size in (wanted, wanted // 2, wanted // 4, wanted // 8):
         for ways in both_ways(model, config, gpus, size):
             for choice in ways:
@@ -168,7 +173,7 @@ def report(config: Config, gpus: int, memory: int) -> tuple[str, bool]:
     """What ``mstar plan`` prints, and whether any layout fits."""
     model, where = model_of(config)
     values = sum(prod(source.shape) for mapping in model.mappings for source in mapping.sources)
-    tokens = config.evolve.optimizer.microbatch_tokens
+    tokens = settings_tokens(config)
     usable = memory * USABLE / 1e9
     lines = [
         f"{model.family}, sizes {where}: {values:,} parameters in {config.model.precision}",

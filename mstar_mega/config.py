@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
-SelectionRule = Literal["top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct"]
+SelectionRule = Literal[
+    "top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct", "right_reasoning"
+]  # fmt: skip
 Reduction = Literal["min", "prod", "mean", "last"]
 LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
@@ -120,7 +122,8 @@ class OptimizerConfig:
     shuffle: Literal["responses", "queries"] = "responses"
     """What is shuffled into steps. responses: each by itself, as SFT does; those of a query that meet in a step share
     its image and prompt. queries: all responses of a query in one step, which costs less to compute and makes the step
-    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128."""
+    one of few queries: fewer than ten where sixteen responses each are trained on in batches of 128. What scattering
+    costs is in benchmarks/README.md."""
     loss_mean: LossMean = "token"
     """What the loss is a mean over, in the whole batch. token: every counted token (the PRM: step) weighs the same, a
     long response more than a short one. response: every response weighs the same (the paper is silent; the sum over a
@@ -216,15 +219,17 @@ class SelectionConfig:
     rule: SelectionRule = "top_k"
     """Of a query's correct responses, top_k: the k of highest process score; threshold: all above the threshold;
     top_k_above: the k best of those; likelihood: the k of highest mean log-probability per token by the policy that
-    drew them, at their sampling temperature (needs no PRM); random_k; all_correct."""
+    drew them, at their sampling temperature (needs no PRM); random_k; all_correct. right_reasoning is no method
+    but the ceiling of them all, for analysis only: random k of those whose reasoning the task's own program says is
+    right, where the task has one."""
     k: int = 2
-    """For top_k, top_k_above, likelihood and random_k."""
+    """For all but threshold and all_correct."""
     threshold: float = 0.5
     """For threshold and top_k_above: keep correct responses whose process score is above it (the paper's alpha is
     unknown)."""
     distinct: bool = False
-    """Count responses of a query with the same tokens once, in the selection and in Reward-Pass@K (the paper is
-    silent)."""
+    """Count responses of a query with the same tokens once: in the selection, in Reward-Pass@K and in the Pass@K of
+    random responses beside it (the paper is silent)."""
 
 
 @dataclass
@@ -320,6 +325,8 @@ class EvaluationConfig:
     """K of Reward-Pass@K."""
     every: int = 1
     """Iterations between validation measurements; 0: only at the start and the end."""
+    test_every: int = 1
+    """Iterations between measurements of test accuracy; 0: only of the warm-up policy and at the end."""
 
 
 @dataclass

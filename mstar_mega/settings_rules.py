@@ -49,7 +49,7 @@ _NAMES_OF_RULE = (
         _COUNT_OR_ZERO,
         """
         warmup.queries data.unlabelled_queries data.workers generation.top_k generation.log_prob_gap_queries
-        optimizer.warmup_steps evolve.max_steps evaluation.every report.samples_per_iteration
+        optimizer.warmup_steps evolve.max_steps evaluation.every evaluation.test_every report.samples_per_iteration
         """,
     ),
     (_SEED, "seed"),

@@ -257,3 +257,14 @@ def test_exploration_is_measured_at_the_start_every_so_often_and_at_the_end(
     done, _ = run_settings(tmp_path, monkeypatch, EvaluationConfig(every=every), passes=0.75)
     explored = [what.split()[1:] for what in done if what.startswith("measure_exploration")]
     assert explored == [["evolve" if iteration else "warmup", str(iteration)] for iteration in measured]
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (0, [3])])
+def test_test_accuracy_is_measured_every_so_often_and_at_the_end(
+    every: int, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up policy's is the warm-up stage's business."""
+    done, _ = run_settings(tmp_path, monkeypatch, EvaluationConfig(every=2, test_every=every), passes=0.75)
+    assert [what for what in done if what.startswith("measure_greedy")] == [
+        f"measure_greedy evolve {iteration} test" for iteration in measured
+    ]

@@ -200,7 +200,13 @@ def test_distinct_texts_take_one_place_each() -> None:
     ]  # fmt: skip
     group = Group(Query("q", "?", (), "1"), responses)
     assert reward_pass_at_k([group], 2) == 0.0 and reward_pass_at_k([group], 2, distinct=True) == 1.0
-    assert measure([group], 4, 2, distinct=True).reward_pass_at_k == 1.0
+    fair = measure([group], 4, 2, distinct=True)
+    assert fair.reward_pass_at_k == 1.0 and fair.pass_at_reward_k == pytest.approx(2 / 3), (
+        "2 different ones on each side"
+    )
+    assert fair.reward_gain == pytest.approx(1 / 3) and fair.pass_at_k == 1.0
+    copied = measure([group], 4, 2)
+    assert copied.pass_at_reward_k == pytest.approx(1 / 2) and copied.reward_gain == pytest.approx(-1 / 2)
     assert random_pass_at_k_of_each([group], 2) == [pytest.approx(1 / 2)]
     assert random_pass_at_k_of_each([group], 2, distinct=True) == [pytest.approx(2 / 3)]
     copies = Group(group.query, responses[:2])

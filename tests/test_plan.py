@@ -14,8 +14,24 @@ from parallel import run_parallel
 
 from mstar_mega import cli, settings
 from mstar_mega.checkpoint_tools.maps import map_of
-from mstar_mega.checkpoint_tools.memory import Layout, is_possible, most_image_tokens, rank_memory
-from mstar_mega.checkpoint_tools.plan import USABLE, Choice, both_ways, bytes_of, choices, model_of, recommend
+from mstar_mega.checkpoint_tools.memory import (
+    Layout,
+    is_possible,
+    largest_microbatch,
+    longest_prompt,
+    most_image_tokens,
+    rank_memory,
+)
+from mstar_mega.checkpoint_tools.plan import (
+    USABLE,
+    Choice,
+    both_ways,
+    bytes_of,
+    choices,
+    model_of,
+    recommend,
+    settings_tokens,
+)
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
@@ -24,7 +40,7 @@ from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
 from mstar_mega.settings_rules import validate
-from mstar_mega.training.batches import TrainGroup
+from mstar_mega.training.batches import TrainGroup, microbatches
 from mstar_mega.training.optimizer_state import full_precision_weights
 from mstar_mega.training.trainer import Trainer
 
@@ -183,6 +199,46 @@ def test_cutting_more_needs_less() -> None:
     assert largest(1, 1) > largest(2, 1) > largest(4, 1) > largest(8, 1)
     assert largest(2, 1) > largest(2, 2) and largest(2, 2) < largest(2, 2, 8192)
     assert not is_possible(model, 3, 1) and not is_possible(model, 1, 5) and is_possible(model, 8, 4)
+
+
+def train_groups(prompt: int, response: int) -> tuple[list[TrainGroup], Prompt]:
+    """Queries with all sixteen responses selected, from short ones to the longest, and everybody's prompt."""
+    lengths = [1 + (response - 1) * i // 15 for i in range(16)]
+    groups = [TrainGroup(Query(f"q{i}", "?", (), "1"), [[7] * n for n in lengths]) for i in range(3)]
+    return groups, Prompt([5] * prompt, [], None)
+
+
+@pytest.mark.parametrize(("bound", "new"), [(4096, 512), (4096, 1024), (1024, 512), (8192, 1024)])
+def test_activations_are_those_of_the_largest_micro_batch_that_occurs(bound: int, new: int) -> None:
+    """Formed by what forms them in training, from the longest prompts and responses that the settings allow."""
+    model = map_of(PUBLISHED["internvl2"], "vocabulary", Path("config.json"))
+    config = Config()
+    config.generation.max_new_tokens = new
+    groups, prompt = train_groups(longest_prompt(model, config), new)
+    formed = [b.tokens for b in microbatches(groups, lambda _: prompt, OptimizerConfig(microbatch_tokens=bound), 1)]
+    largest = largest_microbatch(model, config, bound)
+    assert max(formed) <= largest and len(formed) > 1
+    assert largest == (max(formed) if max(formed) > bound else bound), "no more than occurs"
+
+    def activations(tokens: int) -> int:
+        return rank_memory(model, config, Layout(1, 1, tokens))[0].activations
+
+    assert activations(2 * largest) == pytest.approx(2 * activations(largest), rel=1e-6)
+    # Below the longest prompt with its response a lower bound saves nothing.
+    assert activations(256) == activations(128)
+
+
+def test_a_set_on_disk_is_held_to_its_longest_prompts() -> None:
+    model = map_of(PUBLISHED["internvl2"], "vocabulary", Path("config.json"))
+    config = Config()
+    config.data.name, config.data.max_prompt_tokens = "mathv360k", 1000
+    assert largest_microbatch(model, config, 100) == 1000 + config.generation.max_new_tokens
+
+
+def test_the_stage_with_the_highest_bound_counts() -> None:
+    config = Config()
+    config.prm.optimizer.microbatch_tokens = 9000
+    assert settings_tokens(config) == 9000
 
 
 def test_amounts_of_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 from groups import make_group, make_response
 
 from mstar_mega.config import SelectionConfig, SelectionRule
-from mstar_mega.data.types import Group
+from mstar_mega.data.types import CheckReasoning, Group
 from mstar_mega.kernels.dispatch import turn_off
 from mstar_mega.rewards.selection import select
 
@@ -80,6 +80,23 @@ def test_random_k_depends_on_seed_query_and_index_only() -> None:
     counts = [sum(i in pick for pick in picks) for i in range(16)]
     assert all(counts[i] == 0 if i % 3 == 0 else 30 < counts[i] < 95 for i in range(16)), "about uniform (60 expected)"
     assert picks != [tuple(picked(make_group(responses, f"q{i}"), "random_k", seed=1)) for i in range(300)]
+
+
+def test_right_reasoning_takes_what_the_tasks_program_approves_and_nothing_else() -> None:
+    group = make_group([make_response(i, 0.5, i % 2 == 0) for i in range(8)])
+    config = SelectionConfig("right_reasoning", 2)
+
+    def chosen(check: CheckReasoning, k: int = 2) -> list[int]:
+        return [r.index for r in select([group], SelectionConfig("right_reasoning", k), 0, check)[0]]
+
+    for response in group.responses:
+        response.text = str(response.index)
+    assert chosen(lambda id, text: int(text) >= 4) == [4, 6], "of the correct ones"
+    assert chosen(lambda id, text: True if text == "2" else None) == [2], "what it cannot tell is not right"
+    assert chosen(lambda id, text: False) == []
+    assert len(chosen(lambda id, text: True)) == 2 and chosen(lambda id, text: True, 9) == [0, 2, 4, 6]
+    with pytest.raises(ValueError, match=r"selection\.rule is right_reasoning"):
+        select([group], config, 0)
 
 
 def test_selection_refuses_what_it_cannot_judge() -> None:

@@ -60,6 +60,10 @@ class Skipped:
     reason: str
 
 
+CheckReasoning = Callable[[str, str], bool | None]
+"""(query id, response text) -> whether its reasoning is right; None where that cannot be told."""
+
+
 @dataclass(frozen=True)
 class Task:
     """All queries of a run. A set is a sequence and need not be in memory: it may read each query when it is asked."""
@@ -75,9 +79,9 @@ class Task:
     """What was left out of the sets, and why."""
     cut: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Settings that leave a part of a set out: how many are used, of how many."""
-    check_reasoning: Callable[[str, str], bool | None] | None = None
-    """(query id, response text) -> whether its reasoning is right, None where that cannot be told. For measurement
-    only: nothing that trains or selects asks it. Rank 0 sends it to the others, so it can be pickled (a function of a
+    check_reasoning: CheckReasoning | None = None
+    """For measurement only: nothing that trains or selects asks it but ``selection.rule right_reasoning``, the ceiling
+    that methods are compared with. Rank 0 sends it to the others, so it can be pickled (a function of a
     module or a callable dataclass, no closure). None: the set cannot tell."""
 
 

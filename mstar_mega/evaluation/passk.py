@@ -157,7 +157,8 @@ class Exploration:
     reward_pass_at_k: float | None
     reward_k: int
     pass_at_reward_k: float | None
-    """Pass@K at ``reward_k``: of so many random responses, what Reward-Pass@K has to beat."""
+    """Pass@K at ``reward_k``: of so many random responses, what Reward-Pass@K has to beat. Of different ones where that
+    counts different ones."""
     reward_gain: float | None
     """Reward-Pass@K minus that."""
     reward_gain_stderr: float | None
@@ -170,10 +171,10 @@ class Exploration:
 def measure(groups: Sequence[Group], k: int, reward_k: int, distinct: bool = False) -> Exploration:
     """All measures over sampled groups. Those that rank by process score are None when no response at all has one.
 
-    ``distinct`` is for Reward-Pass@K, see :func:`reward_pass_at_k`.
+    ``distinct`` is for Reward-Pass@K and its counterpart at random, see :func:`random_pass_at_k_of_each`.
     """
     scored = any(response.score is not None for group in groups for response in group.responses)
-    at_random = pass_at_k_of_each(groups, reward_k)
+    at_random = random_pass_at_k_of_each(groups, reward_k, distinct)
     by_score = reward_pass_at_k_of_each(groups, reward_k, distinct) if scored else []
     gain, gain_stderr = paired_difference(by_score, at_random) if scored else (None, None)
     return Exploration(

@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mstar_mega.data.types import Group, Response
+from mstar_mega.data.types import CheckReasoning, Group, Response
 from mstar_mega.evaluation.passk import auc, mean, standard_error
 from mstar_mega.rewards.selection import is_correct, mean_log_prob
-
-CheckReasoning = Callable[[str, str], bool | None]
-"""(query id, response text) -> whether its reasoning is right; None where that is not known."""
 
 Judged = tuple[Response, bool]
 

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from mstar_mega.config import SelectionConfig, SelectionRule
 from mstar_mega.data.records import write_selected
-from mstar_mega.data.types import Group
-from mstar_mega.evaluation.prm_quality import CheckReasoning, judge_reasoning
+from mstar_mega.data.types import CheckReasoning, Group
+from mstar_mega.evaluation.prm_quality import judge_reasoning
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import all_gather_objects, sum_over_data
 from mstar_mega.recipe.blocks import Blocks, Place
@@ -20,7 +20,7 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
-from mstar_mega.rewards.selection import SCORED_RULES, choose_responses, select
+from mstar_mega.rewards.selection import CEILING, SCORED_RULES, choose_responses, select
 from mstar_mega.training.batches import Examples, TrainGroup
 
 
@@ -56,15 +56,15 @@ class Chosen:
 
 def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
     """Apply the selection to this rank's groups and gather what was selected: the same examples on every rank."""
-    settings = job.config.selection
+    settings, check = job.config.selection, job.task.check_reasoning
     mine, chosen, reasoning = Chosen(), Chosen(), Counter[str]()
     key = key_of(job.config.seed, "select", now.number)
     for block, places in groups.read_blocks():
-        for group, place, selected in zip(block, places, select(block, settings, key), strict=True):
+        for group, place, selected in zip(block, places, select(block, settings, key, check), strict=True):
             if selected:
                 mine.add(group.query.id, place, [response.index for response in selected])
-        if job.task.check_reasoning is not None:
-            reasoning += _count_reasoning(block, settings, key, job.task.check_reasoning)
+        if check is not None:
+            reasoning += _count_reasoning(block, settings, key, check)
     for of_rank in all_gather_objects(mine):
         chosen.extend(of_rank)
     ends = array("q", accumulate(chosen.sizes))
@@ -104,7 +104,7 @@ def _count_reasoning(
     unscored = any(r.score is None for group in block for r in group.responses if r.correct)
     counts: Counter[str] = Counter()
     for rule in get_args(SelectionRule):
-        if unscored and rule in SCORED_RULES:
+        if rule == CEILING or (unscored and rule in SCORED_RULES):
             continue
         for verdicts, chosen in zip(right, choose_responses(block, replace(settings, rule=rule), key), strict=True):
             known = [verdicts[response.index] for response in chosen if response.index in verdicts]

@@ -30,6 +30,7 @@ from mstar_mega.models.families.base import Family
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.inputs import checked, read_object
+from mstar_mega.rewards.selection import CEILING, require_check
 
 FILES_FILE = "files.json"
 """Size and SHA-256 of the files that the run is trained on, by setting."""
@@ -243,6 +244,8 @@ def build_task(config: Config, directory: Path, family: Family, warms_up: bool =
     """The queries of all sets that the policy can read. Raises ValueError where a needed set has none of them."""
     task = build(config.data, data_directory(config, directory), config.seed)
     task = without_too_long(task, family, config, family.language.context)
+    if config.selection.rule == CEILING:
+        require_check(task.check_reasoning)
     needed: dict[str, Sequence[object]] = {"labelled": task.labelled, "validation": task.validation, "test": task.test}
     if warms_up:
         needed = {"warm-up": task.warmup, **needed}

@@ -40,8 +40,7 @@ def evolve(job: Job, policy: Trainer, prm: LMM | None, warmup_steps: int) -> Pos
         measure(job, actors, position)
         position.begin_next_iteration()
         save(job, policy, "evolve", position)
-    if not _is_measured(job, position.iteration - 1):
-        measure_exploration(job, actors, "evolve", position.iteration - 1)
+    measure_the_last(job, actors, position.iteration - 1)
     return position
 
 
@@ -98,13 +97,23 @@ def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -
 
 
 def measure(job: Job, actors: Actors, position: Position) -> None:
-    """Validation and test measures of the policy after an iteration."""
-    if _is_measured(job, position.iteration):
-        measure_exploration(job, actors, "evolve", position.iteration)
-    measure_greedy(job, actors, "evolve", position.iteration, "test")
+    """Validation and test measures of the policy after an iteration, where they are due."""
+    settings, iteration = job.config.evaluation, position.iteration
+    if _is_due(settings.every, iteration):
+        measure_exploration(job, actors, "evolve", iteration)
+    if _is_due(settings.test_every, iteration):
+        measure_greedy(job, actors, "evolve", iteration, "test")
 
 
-def _is_measured(job: Job, iteration: int) -> bool:
-    """Whether the exploration measures are due after this iteration (0: the start, which always has them)."""
-    every = job.config.evaluation.every
-    return iteration == 0 or bool(every) and iteration % every == 0
+def measure_the_last(job: Job, actors: Actors, iteration: int) -> None:
+    """What was not due after the last iteration."""
+    settings = job.config.evaluation
+    if not _is_due(settings.every, iteration):
+        measure_exploration(job, actors, "evolve", iteration)
+    if not _is_due(settings.test_every, iteration):
+        measure_greedy(job, actors, "evolve", iteration, "test")
+
+
+def _is_due(every: int, iteration: int) -> bool:
+    """Whether a measurement is due after this iteration (0: the warm-up policy, which always has them all)."""
+    return iteration == 0 or (every > 0 and iteration % every == 0)

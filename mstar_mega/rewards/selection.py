@@ -12,12 +12,24 @@ from typing import get_args
 import torch
 
 from mstar_mega.config import SelectionConfig, SelectionRule
-from mstar_mega.data.types import Group, Response
+from mstar_mega.data.types import CheckReasoning, Group, Response
 from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.selection import select_topk
 
 SCORED_RULES: tuple[SelectionRule, ...] = ("top_k", "top_k_above", "threshold")
 """Those that need process scores."""
+CEILING: SelectionRule = "right_reasoning"
+"""No method, but what a perfect judge of reasoning would take: for analysis only."""
+
+
+def require_check(check: CheckReasoning | None) -> CheckReasoning:
+    """The task's program that judges reasoning, for the rule ``right_reasoning``. Raises ValueError without one."""
+    if check is None:
+        raise ValueError(
+            f"selection.rule is {CEILING}: it needs a training set whose own program can tell right reasoning "
+            "(data.name digits). It is the ceiling of the other rules, for analysis only; choose one of them"
+        )
+    return check
 
 
 def process_score(response: Response, query_id: str) -> float:
@@ -47,12 +59,14 @@ def _random_rank(seed: int, query_id: str, index: int) -> bytes:
     return hashlib.sha256(json.dumps([seed, query_id, index]).encode()).digest()
 
 
-def select(groups: Sequence[Group], config: SelectionConfig, rng_seed: int) -> list[list[Response]]:
+def select(
+    groups: Sequence[Group], config: SelectionConfig, rng_seed: int, check: CheckReasoning | None = None
+) -> list[list[Response]]:
     """Mark ``selected`` on every response of the groups and return each group's selected ones, by sample index.
 
-    Raises as :func:`choose_responses`.
+    ``check`` is for the rule that is a ceiling. Raises as :func:`choose_responses`.
     """
-    chosen = choose_responses(groups, config, rng_seed)
+    chosen = choose_responses(groups, config, rng_seed, check)
     for group, of_group in zip(groups, chosen, strict=True):
         indices = {response.index for response in of_group}
         for response in group.responses:
@@ -60,17 +74,23 @@ def select(groups: Sequence[Group], config: SelectionConfig, rng_seed: int) -> l
     return [sorted((r for r in group.responses if r.selected), key=lambda r: r.index) for group in groups]
 
 
-def choose_responses(groups: Sequence[Group], config: SelectionConfig, rng_seed: int) -> list[list[Response]]:
+def choose_responses(
+    groups: Sequence[Group], config: SelectionConfig, rng_seed: int, check: CheckReasoning | None = None
+) -> list[list[Response]]:
     """The responses of each group that ``config`` selects.
 
     The answer filter comes first: only correct responses are eligible. Ties go to the lower sample index; ``random_k``
-    draws by (rng_seed, query id, sample index), so that the order of queries and responses does not matter. Raises
-    ValueError for responses that are not judged or, where the rule needs it, not scored.
+    draws by (rng_seed, query id, sample index), so that the order of queries and responses does not matter. ``check``
+    says whose reasoning is right; only ``right_reasoning`` asks it. Raises ValueError for responses that are not judged
+    or, where the rule needs it, not scored, and for ``right_reasoning`` without ``check``.
     """
     if config.rule not in get_args(SelectionRule):
         raise ValueError(f"selection.rule is {config.rule!r}; it must be one of {', '.join(get_args(SelectionRule))}")
     ids = [group.query.id for group in groups]
     eligible = [_eligible(group, config.distinct) for group in groups]
+    if config.rule == CEILING:
+        is_right = require_check(check)
+        eligible = [[r for r in of if is_right(id, r.text)] for of, id in zip(eligible, ids, strict=True)]
     if config.rule in ("threshold", "top_k_above"):
         eligible = [
             [response for response in responses if process_score(response, id) > config.threshold]
@@ -80,7 +100,7 @@ def choose_responses(groups: Sequence[Group], config: SelectionConfig, rng_seed:
         return eligible
     if config.k < 1:
         raise ValueError(f"selection.k is {config.k}; {config.rule} needs at least 1")
-    if config.rule == "random_k":
+    if config.rule in ("random_k", CEILING):
         ranked = [
             sorted(responses, key=lambda response: _random_rank(rng_seed, id, response.index))
             for responses, id in zip(eligible, ids, strict=True)

@@ -21,6 +21,8 @@ COUNTS: dict[Layout, tuple[int, ...]] = {"row": (3,), "column": (3,), "grid": (4
 """How many digits a layout has."""
 READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row", "scattered": "Row by row"}
 BACKWARDS = "Backwards"
+HASTE = 0.75
+"""How often the writer overlooks a digit."""
 WORDINGS = ((" + ", " = "), (" and ", " make "))
 """Two ways to write an addition."""
 CLOSING = "the result is "
@@ -76,11 +78,11 @@ def careful_ways() -> Iterator[Way]:
 
 def hasty_way(rng: random.Random) -> Way:
     """How the writer of the warm-up's chains likes to write: backwards where he takes care."""
-    overlooks = rng.random() < 0.8
+    overlooks = rng.random() < HASTE
     return Way(
         backwards=rng.random() < (0.1 if overlooks else 0.5),
         wording=rng.randrange(len(WORDINGS)),
-        leap=rng.random() < 0.4,
+        leap=rng.random() < 0.2,
         closing=rng.random() < 0.3,
         overlooks=overlooks,
     )
@@ -169,7 +171,7 @@ def _extreme(rng: random.Random, scene: Scene) -> Draft:
 
 def _test(rng: random.Random) -> tuple[str, Callable[[int], bool]]:
     """A property of digits by its name."""
-    limit = rng.randint(2, 7)
+    limit = rng.randint(1, 3)
     tests: tuple[tuple[str, Callable[[int], bool]], ...] = (
         ("even", lambda value: value % 2 == 0),
         ("odd", lambda value: value % 2 == 1),

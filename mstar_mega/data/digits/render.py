@@ -30,6 +30,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 HANDWRITING_SHARES: tuple[tuple[Handwriting, float], ...] = (("train", 0.7), ("validation", 0.1), ("test", 0.2))
+VALUES = range(6)
+"""The digits that occur: a model of half a million parameters learns to read and to add them in minutes."""
 CELLS = 3
 """Each digit lies in one cell of a ``CELLS`` x ``CELLS`` grid, as large as what one image token covers: digits at any
 place, across the tokens' borders, take a small model many times as many steps to read."""
@@ -77,7 +79,8 @@ def _handwriting() -> tuple[np.ndarray, tuple[int, ...]]:
 @lru_cache(maxsize=1)
 def handwriting_split() -> dict[Handwriting, tuple[int, ...]]:
     """Indices into scikit-learn's set by part; no picture is in two."""
-    count = len(_handwriting()[1])
+    labels = _handwriting()[1]
+    count = len(labels)
     order = list(range(count))
     random.Random("mstar-mega handwriting").shuffle(order)
     parts: dict[Handwriting, tuple[int, ...]] = {}
@@ -85,7 +88,7 @@ def handwriting_split() -> dict[Handwriting, tuple[int, ...]]:
     for name, share in HANDWRITING_SHARES:
         share_so_far += share
         end = round(count * share_so_far)
-        parts[name] = tuple(order[start:end])
+        parts[name] = tuple(i for i in order[start:end] if labels[i] in VALUES)
         start = end
     return parts
 

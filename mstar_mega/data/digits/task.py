@@ -26,7 +26,7 @@ PARTS: dict[str, Handwriting] = {
 """The handwriting that each set is drawn in."""
 READING_SHARE = 0.3
 """Of the warm-up's examples."""
-FORMAT = 4
+FORMAT = 5
 """Raised whenever problems or pictures change, so that sets made before are made again."""
 
 
