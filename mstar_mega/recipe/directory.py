@@ -187,8 +187,8 @@ def _check_settings(config: Config, directory: Path) -> None:
                 "--run.allow_changed_settings true (finished work stays as it is)"
             )
         logger.warning(
-            "%s goes on with other settings: %s. What is finished stays as it is: a finished stage trains nothing more, "
-            "whatever the settings ask for; use another --run.dir to have it anew",
+            "%s goes on with other settings: %s. What is finished stays as it is: a finished stage trains nothing "
+            "more, whatever the settings ask for; use another --run.dir to have it anew",
             directory,
             "; ".join(changed),
         )
