@@ -43,8 +43,8 @@ def work(ladder: Ladder, rows: list[Row], seeds: list[int], jobs: int) -> list[s
             return True
         except subprocess.CalledProcessError as error:
             failures[f"{name}, seed {seed}"] = f"exit code {error.returncode}, see {ladder.log(name, seed)}"
-        except (ValueError, OSError) as error:
-            failures[f"{name}, seed {seed}"] = str(error)
+        except Exception as error:  # whatever it is, the other runs can do without this one
+            failures[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
         return False
 
     def make_row(row: Row, seed: int) -> bool:
@@ -72,7 +72,10 @@ def work(ladder: Ladder, rows: list[Row], seeds: list[int], jobs: int) -> list[s
                 name = waiting[future]
                 print(f"{name}: {'finished' if future.result() else f'FAILED, {failures[name]}'}", flush=True)
                 if future.result():
-                    write_results(ladder)
+                    try:
+                        write_results(ladder)
+                    except Exception as error:  # the runs are what takes long: they go on
+                        print(f"results cannot be written: {type(error).__name__}: {error}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -38,11 +38,17 @@ def paired(gaps: list[list[float]]) -> tuple[float, float]:
 
 
 def compare(ladder: Ladder, row: Row, reference: Row) -> dict[str, Any] | None:
-    """Accuracy of a row minus that of another, in points, over the seeds of both; None: there is no such seed."""
+    """Accuracy of a row minus that of another, in points, over the seeds of both; None: there is no such seed.
+
+    Raises ValueError for runs that were measured on different questions.
+    """
     seeds = sorted({*ladder.finished_seeds(row)} & {*ladder.finished_seeds(reference)})
     gaps = []
     for seed in seeds:
         own, other = ladder.answers(row, seed), ladder.answers(reference, seed)
+        if own.keys() != other.keys():
+            runs = " and ".join(ladder.run(each.name, seed).name for each in (row, reference))
+            raise ValueError(f"{runs} were measured on different questions: they do not belong into one ladder")
         gaps.append([100.0 * (own[id] - other[id]) for id in own])
     if row is reference or not gaps:
         return None

@@ -50,13 +50,14 @@ def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy
 
 def log_iteration(log: MetricsLog, i: int) -> None:
     grid = [
-        {"temperature": t, "reward_pass_at_k": 0.6 + 0.1 * t, "pass_at_k": 0.7, "random_pass_at_k": 0.65,
+        {"temperature": t, "reward_pass_at_k": 0.6 + 0.1 * t, "pass_at_k": 0.7,
+         "pass_at_most_k": 0.7 + 0.2 * t, "random_pass_at_k": 0.65,
          "difference": 0.1 * t - 0.1, "difference_stderr": 0.02 - 0.02 * t}
         for t in (0.5, 1.0)
     ]  # fmt: skip
     log.append(
-        "temperature", iteration=i, temperature=1.0, mode="reward_pass_at_k", k=2, distinct=False, queries=250,
-        responses=500, tokens=10_000, grid=grid, seconds=3.0,
+        "temperature", iteration=i, temperature=1.0, mode="reward_pass_at_k", k=2, most_k=16, distinct=False,
+        queries=250, responses=500, tokens=10_000, grid=grid, seconds=3.0,
     )  # fmt: skip
     log.append(
         "generation", iteration=i, temperature=1.0, queries=10, responses=160, tokens=5000, truncated=1,
@@ -75,7 +76,8 @@ def log_iteration(log: MetricsLog, i: int) -> None:
     log.append("improve", iteration=i, steps=2, loss=0.5 / i, total_steps=10 * i + 2, seconds=5.0)
     evaluation(
         log, "evolve", i, "validation", 0.5 + 0.05 * i, pass_at_k=0.9, k=16, reward_pass_at_k=0.7 + 0.01 * i,
-        reward_k=2, pass_at_reward_k=0.65, best_of_n=0.7, weighted_vote=0.69, majority_vote=0.66,
+        reward_k=2, pass_at_reward_k=0.65,
+        reward_gain=0.05 + 0.01 * i, reward_gain_stderr=0.02, best_of_n=0.7, weighted_vote=0.69, majority_vote=0.66,
     )  # fmt: skip
     evaluation(log, "evolve", i, "test", 0.49 + 0.05 * i)
 

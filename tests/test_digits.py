@@ -19,7 +19,7 @@ from PIL import Image
 from mstar_mega.config import DataConfig
 from mstar_mega.data.digits import make_tokenizer, task
 from mstar_mega.data.digits.questions import BACKWARDS, KINDS, Problem, Way, draw_problem
-from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, Handwriting, handwriting_split, render
+from mstar_mega.data.digits.render import COLOURS, IMAGE_SIZE, VALUES, Handwriting, handwriting_split, render
 from mstar_mega.data.tokenizer import SentencePieceTokenizer
 from mstar_mega.data.types import Query, image_digest
 
@@ -68,10 +68,14 @@ def solve_text(values: list[int], text: str) -> str:
 
 
 def test_handwriting_is_split_by_picture() -> None:
+    from sklearn.datasets import load_digits
+
     split = handwriting_split()
     train, validation, test = (set(split[name]) for name in ("train", "validation", "test"))
-    assert len(train) + len(validation) + len(test) == 1797 == len(train | validation | test)
-    assert abs(len(test) - 0.2 * 1797) < 2
+    assert len(train) + len(validation) + len(test) == len(train | validation | test)
+    labels = load_digits().target
+    assert train | validation | test == {i for i, label in enumerate(labels) if label in VALUES}
+    assert abs(len(test) - 0.2 * np.isin(labels, VALUES).sum()) < 20
 
 
 def test_sets_draw_only_from_their_handwriting() -> None:
@@ -98,7 +102,7 @@ def test_recorded_digits_are_those_of_the_set(problems: list[Problem]) -> None:
 def test_right_chains_say_nothing_but_what_is_true(problems: list[Problem]) -> None:
     for problem in problems:
         chains = problem.right_chains()
-        assert len(chains) in (4, 8, 16)
+        assert len(chains) in (8, 16, 32)
         for chain in chains:
             *steps, marker, answer = chain.split("\n\n")
             assert (marker, answer) == ("# Answer", problem.answer) and 2 <= len(steps) <= 8
@@ -122,7 +126,7 @@ def test_the_warmups_writer_is_hasty_and_kept_by_his_answers_alone(problems: lis
     assert all(problem.chain_of_thought in problem.right_chains() for problem in reading)
     others = [problem for problem in asked if problem.kind != "reading"]
     right = sum(problem.chain_of_thought in problem.right_chains() for problem in others) / len(others)
-    assert 0.45 < right < 0.65, "half of what the warm-up learns reaches its answer by luck"
+    assert 0.25 < right < 0.4, "two thirds of what the warm-up learns reach their answer by luck"
     assert all(problem.kind != "reading" for problem in problems), "only the warm-up learns to read by itself"
 
 

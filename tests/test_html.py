@@ -65,7 +65,8 @@ def test_the_page_shows_the_run(finished: tuple[Path, Page]) -> None:
     for text in ("finished", "59.0%", "14.0 from 45.0%", "Reward-Pass@2", "samples_per_iteration: 4", "0.85", "a.png"):
         assert text in page.text, text
     figures = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
-    names = "accuracy exploration answering temperature sweep kept kinds loss_warmup loss_prm loss_evolve time"
+    names = "accuracy exploration answering temperature sweep pass_at_most_k_by_temperature"
+    names += " reward_pass_at_k_by_temperature kept kinds loss_warmup loss_prm loss_evolve time"
     assert figures == [f"plot-{name}" for name in names.split()]
     iterations = page.samples["iterations"]
     assert [entry["iteration"] for entry in iterations] == [1, 2]
@@ -111,6 +112,11 @@ def test_the_plots_fit_one_page(finished: tuple[Path, Page]) -> None:
     assert "Iteration 2: temperature 1 is chosen by Reward-Pass@2, 70.0%; +5.0 ± 1.0 points" in sweeps
     assert "Reward-Pass@2 (%)" in labels["sweep"] and "time (seconds)" in labels["time"]
     assert "cost in $" in labels["kinds"]
+    assert {"Pass@16", "Reward-Pass@2", "Pass@2", "greedy"} <= set(labels["exploration"])
+    exploration = next(plot.caption for plot in plots if plot.name == "exploration")
+    assert "the PRM's choice is +7.0 ± 2.0 points from random" in exploration
+    by_temperature = labels["pass_at_most_k_by_temperature"]
+    assert {"Pass@16 (%)", "0.5", "1", "80.0", "90.0"} <= set(by_temperature), "each temperature's line and its end"
 
 
 def test_steps_without_a_finite_loss_are_counted(tmp_path: Path) -> None:

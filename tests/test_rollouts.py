@@ -213,6 +213,7 @@ def test_the_temperature_is_the_best_by_the_criterion_of_the_settings(
     )
     assert [row["difference"] for row in event["grid"] if row["temperature"] == chosen] == [0.0]
     assert [row["random_pass_at_k"] for row in event["grid"]] == [row["pass_at_k"] for row in event["grid"]]
+    assert (event["most_k"], [row["pass_at_most_k"] for row in event["grid"]]) == (3, [1.0, 1.0]), "all three samples"
 
 
 def test_validation_responses_have_the_same_noise_at_every_temperature_and_after_every_iteration(

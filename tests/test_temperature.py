@@ -10,7 +10,7 @@ import pytest
 
 from mstar_mega.config import TemperatureConfig
 from mstar_mega.recipe.temperature import choose_temperature
-from mstar_mega.report.sweep import sweep_words
+from mstar_mega.report.sweep import sweep_points, sweep_words
 
 GRID = TemperatureConfig().grid
 MIDDLE = (GRID[0] + GRID[-1]) / 2
@@ -123,4 +123,7 @@ def test_a_sweep_is_told_with_its_margins() -> None:
     assert sweep_words({**event, "mode": "pass_at_k", "temperature": 0.5}).startswith(
         "temperature 0.5 is chosen by Pass@2, 60.0%; -10.0"
     )
+    assert [point.is_as_good_as_chosen for point in sweep_points(event)] == [True, True], "two errors below it"
+    grid[0]["difference_stderr"] = 0.019
+    assert [point.is_as_good_as_chosen for point in sweep_points(event)] == [False, True]
     assert sweep_words({**event, "grid": []}) == "temperature 1.0 is chosen"

@@ -55,6 +55,7 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
         "temperature": chosen,
         "mode": settings.mode,
         "k": settings.k,
+        "most_k": _most_k(job),
         "distinct": job.config.selection.distinct,
         "queries": len(criterion[chosen]),
         **total,
@@ -65,10 +66,15 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
     return chosen
 
 
+def _most_k(job: Job) -> int:
+    """K of the Pass@K that shows how much a temperature explores: evaluation's, as far as the samples reach."""
+    return min(job.config.evaluation.k, job.config.temperature.responses)
+
+
 def _measures(job: Job, actors: Actors, groups: Sequence[Group]) -> dict[str, list[float]]:
     """What one temperature's samples come to, by measure and query."""
     k, distinct = job.config.temperature.k, job.config.selection.distinct
-    measures = {"pass_at_k": pass_at_k_of_each(groups, k)}
+    measures = {"pass_at_k": pass_at_k_of_each(groups, k), "pass_at_most_k": pass_at_k_of_each(groups, _most_k(job))}
     if actors.prm is not None:
         measures["reward_pass_at_k"] = reward_pass_at_k_of_each(groups, k, distinct)
         measures["random_pass_at_k"] = random_pass_at_k_of_each(groups, k, distinct)

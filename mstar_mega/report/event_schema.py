@@ -26,6 +26,7 @@ class _Point(BaseModel):
     temperature: _Number
     reward_pass_at_k: _Number | None = None
     pass_at_k: _Number | None = None
+    pass_at_most_k: _Number | None = None
     random_pass_at_k: _Number | None = None
     difference: _Number | None = None
     difference_stderr: _Number | None = None
@@ -68,6 +69,7 @@ class _Fields(_Quality):
     world_size: _Whole | None = None
     k: _Whole | None = None
     reward_k: _Whole | None = None
+    most_k: _Whole | None = None
     computed_tokens: _Whole | None = None
     queries: _Whole | None = None
     responses: _Whole | None = None

@@ -20,8 +20,9 @@ from typing import Any, TypeVar, cast
 
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.report.accounting import in_words, judged_responses
+from mstar_mega.report.drawing import Plot
 from mstar_mega.report.metrics import METRICS_FILE, Event, number
-from mstar_mega.report.plots import Plot, all_plots
+from mstar_mega.report.plots import all_plots
 from mstar_mega.report.prm import prm_section, quality_in_short
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run, load_run

@@ -23,9 +23,10 @@ prm_quality      stage (prm, warmup, evolve), iteration, split (held_out, valida
                  baseline), difference_stderr (paired); pooled_auc {process_score and baselines}; reasoning (the same
                  among responses with the right answer, right reasoning against wrong; null where that is not known);
                  [pooled_step_accuracy, pooled_step_auc, steps, positive_share, threshold: of held-out steps]
-temperature      iteration, temperature, mode, k, distinct, queries, responses, tokens, grid [{temperature,
-                 reward_pass_at_k, pass_at_k, [random_pass_at_k,] difference, difference_stderr}], seconds; difference:
-                 the criterion here minus at the chosen temperature, paired over queries
+temperature      iteration, temperature, mode, k, most_k, distinct, queries, responses, tokens, grid [{temperature,
+                 reward_pass_at_k, pass_at_k, pass_at_most_k, [random_pass_at_k,] difference, difference_stderr}],
+                 seconds; pass_at_most_k: Pass@K at most_k, evaluation.k or all samples where they are fewer;
+                 difference: the criterion here minus at the chosen temperature, paired over queries
 generation       iteration, temperature, queries, responses, tokens, truncated, without_steps, correct,
                  queries_without_correct, unlabelled_queries, checker {how: count}, seconds, score_seconds, [vote
                  {queries, responses, agreeing, answers_known, answers_right}: of queries whose answer is voted, which

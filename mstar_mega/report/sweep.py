@@ -22,6 +22,11 @@ class Point:
     random: float | None
     """Pass@K of K responses at random, for a sweep by Reward-Pass@K."""
 
+    @property
+    def is_as_good_as_chosen(self) -> bool:
+        """Whether the sweep cannot tell it from the chosen one: at most two standard errors below it."""
+        return self.difference is not None and self.error is not None and self.difference >= -2 * self.error
+
 
 def sweep_points(event: Event) -> list[Point]:
     """The temperatures of an event ``temperature`` whose criterion is finite, in the grid's order."""

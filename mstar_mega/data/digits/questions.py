@@ -21,7 +21,7 @@ COUNTS: dict[Layout, tuple[int, ...]] = {"row": (3,), "column": (3,), "grid": (4
 """How many digits a layout has."""
 READINGS = {"row": "Left to right", "column": "Top to bottom", "grid": "Row by row", "scattered": "Row by row"}
 BACKWARDS = "Backwards"
-HASTE = 0.75
+HASTE = 0.8
 """How often the writer overlooks a digit."""
 WORDINGS = ((" + ", " = "), (" and ", " make "))
 """Two ways to write an addition."""
@@ -56,9 +56,11 @@ class Problem:
     question: str
     choices: tuple[str, ...]
     chain_of_thought: str
-    """The response the warm-up trains on."""
+    """The hasty writer's."""
     answer: str
     solve: Solve
+    is_solved: bool = True
+    """Whether the writer has reached the answer."""
 
     def chain(self, way: Way) -> str:
         """The whole response, written in one way."""
@@ -66,8 +68,11 @@ class Problem:
         return _text(steps, result)
 
     def right_chains(self) -> frozenset[str]:
-        """Every right way to write it, among those that the warm-up's writer knows."""
-        return frozenset(self.chain(way) for way in careful_ways())
+        """Every right way to write it, among those that the warm-up's writer knows, by whatever name it gives the order
+        in which the digits are read: three scattered ones can look like a column."""
+        own, names = READINGS[self.scene.layout], tuple(READINGS.values())
+        chains = [self.chain(way).split(": ", 1) for way in careful_ways()]
+        return frozenset(f"{name}: {rest}" for order, rest in chains for name in (names if order == own else [order]))
 
 
 def careful_ways() -> Iterator[Way]:
@@ -223,13 +228,13 @@ class _Kind:
 
 
 KINDS = (
-    _Kind("sum", 0.20, _sum),
-    _Kind("sum above", 0.26, _sum_above),
-    _Kind("difference", 0.18, _difference, choices_share=0.15),
-    _Kind("extreme", 0.08, _extreme, choices_share=0.15),
-    _Kind("count", 0.16, _count, choices_share=0.15),
-    _Kind("all", 0.04, _all),
-    _Kind("more", 0.08, _more),
+    _Kind("sum", 0.15, _sum),
+    _Kind("sum above", 0.28, _sum_above),
+    _Kind("difference", 0.32, _difference, choices_share=0.15),
+    _Kind("extreme", 0.15, _extreme, choices_share=0.15),
+    _Kind("count", 0.06, _count, choices_share=0.15),
+    _Kind("all", 0.02, _all),
+    _Kind("more", 0.02, _more),
 )
 
 
@@ -246,11 +251,8 @@ def draw_problem(rng: random.Random, part: Handwriting) -> Problem:
         name, choices = f"{kind.name}, choices", _choices(rng, int(result))
         question += "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
     _, answer = _think(scene, solve, choices, Way())
-    while True:
-        steps, reached = _think(scene, solve, choices, hasty_way(rng))
-        if reached == answer:
-            break
-    return Problem(scene, name, question, choices, _text(steps, answer), answer, solve)
+    steps, reached = _think(scene, solve, choices, hasty_way(rng))
+    return Problem(scene, name, question, choices, _text(steps, reached), answer, solve, reached == answer)
 
 
 def draw_reading(rng: random.Random, part: Handwriting) -> Problem:

@@ -26,7 +26,7 @@ PARTS: dict[str, Handwriting] = {
 """The handwriting that each set is drawn in."""
 READING_SHARE = 0.3
 """Of the warm-up's examples."""
-FORMAT = 5
+FORMAT = 7
 """Raised whenever problems or pictures change, so that sets made before are made again."""
 
 
@@ -63,7 +63,10 @@ def problem(seed: int, name: str, part: Handwriting, index: int) -> Problem:
     rng = random.Random(f"digits {seed} {name} {index}")
     if name == "warmup" and rng.random() < READING_SHARE:
         return draw_reading(rng, part)
-    return draw_problem(rng, part)
+    made = draw_problem(rng, part)
+    while name == "warmup" and not made.is_solved:  # what is kept is what has reached its answer at the first try
+        made = draw_problem(rng, part)
+    return made
 
 
 def build(config: DataConfig, dir: Path, seed: int) -> Task:
