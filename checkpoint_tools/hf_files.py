@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mstar_mega.models.description import other_kind
 from mstar_mega.platform.files import refuse_lfs_pointer
-from mstar_mega.platform.inputs import checked, read_object
+from mstar_mega.platform.inputs import checked, open_input, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -117,10 +117,27 @@ class HFWeights:
                     if part.get_dtype() not in _DTYPES:
                         raise ValueError(f"{file}: tensor {name!r} has dtype {part.get_dtype()}, which is not known")
                     self.tensors[name] = TensorInfo(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            _refuse_doubles(file)
         except (SafetensorError, OSError) as error:
             refuse_lfs_pointer(file)
             size = file.stat().st_size
             raise ValueError(f"{file} ({size:,} bytes) is truncated or not a safetensors file: {error}") from error
+
+
+def _refuse_doubles(file: Path) -> None:
+    """Raise ValueError where a readable shard's header has a tensor's name twice: readers differ in which they take."""
+    with open_input(file) as shard:
+        header = shard.read(int.from_bytes(shard.read(8), "little"))  # safetensors has bounded it
+    doubles: list[str] = []
+
+    def look(pairs: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            doubles.extend(name for name in names if names.count(name) > 1)
+
+    json.loads(header, object_pairs_hook=look)
+    if doubles:
+        raise ValueError(f"{file}: the header names {doubles[0]!r} twice; save it with one of each name")
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

@@ -18,6 +18,9 @@ class _Rule:
 
 
 _COUNT = _Rule("at least 1", lambda x: x >= 1)
+MOST_RESPONSES, MOST_MADE = 1_000_000, 1_000_000
+"""Lists of so many are made in memory: a forged file must not ask for all of it."""
+_RESPONSES = _Rule(f"at least 1 and at most {MOST_RESPONSES:,}", lambda x: 1 <= x <= MOST_RESPONSES)
 _COUNT_OR_ZERO = _Rule("at least 0", lambda x: x >= 0)
 _SEED = _Rule("at least 0 and below 2^63", lambda x: 0 <= x < 2**63)
 _POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
@@ -41,9 +44,15 @@ _NAMES_OF_RULE = (
         data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
         data.max_prompt_tokens generation.max_new_tokens generation.slots
         generation.prefill_tokens generation.queries_per_block
-        optimizer.batch_size optimizer.microbatch_tokens annotate.queries annotate.responses annotate.rollouts
-        warmup.responses warmup.keep evolve.epochs evolve.responses selection.k evaluation.k evaluation.reward_k
-        temperature.every temperature.k temperature.responses temperature.queries kernels.chunk_mb
+        optimizer.batch_size optimizer.microbatch_tokens annotate.queries
+        evolve.epochs temperature.every temperature.queries kernels.chunk_mb
+        """,
+    ),
+    (
+        _RESPONSES,
+        """
+        annotate.responses annotate.rollouts warmup.responses warmup.keep evolve.responses selection.k evaluation.k
+        evaluation.reward_k temperature.k temperature.responses
         """,
     ),
     (
@@ -107,6 +116,10 @@ def validate(config: Config) -> None:
 def _validate_pairs(config: Config) -> None:
     temperature, evaluation = config.temperature, config.evaluation
     _validate_prm(config)
+    for name in ("warmup_examples", "labelled_queries", "unlabelled_queries", "validation_queries", "test_queries"):
+        wanted = getattr(config.data, name)
+        if config.data.name == "digits" and wanted is not None and wanted > MOST_MADE:
+            raise ValueError(f"data.{name} is {wanted}: the built-in task makes at most {MOST_MADE:,} of a kind")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:

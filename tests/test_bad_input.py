@@ -387,3 +387,5 @@ def test_a_finished_stage_says_that_it_trains_nothing_more(tmp_path: Path) -> No
     output = good(start(tmp_path / "run", *again))
     assert "WARNING: warmup ended after 3 steps, and the settings now ask for 6: it is finished and trains" in output
     assert checkpoints(tmp_path / "run", "warmup")[-1].endswith("000003")
+    output = good(start(tmp_path / "run", "--warmup.epochs", "2", "--prm.epochs", "3", *again[2:]))
+    assert "goes on with other settings: prm.epochs: 1.0 -> 3.0. What is finished stays" in output

@@ -70,6 +70,16 @@ def twice(hf: Path) -> str:
     return rf"model-00002-of-00003.safetensors: tensor '{name}' is also in model-00001-of-00003.safetensors"
 
 
+def twice_in_one(hf: Path) -> str:
+    file = hf / "model-00002-of-00003.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    name, entry = next(iter(json.loads(content[8 : 8 + size]).items()))
+    header = content[8 : 8 + size].rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    return rf"model-00002-of-00003.safetensors: the header names '{name}' twice"
+
+
 def surplus_in_shard(hf: Path) -> str:
     file = hf / "model-00002-of-00003.safetensors"
     save_file({**load_file(file), "more": torch.zeros(1)}, file)
@@ -79,7 +89,7 @@ def surplus_in_shard(hf: Path) -> str:
 @pytest.mark.parametrize(
     "damage",
     [break_index, break_length, remove_shard, drop_tensor, add_tensor, reshape_tensor, other_family, no_config, twice,
-     surplus_in_shard],
+     twice_in_one, surplus_in_shard],
 )  # fmt: skip
 def test_wrong_sources_are_one_clear_error(tmp_path: Path, damage: Any) -> None:
     make_checkpoint(tmp_path / "hf", "internvl2", shards=3)

@@ -31,7 +31,7 @@ OPTIONS = dict(zip("ABCD", ("60°", "a cat", "a black cat", "NA"), strict=True))
         ("The answer is (B) a cat.\n\nQuestion: What else?\nThe answer is (C).", "B"),
         ("I cannot determine this without the image.", "N/A"),
         ("The answer cannot be determined.", "N/A"),
-        ("It is (B) or (C).", "B, C"),
+        ("It is (B) or (C).", "N/A"),
         ("The text does not provide any of that.", "N/A"),
         ("", "N/A"),
     ],

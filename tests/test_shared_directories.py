@@ -10,13 +10,14 @@ from parallel import run_parallel
 from mstar_mega.config import Config, DataConfig, ParallelConfig, RunConfig
 from mstar_mega.platform import distributed
 from mstar_mega.recipe.directory import check_shared, run_directory, shared_data
+from mstar_mega.recipe.job import open_job
 
 
-def seen(name: str, paths: list[Path], writes: bool) -> str:
+def seen(name: str, paths: list[Path], writes: bool, holds: str = "") -> str:
     """What a rank says whose own idea of the path is ``paths[rank]``."""
     distributed.initialize(ParallelConfig(), 0)
     try:
-        check_shared(name, paths[dist.get_rank()], writes)
+        check_shared(name, paths[dist.get_rank()], writes, holds)
     except ValueError as error:
         return str(error)
     return ""
@@ -41,6 +42,30 @@ def test_a_run_directory_that_one_rank_does_not_see(tmp_path: Path) -> None:
         assert "cannot see what rank 0 on" in said and "all nodes share" in said
     assert run_parallel(2, "test_shared_directories:taken", [ours, ours]) == ["", ""], "the lock was given back"
     assert not list(ours.glob(".seen*"))
+
+
+def opened(checkpoints: list[Path], run_dir: Path) -> str:
+    """What a rank says that opens a job on its own idea of a checkpoint."""
+    config = Config(run=RunConfig(dir=str(run_dir)))
+    distributed.initialize(ParallelConfig(), 0)
+    config.model.checkpoint = str(checkpoints[dist.get_rank()])
+    try:
+        with open_job(config):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_checkpoint_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours / "model", theirs):
+        folder.mkdir(parents=True)
+    (ours / "model/config.json").write_text("{}")
+    for said in run_parallel(2, "test_shared_directories:opened", [ours, theirs], tmp_path / "run"):
+        assert said.startswith("model.checkpoint ") and "rank 1 on " in said and "all nodes share" in said
+    for said in run_parallel(2, "test_shared_directories:opened", [ours, ours], tmp_path / "run"):
+        assert "config.json" in said and "rank 1" not in said, "both see it, and it is no model's"
+    assert sorted(path.name for path in ours.rglob("*")) == ["config.json", "model"], "nothing is left in a checkpoint"
 
 
 def test_training_files_that_one_rank_does_not_see(tmp_path: Path) -> None:

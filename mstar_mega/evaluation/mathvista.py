@@ -7,6 +7,7 @@ is theirs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from rapidfuzz.distance import Levenshtein
@@ -16,6 +17,7 @@ from mstar_mega.evaluation.choices import infer
 from mstar_mega.evaluation.files import Cells
 from mstar_mega.evaluation.problem import AnswerType, Problem, Reading, Rules
 from mstar_mega.rewards.extraction import find_answer
+from mstar_mega.rewards.prose import NO_ANSWER, first_turn, sentences
 
 COLUMNS = {
     "figure question answering": "FQA",
@@ -31,6 +33,8 @@ GROUPS = (
 
 QUESTION_TYPES = ("multi_choice", "free_form")
 MAX_DECIMALS = 20
+_PROVIDES_NOT = re.compile(r"The (?:question|text) (?:does not|doesn't) [^.]{0,80}(?:enough|needed|necessary)\b")
+_UNDETERMINED = re.compile(r"\banswer cannot be (?:\w{1,20}ly )?determined\b")
 _TYPES: dict[str, AnswerType] = {"text": "text", "integer": "integer", "float": "float", "list": "list"}
 
 
@@ -118,7 +122,16 @@ def extract(problem: Problem, response: str, rules: Rules) -> str:
         pass
     if rules.judge is not None:
         return rules.judge(problem, response) or ""
-    return find_answer(response, problem.answer_type, problem.options)
+    found = find_answer(response, problem.answer_type, problem.options)
+    return (_refusal(response) or found) if found == NO_ANSWER and problem.options else found
+
+
+def _refusal(response: str) -> str | None:
+    """The words in which a response declines, where the published reading copied them: the edits begin at these."""
+    said = sentences(first_turn(response))
+    if len(said) == 1 and _PROVIDES_NOT.match(said[0]):
+        return said[0].strip()
+    return "Cannot be determined" if said and _UNDETERMINED.search(said[-1]) else None
 
 
 def normalize(problem: Problem, extraction: str | None, rules: Rules) -> str | None:

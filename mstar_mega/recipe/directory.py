@@ -93,19 +93,19 @@ def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterato
             os.close(descriptor)
 
 
-def check_shared(name: str, path: Path, writes: bool = False) -> None:
+def check_shared(name: str, path: Path, writes: bool = False, holds: str = "") -> None:
     """Raise ValueError, on every rank, where a rank does not see what rank 0 has at the path of a setting. Collective.
 
-    A file is known by its size; a folder by a mark inside it, which rank 0 leaves for the moment where it may write
-    (``writes``), and otherwise by being there.
+    A file is known by its size; a folder by the file in it that ``holds`` names, or by a mark inside it, which rank 0
+    leaves for the moment where it may write (``writes``), and otherwise by being there.
     """
     if dist.get_world_size() == 1:
         return
     mark = f".seen.{uuid4().hex}.tmp"
 
     def show() -> tuple[str, int | None] | None:
-        if path.is_file():
-            return "", path.stat().st_size
+        if (path / holds).is_file():
+            return holds, (path / holds).stat().st_size
         if writes and path.is_dir():
             with contextlib.suppress(PermissionError):
                 (path / mark).touch()
@@ -118,7 +118,7 @@ def check_shared(name: str, path: Path, writes: bool = False) -> None:
     try:
         dist.all_gather_object(seen, (shown is None or _sees(path / shown[0], shown[1]), socket.gethostname()))
     finally:
-        if is_main and shown is not None and shown[0]:
+        if is_main and shown is not None and shown[0] == mark:
             (path / mark).unlink(missing_ok=True)
     blind = [f"rank {rank} on {host}" for rank, (found, host) in enumerate(seen) if not found]
     if blind:
@@ -186,6 +186,12 @@ def _check_settings(config: Config, directory: Path) -> None:
                 f"by --config {path}, use another --run.dir, or continue with the new ones by "
                 "--run.allow_changed_settings true (finished work stays as it is)"
             )
+        logger.warning(
+            "%s goes on with other settings: %s. What is finished stays as it is: a finished stage trains nothing "
+            "more, whatever the settings ask for; use another --run.dir to have it anew",
+            directory,
+            "; ".join(changed),
+        )
     write_text_atomic(path, settings.dump(config))
 
 

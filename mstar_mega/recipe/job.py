@@ -15,6 +15,7 @@ from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.generation.engine import Request
 from mstar_mega.models.build import build_family, build_model, check_divisible
+from mstar_mega.models.description import MODEL_FILES
 from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
@@ -203,6 +204,8 @@ def open_job(
     distributed.initialize(config.parallel, config.seed)
     kernels.configure(config.kernels)
     place = distributed.layout()
+    if config.model.checkpoint is not None:
+        check_shared("model.checkpoint", Path(config.model.checkpoint), holds=f"{MODEL_FILES}/config.json")
     family = build_family(config)
     check_divisible(config, family.vision, family.language)
     if trains and config.prm.checkpoint is not None:

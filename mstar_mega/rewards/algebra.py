@@ -16,6 +16,7 @@ from typing import Any
 
 _MEMORY_BYTES = 1 << 30
 _RELATIVE_ERROR = 1e-9
+_EXACT_ERROR = 1e-16
 _DIGITS = 20
 
 
@@ -58,6 +59,8 @@ def symbolically_equal(answer: str, gold: str) -> bool:
         return False
     if not _close(target[0], candidate[0]):
         return False
+    if _agree_as_numbers(target[0], candidate[0]):
+        return True
     return bool(math_verify.verify(list(target), candidate, timeout_seconds=None))
 
 
@@ -86,6 +89,15 @@ def _close(first: Any, second: Any) -> bool:
     if one is None or other is None:
         return True
     return bool(abs(one - other) <= _RELATIVE_ERROR * max(abs(one), abs(other)))
+
+
+def _agree_as_numbers(first: Any, second: Any) -> bool:
+    """Whether both are numbers and agree to more digits than math-verify would compare."""
+    sympy = importlib.import_module("sympy")
+    if not all(isinstance(each, sympy.Expr) and each.is_number for each in (first, second)):
+        return False
+    one, other = _number(first), _number(second)
+    return None not in (one, other) and bool(abs(one - other) <= _EXACT_ERROR * abs(one))
 
 
 def _number(expression: Any) -> Any:

@@ -22,7 +22,8 @@ from mstar_mega.rewards.quantities import parse_quantity
 How = Literal["exact", "numeric", "choice", "symbolic", "none", "timeout", "error"]
 
 ANSWER_HEADING = re.compile(
-    r"^[^\S\n]*#{1,6}[^\S\n]*[*_]{0,3}(?:(?:the )?(?:final |correct )?answer\b|答案)[*_]{0,3}[^\S\n]*[:：]?[*_]{0,3}",
+    r"^[^\S\n]*[*_]{0,3}#{1,6}[^\S\n]*[*_]{0,3}(?:(?:the )?(?:final |correct )?answer(?![A-Za-z0-9])|答案)"
+    r"[*_]{0,3}[^\S\n]*[:：]?[*_]{0,3}",
     re.IGNORECASE | re.MULTILINE,
 )
 """The heading of the final block: a line that begins with ``# Answer``."""

@@ -11,8 +11,8 @@ from mstar_mega.rewards.equality import equal, same_text
 from mstar_mega.rewards.frames import readings
 
 _LETTER = re.compile(
-    r"(?:(?:option|choice|answer|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?![\w'’]))"
-    r"[).:,]? ?-? ?(.+)?",
+    r"(?:(?:option|choice|answer|letter|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?:选项)?(?![\w'’]))"
+    r"!?[).:,]? ?[-→=]? ?(.+)?",
     re.IGNORECASE,
 )
 _RIGHT = re.compile(

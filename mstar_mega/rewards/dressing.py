@@ -23,32 +23,38 @@ _TYPOGRAPHY = str.maketrans(
      "Ω": "Ω", **dict.fromkeys("≃≅∼", "≈"), "⋅": "·", "∗": "*", "∠": "∠", "…": "…"}
 )  # fmt: skip
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋"
+_BARRED = re.compile("([0-9])[\u0304\u0305\u0307]")
 _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒])")
 
-_SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|endoftext|end_of_text)>")
+_SPECIAL_TOKEN = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|endoftext|end_of_text)>|\[/?INST\]"
+)
 _TAGGED = re.compile(r"<(answer|final_answer|ans|b|strong|em|i|p|span|code)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _FENCED = re.compile(r"```[a-z]*\s(.*?)\s?```", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w*)\]}])(\*\*|__)(?=\S)([^*_]{1,200}?)(?<=\S)\1(?![\w*(])")
 
 _TEXT_WRAPPER = re.compile(r"\\(?:(?:text(?!color)|mathrm|operatorname|mbox|hbox)[a-z]*|mathrm|unit|si) ?\{")
 _WRAPPER = re.compile(
-    r"\\(?:boxed|fbox|framebox|math(?:bb|bf|it|sf|tt|cal|scr|frak|normal)|bm|boldsymbol|pmb|bold|underline|emph|ang"
+    r"\\(?:boxed|fbox|framebox|underbrace|math(?:bb|bf|it|sf|tt|cal|scr|frak|normal)|bm|boldsymbol|pmb|bold|underline|emph|ang"
     r"|(?:text)?color ?\{[^{}]{0,40}\}) ?\{"
 )
 _DECLARATION = re.compile(
     r"\\(?:boxed|displaystyle|textstyle|scriptstyle|left|right|middle|[bB]igg?[lrm]?|limits|bf|rm|it|mathrm|mathbf"
-    r"|text)(?![A-Za-z])[.]?"
+    r"|text|tiny|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])[.]?|\\(?:text)?color ?\{[^{}]{0,40}\}"
+    r"|\\[hv]?phantom ?\{[^{}]{0,40}\}|\\(?:begin|end) ?\{(?:equation|align|aligned|gather|math|displaymath)\*?\}"
 )
-_THIN_SPACE_IN_NUMBER = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3})")
+_THIN_SPACE_IN_NUMBER = re.compile(r"(?<=[0-9])(?:\\[,!]|,\\!|\{,\})(?=[0-9]{3})")
 _LATEX_SPACE = re.compile(r"\\(?:[,;:!~ ]|quad\b|qquad\b)|~")
 _LATEX_NOISE = re.compile(r"\\[()\[\]]")
+_OVER = re.compile(r"\{? ?([^{}\\]{1,40}?) ?\\over(?![a-z]) ?([^{}\\]{1,40}?) ?(?:\}|$)")
 _DEGREES = re.compile(r"\\degrees?(?![a-z])|\\textdegree|\^ ?\{? ?\\circ ?\}?|\^ ?\{? ?o ?\}?(?![\w])|\\circ(?![a-z])")
 _FRACTION = re.compile(r"\\(?:[dtcsx]|nice)frac(?![a-z])")
 _LATEX_SIGNS = (
     ("\\%", "%"), ("\\&", "&"), ("\\#", "#"), ("\\_", "_"), ("\\pm", "±"), ("\\approx", "≈"), ("\\simeq", "≈"),
     ("\\angle", "∠"), ("\\ldots", "…"), ("\\cdots", "…"), ("\\dots", "…"), ("...", "…"), ("\\Omega", "Ω"),
     ("\\mu", "μ"), ("\\pounds", "£"), ("\\euro", "€"), ("\\yen", "¥"), ("\\colon", ":"), ("\\lbrace", "\\{"),
-    ("\\rbrace", "\\}"),
+    ("\\rbrace", "\\}"), ("\\sim", "≈"), ("\\cdot", "·"), ("\\times", "×"), ("\\triangle", "△"), ("\\therefore", "∴"),
+    ("\\Rightarrow", "⇒"), ("\\implies", "⇒"), ("\\rightarrow", "→"),
 )  # fmt: skip
 _ESCAPED_DOLLAR = "\ue000"
 _PAIRS = ("**", "__", "*", "_", "`", '"', "'")
@@ -66,7 +72,7 @@ def compatible(text: str) -> str:
     """Full-width and other compatibility characters as plain ones; raised and lowered digits as ``^`` and ``_``."""
     if text.isascii():
         return text
-    text = _INVISIBLE.sub("", text)
+    text = _BARRED.sub(r"\\overline{\1}", _INVISIBLE.sub("", text))
     text = _SCRIPTS.sub(_script, text.translate(_TYPOGRAPHY))
     return unicodedata.normalize("NFKC", text).translate(_TYPOGRAPHY)
 
@@ -123,7 +129,7 @@ def _strip_surroundings(text: str) -> str:
     """Strip white space, sentence punctuation, and paired quotes, brackets or markdown around the text."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;:?").lstrip(",;:?")
+        text = text.strip().rstrip(".,;:?\\").lstrip(",;:?").removeprefix("**").removesuffix("**")
         if text.endswith("…") and not re.search(r"\.[0-9]+…$", text):
             text = text[:-1]
         text = text.lstrip("…")
@@ -142,8 +148,8 @@ def _strip_surroundings(text: str) -> str:
 
 
 def _clean_once(text: str) -> str:
-    text = compatible(_CONTROL.sub(" ", text))
-    if "<" in text:
+    text = compatible(_CONTROL.sub(" ", text)).replace("+/-", "±")
+    if "<" in text or "[/" in text:
         text = _SPECIAL_TOKEN.sub("", text)
         text = _TAGGED.sub(r"\2", text)
     if "`" in text:
@@ -152,7 +158,8 @@ def _clean_once(text: str) -> str:
         text = _BOLD.sub(r"\2", text)
     if "\\" in text or "~" in text or "{" in text:
         text = _FRACTION.sub(r"\\frac", _DEGREES.sub("°", _drop_wrappers(" ".join(text.split()))))
-        text = _THIN_SPACE_IN_NUMBER.sub(lambda match: "," if match[0] == "{,}" else "", text)
+        text = _OVER.sub(r"\\frac{\1}{\2}", text)
+        text = _THIN_SPACE_IN_NUMBER.sub(lambda match: "" if match[0] in ("\\,", "\\!") else ",", text)
         for command, sign in _LATEX_SIGNS:
             if command in text:
                 text = re.sub(re.escape(command) + (r"(?![A-Za-z])" if command[-1].isalpha() else ""), sign, text)

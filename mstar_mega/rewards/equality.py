@@ -40,6 +40,7 @@ class Algebra:
 
 # ---------------------------------------------------------------------------------------------------------- texts
 
+_LIST_COMMA = re.compile(r"(?<=[0-9])([,.]) (?=[0-9])")
 _INNER_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")
 _ONE_CHAR_SCRIPT = re.compile(r"([_^])\{(\w)\}")
 _FORMULA_DIGIT = re.compile(r"(?<=[a-z)])_\{?([0-9]{1,3}|[a-z])\}?(?![0-9])")
@@ -47,8 +48,8 @@ _FORMULA_DIGIT = re.compile(r"(?<=[a-z)])_\{?([0-9]{1,3}|[a-z])\}?(?![0-9])")
 
 @functools.lru_cache(maxsize=4096)
 def _text_key(cleaned: str) -> str:
-    """White space counts between digits only; ``H_2O`` is ``H2O``."""
-    key = squeeze(cleaned)
+    """White space counts between digits only, also behind a comma (``1, 000``); ``H_2O`` is ``H2O``."""
+    key = squeeze(_LIST_COMMA.sub(r"\1\n", cleaned))
     if "_" in key or "^" in key:
         key = _FORMULA_DIGIT.sub(r"\1", _ONE_CHAR_SCRIPT.sub(r"\1\2", key))
     return _INNER_SPACE.sub("", key)
@@ -79,6 +80,8 @@ _FUNCTION = re.compile(r"(?<![\\a-z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|c
 _ROOT = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9]+|[a-z]))|(?<![\\a-z])sqrt ?\(([^()]*)\)")
 _COMMAND = re.compile(r"\\[a-z]+|\\[{}]")
 _MATH_CHARS = re.compile(r"[0-9a-z+\-*/^_=<>()\[\]{}.,|! ]*")
+_NO_PRODUCT = re.compile(r"[a-z][0-9]")
+"""``H2O`` is a name, not a product."""
 _MATH_SIGN = re.compile(r"[0-9+*/^=<>\\]")
 
 
@@ -94,7 +97,11 @@ def to_latex(normalized: str) -> str | None:
         latex = latex.replace(plain, command)
     latex = _FUNCTION.sub(r"\\\1 ", latex).strip()
     without_commands = _COMMAND.sub(" ", latex)
-    if not _MATH_SIGN.search(latex) or not _MATH_CHARS.fullmatch(without_commands):
+    if (
+        _NO_PRODUCT.search(without_commands)
+        or not _MATH_SIGN.search(latex)
+        or not _MATH_CHARS.fullmatch(without_commands)
+    ):
         return None
     runs = re.findall(r"[a-z]+", without_commands)
     if len(latex) > MAX_SYMBOLIC_CHARS or any(len(run) > 2 for run in runs):
@@ -104,10 +111,11 @@ def to_latex(normalized: str) -> str | None:
 
 # -------------------------------------------------------------------------------------------------------- equality
 
-_BASE = re.compile(r"(?<=[0-9)])_\{?[0-9]|(?<=[0-9]) ?(?:in )?base ", re.IGNORECASE)
+_BASE = re.compile(r"(?<=[0-9)])_\{?[0-9]|(?<=[0-9]) ?\(?(?:in )?base ", re.IGNORECASE)
 _IN_BASE = re.compile(
-    r"\(?([0-9a-z]{1,64})\)?(?:_\{? ?([0-9]{1,2}|[a-z]{3,8}) ?\}?| ?(?:in )?base ([0-9]{1,2}|[a-z]{3,8}))", re.I
+    r"\(?([0-9a-z]{1,64})\)?(?:_\{? ?([0-9]{1,2}|[a-z]{3,8}) ?\}?| ?\(?(?:in )?base ([0-9]{1,2}|[a-z]{3,8})\)?)", re.I
 )
+_TWICE = re.compile(r"([^()]{1,80}) \((?:(approximately |approx\.? |about |≈ ?)|or |= ?)?([^()]{1,80})\)")
 _DECIMAL = re.compile(r"-? ?[0-9]+\.([0-9]+)")
 
 
@@ -115,12 +123,20 @@ def equal(given: str, wanted: str) -> bool | Algebra:
     """Whether a cleaned answer is the cleaned gold answer. Neither may be empty."""
     if given == wanted:
         return True
-    answer, gold = chain(given), chain(wanted)
+    answer, gold = chain(_restated(given)), chain(wanted)
     if len(gold.members) > 1:  # an equation: as it stands
         return same_text(given, wanted) or _algebra(given, wanted)
     if answer.names and gold.names and answer.names.isdisjoint(gold.names):
         return False
     return _members_equal(answer, gold.members[0])
+
+
+def _restated(text: str) -> str:
+    """``12 (twelve)`` and ``1/3 (about 0.33)`` as chains: what is said twice must agree."""
+    match = _TWICE.fullmatch(text)
+    if match is None or not (parse_quantity(match[1]) and parse_quantity(match[3])):
+        return text
+    return f"{match[1]}{'≈' if match[2] else '='}{match[3]}"
 
 
 def _members_equal(answer: Chain, wanted: str) -> bool | Algebra:

@@ -26,9 +26,11 @@ _COUNTED = re.compile(
     r"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{1,20}){0,3}? ((?:" + WORDS + r"|no)\b|[0-9]+\b)",
     re.IGNORECASE,
 )
-_COMPOUND = re.compile(r"[/\\^×{]|[0-9] [0-9]|\b[mM]inus\b|\b[nN]egative\b|^[^0-9]*$")
+_COMPOUND = re.compile(r"[/\\^×{]|[0-9] [0-9]|\b[mM]inus\b|\b[nN]egative\b|^[^0-9]*$|[^\x00-\x7f]")
 """A number that is more than digits, if the statement is one."""
-_OUT_OF = re.compile(r"([0-9]+) out of (?:the )?[0-9]+\b")
+_OUT_OF = re.compile(r"([0-9]+) (?:out )?of (?:the )?[0-9]+\b")
+_MAX_VALUE = 100
+"""A longer text is more than a value."""
 _LIST = re.compile(r"\[[^\[\]]{1,2000}\]")
 _BETWEEN = re.compile(
     r"\b(?:between|from)\b[^.\n]{0,60}?((?<![0-9])-?[0-9]+)[^.\n]{0,30}?\b(?:and|to)\b[^.\n0-9]{0,30}?(-?[0-9]+)",
@@ -53,6 +55,9 @@ def find_answer(response: str, kind: Kind, options: Mapping[str, str] | None = N
 
 
 def _find_number(text: str, kind: Kind) -> str:
+    whole = _value(text, kind) if len(text) <= _MAX_VALUE and _COMPOUND.search(text) else None
+    if whole:
+        return whole
     for statement in statements(text):
         value = _value(statement, kind) if _COMPOUND.search(statement) else None
         if value:

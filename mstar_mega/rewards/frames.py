@@ -7,22 +7,29 @@ from dataclasses import dataclass
 
 from mstar_mega.rewards.dressing import clean
 
-_LEAD = re.compile(
-    r"(?:so|thus|therefore|hence|then|finally|and|in conclusion)\b[,:]? ?"
-    r"|(?:the |my |our )?(?:(?:final|correct|right|best) )*(?:answer|result|solution|option|choice)(?: letter)?"
-    r"(?: (?:to|for|of) [^:=.]{1,60}?)? ?(?:is|are|would be|should be|must be|:|=)[: ]*(?:option |choice )?"
-    r"|(?:it is|it's|it must be|that is|that's|i (?:choose|pick|select|go with))[: ]+(?:option |choice )?"
-    r"|(?:因此|所以|因而|综上所述|综上|故)[,:]? ?"
-    r"|(?:正确|最终|最后)?的?(?:答案|选项|结果)(?:应该|应)?(?:是|为|选)?[:]? ?|(?:本题|应该|应|我)?选择?[:]? ?|等于 ?",
-    re.IGNORECASE,
+_NAMED = "(?:option |choice |letter )?"
+_LEADS = (
+    r"(?:so|thus|therefore|hence|then|finally|and|in conclusion)\b[,:]? ?|(?:[∴⇒→]|=>) ?",
+    r"(?:the |my |our )?(?:(?:final|correct|right|best) )*(?:answer|ans|result|solution|option|choice)(?: letter)?"
+    rf"(?: (?:to|for|of) [^:=.]{{1,60}}?)? ?(?:is|are|would be|should be|must be|:|=)[: ]*{_NAMED}",
+    rf"(?:it is|it's|it must be|that is|that's|there (?:are|is)|a total of|equals|is)[: ]+{_NAMED}",
+    rf"(?:i|we)(?: would|'d)? (?:choose|pick|select|go with|think|get|have)(?: it is| it's| that)?[: ]+{_NAMED}",
+    "(?:因此|所以|因而|综上所述|综上|故)[,:]? ?",
+    "(?:正确|最终|最后)?的?(?:答案|选项|结果)(?:应该|应)?(?:是|为|选)?:? ?|(?:本题|应该|应|我)?选择?:? ?|等于 ?",
 )
+_LEAD = re.compile("|".join(_LEADS), re.IGNORECASE)
 _TAIL = re.compile(
     r" (?:is|are|would be) (?:(?:the )?(?:(?:correct|right|final|best|true) ?)+(?:answer|option|choice|one|result)?"
-    r"|the (?:answer|result|solution|one))$|是(?:正确的?|对的)(?:答案|选项)?$",
+    r"|the (?:answer|result|solution|one))$| \(?approx(?:imately|\.)?\)?$| in total$|是(?:正确的?|对的)(?:答案|选项)?$",
     re.IGNORECASE,
 )
-_IS = re.compile(r"([^.;:?!]{1,80}?) (?:is|are|was|were|equals|measures|costs|will be|would be) (?:equal to )?(\S.*)")
-_DENIES = re.compile(r"\b(?:not|no|never|neither|nor|either|or|if|unless|cannot|false|wrong|doubt)\b|n't\b|不|非", re.I)
+_IS = re.compile(
+    r"(?:[^.;:?!]{1,80}? (?:is|are|was|were|equals|measures|costs|will be|would be) (?:equal to )?"
+    r"|(?![A-Z]\b)[A-Za-z][A-Za-z _]{0,40}: )(\S.*)"
+)
+_DENIES = re.compile(
+    r"\b(?:not|no|never|neither|nor|either|or|if|unless|because|since|cannot|false|wrong|doubt)\b|n't\b|不|非", re.I
+)
 _ABOUT = re.compile(
     r"(?:approximately|approx\.?|about|roughly|around|exactly|equal to|大约|约) ?|≈ ?|= ?", re.IGNORECASE
 )
@@ -60,7 +67,7 @@ def _stated(text: str) -> str:
             continue
         sentence = _IS.fullmatch(text)
         if sentence and not _DENIES.search(text):
-            text = clean(sentence[2])
+            text = clean(sentence[1])
             continue
         break
     return text
@@ -70,9 +77,11 @@ _SIDES = re.compile(r"[=≈]")
 _NO_CHAIN = re.compile(r"[<>≤≥≠!]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-z])|==")
 _SEVERAL = re.compile(r"=[^=]*(?:[,;]|\bor\b|\band\b) ?[A-Za-z]\w{0,3} ?=")
 """``x=1, y=2`` is a list of equations."""
-_NAME = re.compile(r"(?:[^\W\d]|[∠△\\|])(?:[\w∠△\\|'(), ]|(?<=[_a-zA-Z])[{}]|\{[A-Za-z]+\}|(?<=\w)\}){0,60}")
+_NAME = re.compile(
+    r"(?:[^\W\d]|[∠△\\|])(?:[\w∠△\\|'(), ]|(?<=[_a-zA-Z])[{}]|\{[A-Za-z]+\}|(?<=\w)\}){0,60}|\((?:[a-z], ?){1,3}[a-z]\)"
+)
 _VALUE = re.compile(
-    r"\\?(?:pi|infty|e|i|sqrt|frac|sin|cos|tan|cot|sec|csc|log|ln|exp|lim)(?![A-Za-z])|[π∞√]|^true$|^false$"
+    r"(?<![A-Za-z])(?:pi|infty|e|i|sqrt|frac|sin|cos|tan|cot|sec|csc|log|ln|exp|lim)(?![A-Za-z])|[π∞√]|^true$|^false$"
 )
 _ARGUMENT_OF_DIGITS = re.compile(r"(?<![A-Za-z0-9_{])[0-9]")
 

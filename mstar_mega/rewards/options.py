@@ -7,45 +7,38 @@ from collections.abc import Mapping
 
 from mstar_mega.rewards.choices import resolve_choice
 from mstar_mega.rewards.dressing import normalize
+from mstar_mega.rewards.polarity import by_polarity, says_yes_or_no, yes_and_no
 from mstar_mega.rewards.prose import NO_ANSWER, declines, numbers, sentences, statements
 from mstar_mega.rewards.quantities import parse_quantity
 
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 _FIRST = re.compile(r"\(?([A-Z])\)?(?:[.):,]|$|\s)")
-_ALONE = re.compile(r"(?<![\w'’/])([A-Z])(?![\w'’/])")
+_ALONE = re.compile(r"(?<![A-Za-z0-9_'’/∠△⊙角点])([A-Z])(?![A-Za-z0-9_'’/])")
+_ALTERNATIVES = re.compile(r"\W*(?:either )?\(?[A-Z]\)? ?(?:or|and|/|&) ?\(?[A-Z]\b")
 _ARTICLE = re.compile(r"[AI] [a-z]")
 _LISTED = re.compile(r"[ \t]*\([A-Z]\)[ \t]")
 _WORD = re.compile(r"\w+")
-_DENIES = re.compile(r"\b(?:not|no|never|neither|none)\b|n't\b", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\bnot|n't|\bcannot be|\bnever)(?: [^\s,;]+){1,4}\W*$"
-    r"|\b(?:is|are|was|were) (?:incorrect|wrong|ruled out|out\b|not\W*$)",
+    r"|\b(?:is|are|was|were) (?:incorrect|wrong|ruled out|out\b|not\W*$)|^(?:rather than|instead of)|不|排除|错",
     re.I,
 )
-_CLAUSE = re.compile(r"[,;] ?(?:so |but |therefore |hence )?|\bbut\b")
+_CLAUSE = re.compile(r"[,;] ?(?:so |but |therefore |hence )?|\bbut\b|\b(?=rather than|instead of)")
 _ARTICLES = re.compile(
     r"(?<!option )(?<!answer )(?<!choice )(?<![\w'’])A(?= (?!(?:or|and|is|because|since)\b)[a-z])"
     r"|(?<![\w'’])I(?= [a-z]|['’])"
 )
-_BEGINS = re.compile(r"(?:\*\*)?\(?([B-Z]|A(?!:))\)?(?:\*\*)?[.:)](?:\*\*)?\s|(?:\*\*)?([A-Z])(?:\*\*)?[ \t]*\n")
+_BEGINS = re.compile(
+    r"(?:\*\*)?\(?(?:([B-Z]|A(?!:))\)?(?:\*\*)?[.:)](?:\*\*)?\s"
+    r"|([A-Z])\)?(?:\*\*)?(?:[ \t]*\n|,? (?:because|since|as) ))"
+)
 _MARKED = re.compile(r"(?<![\w'’])([A-Z])[.:)](?=[\s*])")
 _JUDGED = re.compile(
-    r"^[ \t]*\(?([A-Z])[).:][^\n]{0,200}?[-:–—][ \t]*(yes|no|correct|incorrect|true|false|right|wrong|✓|✔|✗|✘|x)\W*$",
+    r"^[ \t]*\(?([A-Z])[).:](?:[^\n]{0,200}?[-:–—])?[ \t]*"
+    r"(yes|no|correct|incorrect|true|false|right|wrong|✓|✔|✗|✘|x)\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _GOOD = re.compile("yes|correct|true|right|✓|✔", re.IGNORECASE)
-_NO_DOUBT = re.compile(
-    r"\bno (?:doubt|question|problem)\b|\bwithout (?:a )?doubt\b|\bnot only\b|毫无疑问", re.IGNORECASE
-)
-_NEGATIVE = re.compile(r"\W*(?:no|nope|nah|false|incorrect|wrong)\b|\W*(?:不|否|没|错|非)", re.IGNORECASE)
-_POSITIVE = re.compile(r"\b(?:yes|yeah|yep|yup)\b|^\W*(?:correct|true|right)\b|^\W*(?:是|对|正确|有)", re.IGNORECASE)
-_PROVIDES_NOT = re.compile(r"The (?:question|text) [^.]{0,80}(?:enough|needed|necessary)\b")
-"""A response of one such sentence and no more was copied as it stands by the published reading."""
-_SMALL_TALK = re.compile(r"(?:sure|here|hello|sorry|please)\b", re.IGNORECASE)
-_STATES = re.compile(
-    r"^\W*(?:the|this|these|there|it|they|in)\b|\b(?:is|are|was|were|has|have|had|does|do|did|can|will|would|could)\b|n't\b",
-    re.IGNORECASE,
-)
 _MAX_CHARS = 2000
 _MAX_STATEMENT = 80
 _MAX_BLOCK = 120
@@ -60,7 +53,11 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     """
     if text in options.values():
         return text
-    if len(text) <= _MAX_BLOCK and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+    if (
+        len(text) <= _MAX_BLOCK
+        and "\n\n" not in text
+        and "".join(options) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    ):
         letter = resolve_choice(text, list(options.values()))
         if letter is not None:
             return letter
@@ -74,10 +71,10 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     found = _leading(text, options) or _declining(text, options) or _by_elimination(whole, options)
     if found is not None:
         return found
-    if _says_yes_or_no(options):
-        opening = next(iter(parts), "")
-        if _NEGATIVE.match(opening) or _POSITIVE.match(opening):
-            return _by_polarity(parts, options) or NO_ANSWER
+    letters = yes_and_no(options)
+    if letters:
+        if parts and says_yes_or_no(parts[0]):
+            return by_polarity(parts[0], letters) or NO_ANSWER
     else:
         parts = [kept for part in parts if (kept := _without_denied(part, options))]
         if not parts:
@@ -85,21 +82,21 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
     for part in reversed(parts):
         named = [letter for letter in _IN_PARENTHESES.findall(part) if letter in options]
         if named:
-            return ", ".join(dict.fromkeys(named))
+            return named[0] if len(set(named)) == 1 else NO_ANSWER
     last = parts[-1] if parts else ""
     if not declines(last):
-        found = _contained(last, options) or _alone(last, options)
+        found = _contained(last.rpartition("=")[2], options) or _contained(last, options) or _alone(last, options)
         if found is not None:
             return found
     if stated and len(stated[0]) <= _MAX_STATEMENT and (declines(stated[0]) or numbers(stated[0])):
         return stated[0].strip(" .*")
     if declines(text):
-        return text.strip() if len(sentences(text)) == 1 and _PROVIDES_NOT.match(text) else NO_ANSWER
-    if not _says_yes_or_no(options):
+        return NO_ANSWER
+    if not letters:
         text = "\n".join(parts)
     return (
         _contained(text, options)
-        or _by_polarity(parts, options)
+        or (by_polarity(parts[0], letters) if letters and parts else None)
         or _by_words(parts, options)
         or _by_number(last, options)
         or NO_ANSWER
@@ -118,6 +115,8 @@ def _without_lists(text: str) -> str:
 def _of_statement(statement: str, options: Mapping[str, str]) -> str | None:
     """The option that "the answer is ..." goes on to name."""
     stripped = statement.strip().strip("*`\"'$ ")
+    if _ALTERNATIVES.match(stripped):
+        return None
     first = _FIRST.match(stripped)
     if first and first[1] in options and not _ARTICLE.match(stripped):
         return first[1]
@@ -138,9 +137,11 @@ def _alone(text: str, options: Mapping[str, str]) -> str | None:
 def _leading(text: str, options: Mapping[str, str]) -> str | None:
     """The letter that the text begins with, set off by a mark or a line of its own, where no other is marked so."""
     match = _BEGINS.match(text)
-    marked = set(_MARKED.findall(text)) & set(options)
     letter = match[1] or match[2] if match else None
-    if match is None or letter not in options or not marked <= {letter}:
+    if match is None or letter not in options or _ALTERNATIVES.match(text):
+        return None
+    kept = "\n".join(_without_denied(each, options) for each in sentences(text[match.end() :]))
+    if not set(_MARKED.findall(kept)) & set(options) <= {letter}:
         return None
     behind = "" if text.startswith("(") else next(iter(sentences(text[match.end() :])), "")
     other = None if _ALONE.search(behind) else _contained(behind, options)
@@ -152,7 +153,10 @@ def _declining(text: str, options: Mapping[str, str]) -> str | None:
     """The one option that says that there is no answer, where the last sentence says so, too."""
     found = [letter for letter, option in options.items() if declines(option)]
     last = sentences(text)[-1:]
-    return found[0] if len(found) == 1 and last and declines(last[0]) else None
+    if len(found) != 1 or not last or not declines(last[0]):
+        return None
+    others = {letter: option for letter, option in options.items() if letter != found[0]}
+    return None if _contained(_without_denied(last[0], others), others) else found[0]
 
 
 def _by_elimination(text: str, options: Mapping[str, str]) -> str | None:
@@ -169,10 +173,6 @@ def _without_denied(sentence: str, options: Mapping[str, str]) -> str:
     return ", ".join(each for each, drop in zip(clauses, denied, strict=True) if not drop) if any(denied) else sentence
 
 
-def _says_yes_or_no(options: Mapping[str, str]) -> bool:
-    return {normalize(option) for option in options.values()} == {"yes", "no"}
-
-
 def _contained(text: str, options: Mapping[str, str]) -> str | None:
     """The one option whose text stands in ``text`` as words; of options inside one another the longest."""
     haystack = normalize(text[-_MAX_CHARS:])
@@ -186,21 +186,6 @@ def _contained(text: str, options: Mapping[str, str]) -> str | None:
         letter for letter, form in found.items() if not any(form != other and form in other for other in found.values())
     ]
     return longest[0] if len(longest) == 1 else None
-
-
-def _by_polarity(parts: list[str], options: Mapping[str, str]) -> str | None:
-    """Yes or no, where these are the options: as said, or what a sentence about something states or denies."""
-    letters = {normalize(option): letter for letter, option in options.items()}
-    if set(letters) != {"yes", "no"} or not parts:
-        return None
-    first = _NO_DOUBT.sub(" ", parts[0])
-    if _NEGATIVE.match(first):
-        return letters["no"]
-    if _POSITIVE.search(first):
-        return letters["yes"]
-    if not _STATES.search(first) or _SMALL_TALK.match(first):
-        return None
-    return letters["no" if _DENIES.search(first) else "yes"]
 
 
 def _by_words(parts: list[str], options: Mapping[str, str]) -> str | None:

@@ -17,9 +17,12 @@ _ENGLISH = (
     r"[^.\n:]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[ \t]*(?:\n+(?=\S))?([^\n]{1,300})"
 )
 _STATED = re.compile(
-    rf"{_ENGLISH}|(?:答案|结果|选项)(?:应该|应)?(?:是|为|选|:)[ \t]*([^\n,。;]{{1,100}})", re.IGNORECASE
+    rf"{_ENGLISH}|(?:答案|结果|选项)(?:应该|应)?(?:是|为|选|:)[ \t]*([^\n,。;]{{1,100}})"
+    r"|(?<!不)选(?:择|项)? ?(?=\(?[A-Z])([^\n,。;]{1,100})",
+    re.IGNORECASE,
 )
 _STATED_IN_ENGLISH = re.compile(_ENGLISH, re.IGNORECASE)
+_WRONG = re.compile(r"\W*(?:not|incorrect|wrong)\b", re.IGNORECASE)
 _CORRECTS = re.compile(r"\b(?:wait|actually|correction|sorry|mistake|mistaken)\b", re.IGNORECASE)
 _BUT = re.compile(r"not\b[^.\n]{0,80}?(?:\bbut\b|[;,] ?(?:it is|it's|rather|instead)) ?", re.IGNORECASE)
 _DECLINED = re.compile(
@@ -27,7 +30,8 @@ _DECLINED = re.compile(
     r"|(?:\bnot|n't) (?:\w{1,30} ){0,4}(?:enough|sufficient|any)\b|\bnot clear\b|n't clear\b"
     r"|(?:\bnot|n't) (?:provide|show|contain|specify|give|include)\b|\bno (?:information|data|context)\b"
     r"|\bwithout (?:\w{1,30} ){0,5}(?:information|context|details|data|image)|\bplease provide"
-    r"|\bneed (?:\w{1,30} ){0,3}more |\bundefined|\bnone of the|\bno (?:\w{1,30} )?(?:correct )?(?:answer|option)",
+    r"|\bneed (?:\w{1,30} ){0,3}more |\bundefined|\bnone of the|\bno (?:\w{1,30} )?(?:correct )?(?:answer|option)"
+    r"|(?:\bnot|n't) (?:know|sure)\b",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
@@ -60,12 +64,10 @@ def statements(text: str) -> list[str]:
     position = 0
     pattern = _STATED_IN_ENGLISH if text.isascii() else _STATED
     while match := pattern.search(text, position):
-        place = 1 if match[1] else 2
+        place = next(place for place in (1, 2, 3) if match[place]) if pattern is _STATED else 1
         said = match[place].strip()
         if not declines(match[0][: -len(match[place])]):
-            stated.append(
-                said if not said.lower().startswith("not ") else _BUT.sub("", said) if _BUT.match(said) else ""
-            )
+            stated.append(said if not _WRONG.match(said) else _BUT.sub("", said) if _BUT.match(said) else "")
         position = match.start(place) if len(said) > 20 and _CORRECTS.search(said) else match.end()
     return [each for each in (*boxed[-1:], *reversed(stated)) if each]
 

@@ -34,9 +34,9 @@ _TIMES = r" ?(?:\\times|\\cdot|[×*·x]) ?"
 _POWER_OF_TEN = re.compile(
     rf"([+-]? ?)(?:({_UNSIGNED}){_TIMES})?10 ?(?:\^|\*\*) ?(?:\{{ ?([+-]?[0-9]{{1,5}}) ?\}}|([+-]?[0-9]{{1,5}}))"
 )
-_RATIO = re.compile(rf"([+-]? ?)(?:([0-9]+) )?([+-]?{_UNSIGNED}) ?/ ?([+-]?{_UNSIGNED})")
+_RATIO = re.compile(rf"([+-]? ?)(?:([0-9]+) (?:and )?)?([+-]?{_UNSIGNED}) ?/ ?([+-]?{_UNSIGNED})")
 _FRAC = re.compile(
-    rf"([+-]? ?)([0-9]+)? ?\\[dt]?frac ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}} ?\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9]) ?([0-9]))"
+    rf"([+-]? ?)([0-9]+)? ?\\frac ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9])) ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9]))"
 )
 _REPEATING = re.compile(
     r"([+-]? ?)([0-9]+)\.([0-9]*)(?:\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))|\(([0-9]+)\))"
@@ -48,7 +48,14 @@ WORDS = (
     "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion)"
 )
 _WORDS = re.compile(rf"(?:\b(?:minus|negative) )?\b{WORDS}\b(?:(?:[ -]| and | point ){WORDS}\b){{0,12}}", re.IGNORECASE)
-_CHINESE = re.compile("负?[零一二两三四五六七八九十百千万点]{1,16}")
+_CHINESE = re.compile("负?[0-9]{0,9}[零一二两三四五六七八九十百千万亿点]{1,16}")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(rf"([0-9.,]{{1,20}}|an?) ({'|'.join(_SCALES)})", re.IGNORECASE)
+_PARTS = ("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_PART = re.compile(
+    rf"(?:([\w -]{{1,60}}?) and )?(?:([\w -]{{1,60}}?)[ -])?({'|'.join(_PARTS)}|halve|fourth)s?", re.IGNORECASE
+)
+_ENCLOSED = re.compile(r"(?:\(|\[|\\\{)([^,;()\[\]]+?)(?:\)|\]|\\\})")
 _MINUS = re.compile(r"(?:minus|negative|负)(?: |(?=[0-9]))", re.IGNORECASE)
 
 
@@ -83,7 +90,7 @@ def _value(bare: str) -> Fraction | None:
     if match := _RATIO.fullmatch(bare):
         return _ratio(match[1], match[2], match[3], match[4])
     if match := _FRAC.fullmatch(bare):
-        return _ratio(match[1], match[2], match[3] or match[5], match[4] or match[6])
+        return _ratio(match[1], match[2], match[3] or match[4], match[5] or match[6])
     if match := _REPEATING.fullmatch(bare):
         return _repeating(match[1], match[2], match[3], match[4] or match[5] or match[6])
     if match := _CONTINUED.fullmatch(bare):
@@ -92,7 +99,12 @@ def _value(bare: str) -> Fraction | None:
 
 
 def read_number_words(text: str) -> str:
-    """Number words, English and Chinese, as digits: ``minus one hundred`` is ``-100``; other text as it is."""
+    """Number words, English and Chinese, as digits: ``minus one hundred`` is ``-100``, ``two and a half`` ``2 1/2``;
+    other text as it is."""
+    if match := _SCALED.fullmatch(text):
+        return f"{'1' if match[1][0] in 'aA' else match[1]}e{_SCALES[match[2].lower()]}"
+    if match := _PART.fullmatch(text):
+        return _read_part(match) or text
     if _WORDS.fullmatch(text):
         sign = "-" if text[:1] in "mMnN" and _MINUS.match(text) else ""
         words = (_MINUS.sub("", text, count=1) if sign else text).lower()
@@ -109,6 +121,19 @@ def read_number_words(text: str) -> str:
     return text
 
 
+def _read_part(match: re.Match[str]) -> str | None:
+    """``one third`` as ``1/3``, ``half`` too, but not the order ``third``."""
+    whole, top, name = match[1], match[2], match[3].lower()
+    if not top and name != "half":
+        return None
+    count = "1" if not top or top.lower() in ("a", "an") else read_number_words(top)
+    number = read_number_words(whole) if whole else ""
+    if not count.isdigit() or not (number.isdigit() or not whole):
+        return None
+    bottom = {"halve": 2, "fourth": 4}.get(name) or _PARTS.index(name) + 2
+    return f"{number} {count}/{bottom}".strip()
+
+
 def number_words(text: str) -> list[str]:
     """The numbers that a text spells out, as digits."""
     return [read_number_words(match[0]) for match in _WORDS.finditer(text)]
@@ -123,8 +148,8 @@ def parse_number(text: str) -> Number | None:
     """
     if len(text) > MAX_NUMBER_CHARS or not text:
         return None
-    if text[0] == "(" and text[-1] == ")" and not re.search(r"[,;()]", text[1:-1]):
-        text = text[1:-1].strip()
+    if enclosed := _ENCLOSED.fullmatch(text):
+        text = enclosed[1].strip()
     bare = _PERCENT.sub("", text) if text[-1] in "%tTsS." else text
     percent = bare != text
     if not bare or (bare[0].isalpha() or bare[-1].isalpha()):
@@ -145,7 +170,8 @@ def _parsed_quantity(text: str) -> Quantity | None:
     number = parse_number(text)
     if number is not None:
         return number, NONE
-    bare, unit = split_unit(text)
+    words = _WORDS.match(text) if text[:1].isalpha() else None
+    bare, unit = split_unit(read_number_words(words[0]) + text[words.end() :] if words else text)
     number = parse_number(bare) if unit else None
     return None if number is None else (number, unit)
 

@@ -40,7 +40,7 @@ _OWN = {
     "degf": "=fahrenheit", "fahrenheit": "=fahrenheit", "C": "=celsius coulomb", "F": "=fahrenheit farad",
     "unit": "=unit", "rad": "=radian", "radian": "=radian", "弧度": "=radian", "bit": "=bit", "byte": "=byte",
     "b": "", "B": "=byte", "pixel": "=pixel", "px": "=pixel", "ppm": "=ppm", "rpm": "=rpm", "db": "=decibel",
-    "decibel": "=decibel", "rev": "=revolution", "revolution": "=revolution", "turn": "=revolution",
+    "decibel": "=decibel", "kilo": "kilogram", "rev": "=revolution", "revolution": "=revolution", "turn": "=revolution",
     "kmph": "kilometer_per_hour", "kmh": "kilometer_per_hour", "nm": "nanometer", "Nm": "newton_meter",
     "ton": "ton metric_ton", "cal": "calorie", "Cal": "kilocalorie", "gal": "gallon", "micron": "micrometer",
     '"': "inch", "''": "inch", "'": "foot", "ft": "foot", "in": "inch", "cc": "cubic_centimeter", "pc": "parsec",
@@ -63,6 +63,18 @@ _POWER = r"(?:\^?\{?-?[1-4]\}?| squared| cubed)?"
 _FACTOR = rf"(?:(?:square|sq|cubic|cu)\.? ?|平方|立方)?{_WORD}{_POWER}"
 _UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/] ?\(?| per | )?{_FACTOR}\)?){{0,4}}\)?")
 _BORDER = re.compile(r"(?:(?<=[0-9%.})π…])|(?<=\\pi))( ?)(?=[^0-9%.})…\s*^/+\-=,;_])")
+_FRACTION = re.compile(r"\\frac ?\{ ?([^{}0-9\\]{1,20}?) ?\} ?\{ ?([^{}0-9\\]{1,20}?) ?\}$")
+_COUNTED = re.compile(
+    r"(?:[a-z]+ ){0,2}(?:([a-z]{3,})s|(people|persons?|men|women|children|sheep|fish))(?: (?:old|each|in total|left))?"
+    r"|([\u4e00-\u9fff]{1,3})",
+    re.IGNORECASE,
+)
+"""``12 red apples``: what is counted is a unit, too."""
+_NOT_COUNTED = frozenset(
+    "plus minus less divides equals percent or and to not than of as 不 非 或 和 分之 halves thirds quarters hundreds"
+    "  thousands millions billions trillions lakhs crores dozens grosses scores tens hundred thousand million"
+    " billion dozen".split()
+)
 _TOKEN = re.compile(rf"(square|sq|cubic|cu)\.? ?|(平方|立方)|([*·/()]| per )|({_WORD})({_POWER})|( )")
 
 
@@ -77,12 +89,16 @@ def split_unit(text: str) -> tuple[str, Unit]:
     if money:
         meaning = read_unit(money[2])
         if meaning and all(name.startswith("=") for name in _OWN.get(money[2].rstrip(".").lower(), "").split()):
-            return money[1] + money[3], meaning
+            bare, behind = split_unit(money[1] + money[3])
+            return (bare, meaning) if meaning & behind else (money[1] + money[3], meaning)
+    plain = _FRACTION.sub(r"\1/\2", text) if "\\frac" in text else text
+    if plain != text and (found := split_unit(plain))[1]:
+        return found
     for border in _BORDER.finditer(text):
         tail = text[border.end() :]
         glued_letter = not border[1] and len(tail) == 1 and tail.isalpha() and tail.isascii()
         if len(tail) <= MAX_UNIT_CHARS and not glued_letter:
-            unit = read_unit(tail)
+            unit = read_unit(tail) or _read_count(tail)
             if unit:
                 return text[: border.start()], unit
     return text, NONE
@@ -122,6 +138,14 @@ def read_unit(text: str) -> Unit:
     return frozenset(_product(each) for each in itertools.islice(itertools.product(*factors), 32)) if factors else NONE
 
 
+def _read_count(text: str) -> Unit:
+    """The unit that counted things are: told apart by their noun, in the singular or plural."""
+    match = _COUNTED.fullmatch(text)
+    if match is None or not _NOT_COUNTED.isdisjoint((*text.lower().split(), text)):
+        return NONE
+    return frozenset({("1", frozenset({(f"=counted {(match[1] or match[2] or match[3]).lower()}", 1)}))})
+
+
 def _exponent(power: str) -> int:
     if not power:
         return 1
@@ -159,7 +183,7 @@ def _read_word(word: str) -> tuple[Meaning, ...]:
     if len(word) == 1:
         return _meaning(word) if word in _LETTERS else ()
     registry = _registry()
-    for form in (word, word.lower()):
+    for form in forms:
         found = registry.parse_unit_name(form)
         if found:
             return _meaning(found[0][0] + found[0][1])

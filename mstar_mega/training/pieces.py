@@ -4,6 +4,7 @@ over them."""
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +30,11 @@ def read_saved(stream: IO[bytes], where: object) -> Any:
                 raise ValueError("it is compressed, which torch's files never are")
         stream.seek(0)
         return torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch goes on to say how one would have it run.
+        raise ValueError(
+            f"{where} cannot be read: it holds more than tensors and plain values, or is damaged"
+        ) from None
     except Exception as error:  # anything at all may stand in it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{where} cannot be read: {reason[:300]}") from None
