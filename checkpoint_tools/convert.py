@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mstar_mega.checkpoint_tools.hf_files import HFWeights, HFWriter, TensorInfo, finish_shards
-from mstar_mega.checkpoint_tools.maps import ModelMap, head_of, map_of
+from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
 from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
@@ -31,7 +31,7 @@ from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
 from mstar_mega.models.copying import copy_model_files, model_files
 from mstar_mega.models.description import MODEL_FILES, family_from_hf, read_config
-from mstar_mega.models.mapping import Mapping
+from mstar_mega.models.mapping import Mapping, head_of
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import sync_tree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +132,7 @@ def _refuse_doubles(file: Path) -> None:
     doubles: list[str] = []
 
     def look(pairs: list[tuple[str, object]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            doubles.extend(name for name in names if names.count(name) > 1)
+        doubles.extend(name for name, many in Counter(name for name, _ in pairs).items() if many > 1)
 
     json.loads(header, object_pairs_hook=look)
     if doubles:

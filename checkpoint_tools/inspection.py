@@ -14,10 +14,11 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from mstar_mega.checkpoint_tools.hf_files import INDEX, SINGLE, HFWeights, TensorInfo
-from mstar_mega.checkpoint_tools.maps import head_of, map_of
+from mstar_mega.checkpoint_tools.maps import map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, Parameter
 from mstar_mega.checkpoint_tools.runs import run_config
 from mstar_mega.models.description import MODEL_FILES, other_kind, read_config
+from mstar_mega.models.mapping import head_of
 from mstar_mega.platform.inputs import checked
 from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import find_checkpoints

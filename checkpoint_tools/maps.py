@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,6 @@ from mstar_mega.models.mapping import Head, Mapping
 from mstar_mega.models.sizes import LanguageSize, VisionSize
 
 HEADS: tuple[Head, ...] = ("vocabulary", "linear", "likelihood")
-
-
-def head_of(names: Collection[str]) -> Head:
-    """What a checkpoint's model ends in, by the names of its parameters, ours or Hugging Face's."""
-    if "likelihood_weights" in names:
-        return "likelihood"
-    return "linear" if any(name.startswith("score_head") for name in names) else "vocabulary"
 
 
 @dataclass(frozen=True)

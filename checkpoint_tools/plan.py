@@ -14,11 +14,12 @@ from math import prod
 from pathlib import Path
 
 from mstar_mega import settings
-from mstar_mega.checkpoint_tools.maps import ModelMap, head_of, map_of
+from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, own_prm, rank_memory
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, read_config
+from mstar_mega.models.mapping import head_of
 from mstar_mega.platform.terminal import say
 from mstar_mega.recipe.method import needs_prm
 from mstar_mega.settings_rules import validate

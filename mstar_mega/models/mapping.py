@@ -7,7 +7,7 @@ functions only move values: the dtype is kept, and ``to_hf(to_ours(x))`` is ``x`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -164,6 +164,13 @@ def interleaved(ours: str, sources: Sequence[Source], groups: int, per_group: in
 def vocabulary(ours: str, theirs: str, rows: int, padded: int, channels: int) -> Mapping:
     """Embedding or head rows with our padding below."""
     return Mapping(ours, (padded, channels), (Source(theirs, (rows, channels)),), "column", PaddedRows(padded))
+
+
+def head_of(names: Collection[str]) -> Head:
+    """What a checkpoint's model ends in, by the names of its parameters, ours or Hugging Face's."""
+    if "likelihood_weights" in names:
+        return "likelihood"
+    return "linear" if any(name.startswith("score_head") for name in names) else "vocabulary"
 
 
 def score_heads(hidden: int, head: Head) -> list[Mapping]:

@@ -42,10 +42,10 @@ def evolve(job: Job, policy: Trainer, actors: Actors, warmup_steps: int) -> Posi
             examples = generate_and_select(job, policy, actors, now, position)
             start_over(policy, method, start, now, position, examples)
         improve(job, policy, examples, position)
-        measure(job, actors, position)
+        measure(job, actors, position.iteration)
         position.begin_next_iteration()
         save(job, policy, "evolve", position)
-    measure_the_last(job, actors, position.iteration - 1)
+    measure(job, actors, position.iteration - 1, due=False)  # of the last policy there is every measure
     return position
 
 
@@ -112,21 +112,12 @@ def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -
     )
 
 
-def measure(job: Job, actors: Actors, position: Position) -> None:
-    """Validation and test measures of the policy after an iteration, where they are due."""
-    settings, iteration = job.config.evaluation, position.iteration
-    if _is_due(settings.every, iteration):
-        measure_exploration(job, actors, "evolve", iteration)
-    if _is_due(settings.test_every, iteration):
-        measure_greedy(job, actors, "evolve", iteration, "test")
-
-
-def measure_the_last(job: Job, actors: Actors, iteration: int) -> None:
-    """What was not due after the last iteration."""
+def measure(job: Job, actors: Actors, iteration: int, due: bool = True) -> None:
+    """Validation and test measures of the policy after an iteration: those that are due then, or those that are not."""
     settings = job.config.evaluation
-    if not _is_due(settings.every, iteration):
+    if _is_due(settings.every, iteration) == due:
         measure_exploration(job, actors, "evolve", iteration)
-    if not _is_due(settings.test_every, iteration):
+    if _is_due(settings.test_every, iteration) == due:
         measure_greedy(job, actors, "evolve", iteration, "test")
 
 

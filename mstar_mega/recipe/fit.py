@@ -237,13 +237,17 @@ def _with_refresh(job: Job, standing: Standing) -> Standing:
 
 def refreshes(job: Job) -> list[int]:
     """The iterations after which the PRM was refreshed, or began to be, as far as their checkpoints are kept."""
-    return sorted(int(path.name[4:]) for path in job.checkpoints.glob("prm_*") if path.name[4:].isdigit())
+    return sorted(_refresh_folders(job.checkpoints))
+
+
+def _refresh_folders(checkpoints: Path) -> dict[int, Path]:
+    return {int(path.name[4:]): path for path in checkpoints.glob("prm_*") if path.name[4:].isdigit()}
 
 
 def finished_prm(checkpoints: Path) -> Path | None:
     """The checkpoint of the last PRM that a run finished, refreshed ones included; None: it has none."""
-    folders = [path for path in checkpoints.glob("prm_*") if path.name[4:].isdigit()]
-    for folder in [*sorted(folders, key=lambda path: -int(path.name[4:])), checkpoints / "prm"]:
+    folders = _refresh_folders(checkpoints)
+    for folder in [*(folders[iteration] for iteration in sorted(folders, reverse=True)), checkpoints / "prm"]:
         for path in find_checkpoints(folder)[:1]:
             manifest, problem = read_manifest(path)
             if not problem and _position(manifest["common"], path).finished:

@@ -12,7 +12,7 @@ from mstar_mega.data.tokenizer import Tokenizer
 from mstar_mega.models.build import build_family, build_model, check_divisible
 from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.families.base import Family
-from mstar_mega.models.mapping import Head
+from mstar_mega.models.mapping import Head, head_of
 from mstar_mega.models.packing import prompt_bytes
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import finished_prm
@@ -42,7 +42,7 @@ def find_outside_prm(config: Config) -> Outside:
     """
     path = Path(str(config.prm.checkpoint))
     if (path / MODEL_FILES).is_dir():
-        checkpoint, family, head = path, family_from_hf(path / MODEL_FILES), _head_of(path)
+        checkpoint, family, head = path, family_from_hf(path / MODEL_FILES), head_of(read_index(path).tensors)
     elif (path / CONFIG_FILE).is_file():
         checkpoint, family, head = _of_run(path)
     else:
@@ -82,12 +82,6 @@ def _with_sizes_of(config: Config, family: Family) -> Config:
     """For messages about sizes, which name the model."""
     size = f"prm.checkpoint {config.prm.checkpoint}"
     return replace(config, model=replace(config.model, family=family.name, size=size))
-
-
-def _head_of(checkpoint: Path) -> Head:
-    names = read_index(checkpoint).tensors
-    own: dict[str, Head] = {"likelihood_weights": "likelihood", "score_head": "linear"}
-    return next((head for name, head in own.items() if name in names), "vocabulary")
 
 
 def _of_run(path: Path) -> tuple[Path, Family, Head]:
