@@ -28,8 +28,10 @@ from mstar_mega import settings
 from mstar_mega.settings_rules import validate
 
 
-def work(ladder: Ladder, rows: list[Row], seeds: list[int], jobs: int) -> list[str]:
-    """Make the runs that are missing; returns a line for each that failed.
+def work(
+    ladder: Ladder, rows: list[Row], seeds: list[int], jobs: int, write: Callable[[Ladder], object] = lambda _: None
+) -> list[str]:
+    """Make the runs that are missing; returns a line for each that failed. ``write`` is called after every run.
 
     Seeds come in the given order, of which a row takes its first ones, and the next seed's base is begun before a
     seed's rows, so that nothing waits for it.
@@ -73,7 +75,7 @@ def work(ladder: Ladder, rows: list[Row], seeds: list[int], jobs: int) -> list[s
                 print(f"{name}: {'finished' if future.result() else f'FAILED, {failures[name]}'}", flush=True)
                 if future.result():
                     try:
-                        write_results(ladder)
+                        write(ladder)
                     except Exception as error:  # the runs are what takes long: they go on
                         print(f"results cannot be written: {type(error).__name__}: {error}", flush=True)
         except BaseException:
@@ -102,7 +104,7 @@ def main() -> int:
             except BlockingIOError:
                 parser.error(f"{ladder.directory} is in use by another ladder; --report shows what there is")
             rows = [BY_NAME[name] for name in options.rows if is_known(BY_NAME[name], ladder)]
-            failures = work(ladder, rows, options.seeds, options.jobs)
+            failures = work(ladder, rows, options.seeds, options.jobs, write_results)
     print(tables(write_results(ladder)))
     if failures:
         print("\nFAILED (the same command tries again):", *failures, sep="\n  ")

@@ -90,8 +90,8 @@ def present_code() -> dict[str, Any]:
 
 
 @cache
-def _answers(run: Path) -> dict[str, bool]:
-    newest = sorted(run.glob("rollouts/evaluation_*_test_greedy"))[-1]
+def _answers(run: Path, split: str) -> dict[str, bool]:
+    newest = sorted(run.glob(f"rollouts/evaluation_*_{split}_greedy"))[-1]
     groups = [group for block in sorted(newest.glob("block_*.jsonl")) for group in read_groups(block)]
     return {group.query.id: bool(group.responses[0].correct) for group in groups}
 
@@ -120,6 +120,8 @@ class Ladder:
 
     directory: Path
     config: str
+    common: tuple[str, ...] = ()
+    """Settings of every run, the base's included."""
 
     def run(self, name: str, seed: int) -> Path:
         """A row's run directory; the warm-up's is the base run's."""
@@ -129,7 +131,7 @@ class Ladder:
         return self.directory / f"{self.run(name, seed).name}.log"
 
     def arguments(self, name: str, seed: int, more: tuple[str, ...]) -> list[str]:
-        return [f"--config={self.config}", f"--run.dir={self.run(name, seed)}", f"--seed={seed}", *more]
+        return [f"--config={self.config}", f"--run.dir={self.run(name, seed)}", f"--seed={seed}", *self.common, *more]
 
     def settings_of(self, row: Row, seed: int) -> tuple[str, ...]:
         """What the row's run of a seed sets. Raises ValueError where it needs finished runs that are not there."""
@@ -201,9 +203,9 @@ class Ladder:
         paths = {self.run(name, seed) / MADE_BY: None for name in ("base", row.name)}
         return [start for path in paths if path.exists() for start in json.loads(path.read_text())]
 
-    def answers(self, row: Row, seed: int) -> dict[str, bool]:
-        """By test question, whether the last policy's greedy answer is right."""
-        return _answers(self.run(row.name, seed))
+    def answers(self, row: Row, seed: int, split: str = "test") -> dict[str, bool]:
+        """By question of a split, whether the last policy's greedy answer is right."""
+        return _answers(self.run(row.name, seed), split)
 
     def costs(self, row: Row, seed: int) -> dict[str, int]:
         """Training responses, generated tokens of all but measurements, and optimizer steps behind the warm-up's.

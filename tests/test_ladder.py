@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import ladder
+import ladder_rates
 import ladder_results
 import ladder_runs
 import pytest
@@ -185,9 +186,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(
         written.append(1)
         raise KeyError("a question")
 
-    monkeypatch.setattr(ladder, "write_results", write)
     rows = [BY_NAME[name] for name in ("top_2", "random_2")]
-    failures = ladder.work(place, rows, [1, 2, 3], 1)
+    failures = ladder.work(place, rows, [1, 2, 3], 1, write)
     assert began == [
         ("base", 1),
         ("base", 2),
@@ -258,3 +258,27 @@ def wait_for(condition: object) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it never held")
+
+
+def write_validation(run: Path, right: int, of: int) -> None:
+    """A finished run of which only the validation answers are read."""
+    block = run / "rollouts/evaluation_0008_validation_greedy/block_00000.jsonl"
+    block.parent.mkdir(parents=True)
+    write_groups(block, [make_group([make_response(0, None, i < right)], f"q{i}") for i in range(of)])
+    (run / "summary.json").write_text("{}")
+
+
+def test_the_rates_are_chosen_on_validation_and_none_of_the_ladders_seeds(tmp_path: Path) -> None:
+    place = Ladder(tmp_path, LADDER_YAML, ladder_rates.COMMON)
+    rows = ladder_rates.candidates()
+    assert len({row.name for row in rows}) == len(rows) and not {*ladder_rates.SEEDS} & {*ladder.DEFAULT_SEEDS}
+    assert all(ladder.is_known(row, place) for row in rows)
+    for row, (method, rate, passes) in rows.items():
+        config = settings.parse(place.arguments(row.name, 51, row.settings))
+        assert config.evolve.optimizer.lr == rate and (passes is None or config.evolve.passes == passes)
+        assert config.data.validation_queries == 1500
+        if method != "sft":
+            write_validation(place.run(row.name, 51), 10 + round(rate * 1e5) if rate < 1e-4 else 5, 20)
+    results = ladder_rates.collect(place)
+    assert results["chosen"]["iterative_rft"]["rate"] == 4e-5 and "sft" not in results["chosen"]
+    assert {run["method"] for run in results["runs"]} == {*ladder_rates.RATES} - {"sft"}
