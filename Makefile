@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # One thread for each of several processes that share the CPU, unless the user says otherwise.
 OMP_NUM_THREADS ?= 1
-TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --standalone --nproc-per-node
+TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m mstar_mega.launch --standalone --nproc-per-node
 
 .PHONY: setup run smoke test lint fuzz kernel-report gpu-check clean
 .DEFAULT_GOAL := run
@@ -23,8 +23,9 @@ setup: $(STAMP)
 
 # torch first: its dependencies bring the setuptools that builds this package, so nothing is downloaded twice.
 $(STAMP): setup.py constraints.txt mstar_mega/__init__.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
-	    "make setup: $(PYTHON) is Python %d.%d, but 3.10 or newer is needed: make setup PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 14) and \
+	    "make setup: $(PYTHON) is Python %d.%d, but 3.10 to 3.13 is needed: make setup PYTHON=python3.12" % v[:2] or \
+	    sys.platform != "linux" and "make setup: megatron-core has wheels for Linux only; use a container or WSL" or 0)'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-build-isolation -e '.[dev]'

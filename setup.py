@@ -58,6 +58,13 @@ EXTRAS = {
     "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", TRITON, TRANSFORMERS, LIGER, EASY_VQA],
 }
 
+ELSEWHERE = {
+    "mstar_mega.kernels": "kernels",
+    "mstar_mega.checkpoint_tools": "checkpoint_tools",
+    "mstar_mega.configs": "examples/configs",
+}
+"""Packages that do not lie where their name says."""
+
 setup(
     name="mstar-mega",
     version=VERSION[1],
@@ -66,15 +73,28 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
-    # kernels/ and checkpoint_tools/ lie at the top level and are found through the relative links inside mstar_mega/,
-    # which also keep a bare clone, type checkers and editors right. Naming them here as well makes an editable install
-    # map the packages one by one. Otherwise it would put the whole clone on sys.path, where `kernels` shadows the
-    # library of that name which transformers imports.
-    packages=find_packages(include=["mstar_mega", "mstar_mega.*"]),
-    package_dir={"mstar_mega.kernels": "kernels", "mstar_mega.checkpoint_tools": "checkpoint_tools"},
-    package_data={"mstar_mega": ["data/**/*.model", "report/**/*.html", "report/**/*.css", "report/**/*.js"]},
+    # megatron-core has wheels for these, on Linux only (x86_64, aarch64).
+    python_requires=">=3.10,<3.14",
+    # kernels/, checkpoint_tools/ and examples/configs/ lie elsewhere in a checkout and are found through the relative
+    # links inside mstar_mega/, which also keep a bare clone, type checkers and editors right. An archive of the sources
+    # holds no links, so they are named here too. It makes an editable install map the packages one by one as well;
+    # otherwise it would put the whole clone on sys.path, where `kernels` shadows the library that transformers imports.
+    packages=sorted({*find_packages(include=["mstar_mega", "mstar_mega.*"]), *ELSEWHERE}),
+    package_dir=ELSEWHERE,
+    package_data={
+        "mstar_mega": ["data/**/*.model", "report/**/*.html", "report/**/*.css", "report/**/*.js"],
+        "mstar_mega.configs": ["*.yaml"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     entry_points={"console_scripts": ["mstar = mstar_mega.cli:main"]},
 )

@@ -25,7 +25,7 @@ from ladder_rows import BY_NAME, DEFAULT_SEEDS, Row
 from ladder_runs import Ladder
 
 from mstar_mega import settings
-from mstar_mega.settings_rules import validate
+from mstar_mega.settings.rules import validate
 
 
 def work(

@@ -22,7 +22,7 @@ from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.models.mapping import head_of
 from mstar_mega.platform.terminal import say
 from mstar_mega.recipe.method import needs_prm
-from mstar_mega.settings_rules import validate
+from mstar_mega.settings.rules import validate
 from mstar_mega.training.manifest import read_index
 
 USABLE = 0.9

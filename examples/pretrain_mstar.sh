@@ -46,6 +46,13 @@ if [ "${PET_NPROC_PER_NODE:-${NPROC:-}}" != 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
 fi
+# The package's own launcher is torchrun that is quiet about mistakes of the user's; it lies beside its Python.
+if [ -z "${TORCHRUN:-}" ]; then
+    python=$(dirname "$(command -v "$torchrun")")/python
+    if [ -x "$python" ] && "$python" -c "import mstar_mega" 2> /dev/null; then
+        exec "$python" -m mstar_mega.launch ${options[@]+"${options[@]}"} "$here/pretrain_mstar.sh" "$@"
+    fi
+fi
 exec "$torchrun" ${options[@]+"${options[@]}"} "$here/pretrain_mstar.sh" "$@"
 '''
 

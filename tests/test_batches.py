@@ -4,6 +4,7 @@ losses and gradients that do not depend on how responses were put together."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from mstar_mega.config import LossMean, OptimizerConfig
 from mstar_mega.data.types import Query
+from mstar_mega.kernels import dispatch
 from mstar_mega.models.packing import Prompt
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, microbatches, split_into_epochs
 
@@ -183,3 +185,39 @@ def test_a_mean_over_responses_weighs_each_the_same() -> None:
     assert by_response == pytest.approx(sum(alone) / len(alone), rel=1e-5)
     weighted = sum(loss * length for loss, length in zip(alone, lengths, strict=True)) / sum(lengths)
     assert by_token == pytest.approx(weighted, rel=1e-5) and by_token != pytest.approx(by_response, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss_mean", ["token", "response"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_responses_weight_scales_its_loss_and_gradient_below_0_too(
+    loss_mean: LossMean, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weighted batch is the weighted sum of its responses; what it is divided by is that of the unweighted one."""
+    if not kernel:
+        monkeypatch.setattr(dispatch, "_off", frozenset(["linear_cross_entropy"]))
+    weights = [[1.0, -0.5, 0.0, 2.0, 0.25, 1.0, 1.0], [-1.0], [0.5, 0.0, 3.0]]
+    groups = sft_groups(False)
+    config = OptimizerConfig(microbatch_tokens=21, loss_mean=loss_mean)
+    given = [replace(group, weights=own) for group, own in zip(groups, weights, strict=True)]
+    loss, _, found = gradients_of(given, "vocabulary", config)
+    singles = [
+        (own[j], len(group.responses[j]), gradients_of([group.only([j])], "vocabulary", config))
+        for group, own in zip(groups, weights, strict=True)
+        for j in range(len(group.responses))
+    ]
+    shares = [length if loss_mean == "token" else 1 for _, length, _ in singles]
+    expected = sum(w * n * single[0] for (w, _, single), n in zip(singles, shares, strict=True)) / sum(shares)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for k, gradient in enumerate(found):
+        wanted = sum(w * n * single[2][k] for (w, _, single), n in zip(singles, shares, strict=True)) / sum(shares)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
+    ones = [replace(group, weights=[1.0] * len(group.responses)) for group in groups]
+    same, plain = gradients_of(ones, "vocabulary", config)[0], gradients_of(groups, "vocabulary", config)[0]
+    assert same == pytest.approx(plain, rel=1e-6) and plain != pytest.approx(loss, rel=1e-2)
+
+
+def test_weights_follow_their_responses_into_parts_and_steps() -> None:
+    group = TrainGroup(Query("q", "?", (), None), [[1], [2], [3]], weights=[0.1, 0.2, 0.3])
+    assert group.only([2, 0]).weights == [0.3, 0.1]
+    batches = cut(Examples.of([group]), 1)
+    assert {part.responses[0][0]: part.weights for batch in batches for part in batch} == {1: [0.1], 2: [0.2], 3: [0.3]}

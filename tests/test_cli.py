@@ -124,7 +124,7 @@ def test_a_look_at_a_run_cut_for_more_ranks_takes_whole_copies(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["evolv"], "there is no command 'evolv': choose one of evolve, warmup"),
+        (["evolv"], "there is no command 'evolv': did you mean 'evolve'? If not, choose one of init, evolve, warmup"),
         (["evolve", "--sed", "1"], "unknown setting '--sed' on the command line; did you mean '--seed'?"),
         (["evolve", "--evolve.interval", "2"], "evolve.interval is 2.0: it must be above 0 and at most 1"),
         (["evaluate"], "the following arguments are required: RUN_DIR ('mstar evaluate --help' shows"),

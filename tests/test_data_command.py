@@ -11,6 +11,7 @@ from PIL import Image
 from test_data_sets import config_of, good_rows, picture, row
 
 from mstar_mega import cli
+from mstar_mega.commands import UNUSABLE
 from mstar_mega.data import disk
 from mstar_mega.models.families.internvl2 import InternVL2
 
@@ -131,7 +132,7 @@ def test_check_of_a_file_without_a_usable_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
 ) -> None:
     (tmp_path / "rows.json").write_text(content)
-    assert run("check", tmp_path / "rows.json", "--out", tmp_path / "out.json") == cli.UNUSABLE
+    assert run("check", tmp_path / "rows.json", "--out", tmp_path / "out.json") == UNUSABLE
     said = capsys.readouterr()
     assert reason in said.out and said.out.splitlines()[-1].startswith("FAILED: nothing is usable") and not said.err
     facts = json.loads((tmp_path / "out.json").read_text())
@@ -146,10 +147,10 @@ def test_check_fails_where_a_job_would_refuse_the_files(tmp_path: Path, capsys: 
     (tmp_path / "rows.json").write_text(json.dumps([*good_rows(tmp_path), row("lost", "GEOS/images/lost.png")]))
     command = ("check", tmp_path / "rows.json", *SMALL)
     assert run(*command) == 0 and "FAILED" not in capsys.readouterr().out
-    assert run(*command, "--data.bad_rows", "refuse") == cli.UNUSABLE
+    assert run(*command, "--data.bad_rows", "refuse") == UNUSABLE
     said = capsys.readouterr().out
     assert "unusable: 1" in said and "FAILED: data.bad_rows is 'refuse': 1 rows and 0 responses cannot be used" in said
-    assert run(*command, "--data.warmup_file", tmp_path / "none.jsonl") == cli.UNUSABLE
+    assert run(*command, "--data.warmup_file", tmp_path / "none.jsonl") == UNUSABLE
     assert f"FAILED: no response of the warm-up file {tmp_path / 'none.jsonl'} is usable" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from jobs import Job, checkpoints, copy_run, go_back, outcome
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
 from mstar_mega.recipe import rollouts
 from mstar_mega.report.metrics import read_metrics
-from mstar_mega.rewards.answers import Verdict
+from mstar_mega.rewards.reward import Judged
 
 SETTINGS = [
     *("--run.checkpoint_every_steps", "1"),
@@ -32,7 +32,9 @@ LAYOUTS = {"internvl2": (2, 1), "phi3_5_vision": (1, 2), "minicpm_v2_5": (2, 2)}
 
 def judge_by_index() -> None:
     """Call every second response that has a step correct, on this rank."""
-    rollouts._verdict = lambda job, query, response: Verdict(bool(response.steps) and response.index % 2 == 0, "exact")
+    rollouts.judge_response = lambda query, response, *_: Judged(
+        bool(response.steps) and response.index % 2 == 0, "exact"
+    )
 
 
 pytestmark = pytest.mark.usefixtures("job_of_one")

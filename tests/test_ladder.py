@@ -24,7 +24,7 @@ from ladder_runs import MADE_BY, Ladder
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data.records import write_groups
-from mstar_mega.settings_rules import validate
+from mstar_mega.settings.rules import validate
 
 LADDER_YAML = "examples/configs/ladder.yaml"
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mstar_mega import cli, settings, settings_rules
+from mstar_mega import cli, settings
+from mstar_mega.commands import UNUSABLE
 from mstar_mega.data import disk, written_out
 from mstar_mega.data.prompts import ANSWER_MARKER, LETTER_HINT
 from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.recipe.directory import build_task
+from mstar_mega.settings import rules
 
 CONFIGS = Path(__file__).parents[1] / "examples/configs"
 MATHV360K = str(CONFIGS / "mathv360k.yaml")
@@ -63,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("policy", ["internvl2_2b", "phi3_5_vision", "minicpm_v2_5"])
 def test_it_goes_over_every_policys_config(policy: str) -> None:
     config = settings.parse(["--config", str(CONFIGS / f"{policy}.yaml"), "--config", MATHV360K])
-    settings_rules.validate(config)
+    rules.validate(config)
     assert (config.model.checkpoint, config.run.dir) == (f"checkpoints/{policy}", f"runs/{policy}")
     assert config.data.name == "mathv360k"
     assert config.data.warmup_examples == 100_000 and config.data.labelled_queries is None
@@ -93,7 +95,7 @@ def test_the_published_layout_is_read(folder: Path) -> None:
 def test_check_reads_it_through_the_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(folder / "train_samples_all_tuning.json")
     command = ["data", "check", rows, "--config", MATHV360K, *FEW]
-    assert cli.main(command) == cli.UNUSABLE, "the warm-up file is not made yet"
+    assert cli.main(command) == UNUSABLE, "the warm-up file is not made yet"
     said = capsys.readouterr().out
     assert "runs/mathv360k_warmup/warmup_set.jsonl: 0 usable responses\n  left out: there is no such file yet" in said
     assert "54 rows" in said and "unusable: 0" in said and "  A-OKVQA         6 multiple choice\n" in said

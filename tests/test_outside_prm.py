@@ -45,7 +45,7 @@ from mstar_mega.recipe.prm import build_prm, load_prm
 from mstar_mega.recipe.rollouts import Actors, score_responses, to_response
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.reader import PRM, Reader
-from mstar_mega.settings_rules import validate
+from mstar_mega.settings.rules import validate
 from mstar_mega.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("job_of_one")

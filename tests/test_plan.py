@@ -39,7 +39,7 @@ from mstar_mega.models.build import build_model
 from mstar_mega.models.families import FAMILIES
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform import distributed
-from mstar_mega.settings_rules import validate
+from mstar_mega.settings.rules import validate
 from mstar_mega.training.batches import TrainGroup, microbatches
 from mstar_mega.training.optimizer_state import full_precision_weights
 from mstar_mega.training.trainer import Trainer

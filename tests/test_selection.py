@@ -14,7 +14,7 @@ from mstar_mega.rewards.selection import select
 
 
 def picked(group: Group, rule: str, k: int = 2, threshold: float = 0.5, seed: int = 0) -> list[int]:
-    (chosen,) = select([group], SelectionConfig(rule, k, threshold), seed)  # type: ignore[arg-type]
+    (chosen,) = select([group], SelectionConfig(rule, k, threshold), seed)
     assert chosen == [response for response in sorted(group.responses, key=lambda r: r.index) if response.selected]
     return [response.index for response in chosen]
 
@@ -46,7 +46,7 @@ def test_distinct_counts_equal_responses_once() -> None:
         response.tokens = tokens
     cases = [("top_k", False, [1, 2]), ("top_k", True, [1, 3]), ("all_correct", True, [0, 1, 3])]
     for rule, distinct, expected in cases:
-        config = SelectionConfig(rule, 2, distinct=distinct)  # type: ignore[arg-type]
+        config = SelectionConfig(rule, 2, distinct=distinct)
         assert [response.index for response in select([make_group(responses)], config, 0)[0]] == expected
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mstar_mega import settings, settings_rules, settings_tree
+from mstar_mega import settings
 from mstar_mega.config import Config, EvolveConfig
 from mstar_mega.recipe.method import METHODS, ResolvedMethod, gold_response, resolve_method
+from mstar_mega.settings import rules, tree
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -22,7 +23,7 @@ def write(path: Path, text: str) -> str:
 def message(argv: list[str]) -> str:
     """The one line that a mistake in ``argv`` gets."""
     with pytest.raises(ValueError) as caught:
-        settings_rules.validate(settings.parse(argv))
+        rules.validate(settings.parse(argv))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -30,7 +31,7 @@ def message(argv: list[str]) -> str:
 
 def test_nothing_given_is_the_tree_of_defaults() -> None:
     assert settings.parse([]) == Config()
-    settings_rules.validate(Config())
+    rules.validate(Config())
 
 
 def test_the_command_line_goes_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_help_shows_types_defaults_and_docs_of_every_setting(capsys: pytest.Capt
         settings.parse(["--seed", "1", "--help"])
     assert leaving.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for leaf in settings_tree.leaves():
+    for leaf in tree.leaves():
         assert f"--{leaf.name} " in text or f"--{leaf.name}," in text
         assert leaf.doc in text
     assert "K of Reward-Pass@K (or Pass@K) in the sweep. (type: int, default: 2)" in text
@@ -138,12 +139,12 @@ def test_a_damaged_run_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_every_number_and_text_has_a_rule_and_every_rule_a_setting() -> None:
-    for leaf in settings_tree.leaves():
+    for leaf in tree.leaves():
         kinds = typing.get_args(leaf.type) or (leaf.type,)
         if leaf.type is not bool and {int, float, str} & set(kinds):
-            assert settings_rules._rule(leaf.name) is not None, f"{leaf.name} needs a rule in settings_rules.py"
-    names = set(settings_tree.flatten(Config()))
-    for name in settings_rules._RULES:
+            assert rules._rule(leaf.name) is not None, f"{leaf.name} needs a rule in settings/rules.py"
+    names = set(tree.flatten(Config()))
+    for name in rules._RULES:
         assert name in names or f"evolve.{name}" in names, name
 
 
@@ -180,18 +181,18 @@ def test_senseless_values_are_refused(setting: str, allowed: str) -> None:
 def test_a_falling_learning_rate_needs_the_number_of_steps() -> None:
     argv = ["--evolve.optimizer.schedule=cosine", "--evolve.passes=2"]
     assert message([*argv, "--evolve.max_steps=0"]).startswith("evolve.optimizer.schedule is 'cosine'")
-    settings_rules.validate(settings.parse(argv))
+    rules.validate(settings.parse(argv))
     for restarts in (["--evolve.method=rest_em"], ["--evolve.optimizer_state=reset"]):  # falls in each iteration
-        settings_rules.validate(settings.parse([*argv, "--evolve.max_steps=0", *restarts]))
+        rules.validate(settings.parse([*argv, "--evolve.max_steps=0", *restarts]))
     assert message([*argv, "--evolve.max_steps=0", "--evolve.method=rest_em", "--evolve.optimizer_state=inherit"])
-    assert {name for name, method in METHODS.items() if not method.inherit_optimizer} == set(settings_rules.RESETTING)
+    assert {name for name, method in METHODS.items() if not method.inherit_optimizer} == set(rules.RESETTING)
 
 
 def test_unlabelled_prompts_need_unlabelled_queries() -> None:
     argv = ["--prompts.unlabelled=voting", "--data.unlabelled_queries=0"]
     assert "it needs data.unlabelled_queries above 0" in message(argv)
     argv = ["--data.name=mathv360k", "--data.labelled_share=1"]
-    settings_rules.validate(settings.parse(argv))
+    rules.validate(settings.parse(argv))
     assert "it needs data.labelled_share below 1" in message([*argv, "--prompts.unlabelled=voting"])
     assert "data.labelled_share is 0.0: it must be above 0 and at most 1" in message(["--data.labelled_share=0"])
 
@@ -214,7 +215,7 @@ def test_the_shipped_configs_are_valid() -> None:
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        settings_rules.validate(settings.parse(["--config", str(file)]))
+        rules.validate(settings.parse(["--config", str(file)]))
 
 
 def test_each_method_brings_its_own_choices() -> None:

@@ -20,7 +20,7 @@ from mstar_mega import cli
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
 from mstar_mega.platform.terminal import one_line, visible
 from mstar_mega.report.html import write_report
-from mstar_mega.settings_yaml import parse_yaml, yaml
+from mstar_mega.settings.yaml_files import parse_yaml, yaml
 
 STEERING = "\x1b[2J\x1b]0;title\x07\u202e\x9b1m\r"
 

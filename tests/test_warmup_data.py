@@ -14,7 +14,7 @@ from mstar_mega.data.types import ImageRef, Query, Response, Step, Task
 from mstar_mega.data.written_out import with_written_out, write
 from mstar_mega.recipe import rollouts
 from mstar_mega.recipe.warmup_data import SET_FILE, kept_responses, with_gold_answer
-from mstar_mega.rewards.answers import Verdict
+from mstar_mega.rewards.reward import Judged
 
 SETTINGS = [
     *("--data.warmup_examples", "20", "--data.labelled_queries", "6", "--data.unlabelled_queries", "1"),
@@ -42,7 +42,7 @@ def test_what_is_kept() -> None:
 
 def judge_and_read_steps() -> None:
     """Untrained policies write no steps and no answer: give each response two and one, and call every second right."""
-    rollouts._verdict = lambda job, query, response: Verdict(response.index % 2 == 0, "exact")
+    rollouts.judge_response = lambda query, response, *_: Judged(response.index % 2 == 0, "exact")
     split = rollouts.split_steps
 
     def two(tokens: list[int], offsets: list[int], text: str) -> list[Step]:

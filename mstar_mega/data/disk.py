@@ -14,7 +14,7 @@ from mstar_mega.data.index import IndexedFile, build_index, file_mark
 from mstar_mega.data.mathv360k import parse_row, to_query
 from mstar_mega.data.order import OnDemand
 from mstar_mega.data.pictures import PictureReading
-from mstar_mega.data.prompts import TRAINING_SETS
+from mstar_mega.data.prompts import template_of
 from mstar_mega.data.rows import has_surrogate, read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
@@ -53,7 +53,7 @@ class Source:
     file: IndexedFile
     images: Path
     template: str
-    """Name of the training set in ``prompts.TRAINING_SETS``."""
+    """See ``prompts.template_of``."""
     instruct: bool
 
     def query(self, number: int, hide: bool) -> Query:
@@ -72,7 +72,7 @@ class Source:
                 "while it was in use; start again"
             )
         images = () if question.image is None else (ImageRef(str(self.images / question.image), digest),)
-        return to_query(question, TRAINING_SETS[self.template], images, self.instruct, hide)
+        return to_query(question, template_of(self.template), images, self.instruct, hide)
 
     def number_at(self, split: str, position: int) -> int:
         """Row number of a split's query at ``position``."""
@@ -223,7 +223,7 @@ def open_source(config: DataConfig, dir: Path) -> Source:
         PictureReading.of(config).rotate,
     )
     build_index(file.index, path, asdict(settings), lambda index: fill(index, path, settings))
-    return Source(file, images, config.name, config.instruct)
+    return Source(file, images, config.template or config.name, config.instruct)
 
 
 def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
@@ -261,7 +261,7 @@ def _fill_examples(index: sqlite3.Connection, file: IndexedFile, source: Source)
     for row in read_rows(file.source):
         id = id_of(row)
         found = None if id is None else source.find(id)
-        problem = problem_of(row, found and found[1], TRAINING_SETS[source.template])
+        problem = problem_of(row, found and found[1], template_of(source.template))
         if problem is not None:
             index.execute("INSERT INTO examples_skipped VALUES (?, ?, ?, ?)", (row.number, name_of(row), *problem))
             continue

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mstar_mega.config import DataConfig
-from mstar_mega.data.prompts import EASY_VQA, render
+from mstar_mega.data.prompts import EASY_VQA, Template, render, template_of
 from mstar_mega.data.types import ImageRef, Query, Task, image_digest
 from mstar_mega.kernels.noise import key_of
 
@@ -60,8 +60,10 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     chosen = _ordered(test, "test")[: config.test_queries]
     refs = {"train": _refs(train_images), "test": _refs(test_images)}
 
+    template = template_of(config.template or config.name)
+
     def queries(many: Sequence[Asked], split: str = "train", hide: bool = False) -> list[Query]:
-        return [_query(asked, split, refs[split][asked.image], config.instruct, hide) for asked in many]
+        return [_query(asked, split, refs[split][asked.image], template, config.instruct, hide) for asked in many]
 
     chains = [chain_of_thought(asked, *seen[asked.image]) for asked in warmup]
     return Task(
@@ -128,10 +130,10 @@ def _refs(paths: dict[int, str]) -> dict[int, ImageRef]:
     return {image: ImageRef(path, image_digest(Path(path).read_bytes())) for image, path in sorted(paths.items())}
 
 
-def _query(asked: Asked, split: str, image: ImageRef, instruct: bool, hide: bool) -> Query:
+def _query(asked: Asked, split: str, image: ImageRef, template: Template, instruct: bool, hide: bool) -> Query:
     return Query(
         id=f"easy-vqa-{split}-{asked.number:05d}",
-        question=render(EASY_VQA, asked.question, instruct=instruct),
+        question=render(template, asked.question, instruct=instruct),
         images=(image,),
         answer=None if hide else asked.answer,
         kind=asked.kind,

@@ -7,9 +7,11 @@ policy family's and come around this text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
+
+from mstar_mega.functions import load
 
 ANSWER_MARKER = "# Answer"
 """The heading of a response's last block, which holds the answer alone; ``rewards.answers`` finds it."""
@@ -39,6 +41,9 @@ class Template:
     instruction: str = ""
     """What ``{instruction}`` shows when reasoning is asked for; ``{marker}`` in it is the answer marker."""
     marker: str = ANSWER_MARKER
+    make: Callable[[str, Mapping[str, str], str, bool], str] | None = None
+    """A function of the user's that makes the whole text of (question, choices by letter, hint, whether to ask for
+    reasons); the parts are not looked at."""
 
 
 DIGITS = Template(("{question}",))
@@ -58,6 +63,14 @@ MATHV360K = Template(
 
 TRAINING_SETS = {"digits": DIGITS, "easy_vqa": EASY_VQA, "mathv360k": MATHV360K}
 """Template by ``data.name``."""
+
+
+def template_of(name: str) -> Template:
+    """The template of a named training set, or one whose text a function of the user's makes (``data.template``)."""
+    if name in TRAINING_SETS:
+        return TRAINING_SETS[name]
+    return Template((), make=load("data.template", name))
+
 
 _OPTIONS = Template(
     (
@@ -112,6 +125,11 @@ def render(
     ``instruct`` asks for step-by-step reasons.
     """
     choices = choices or {}
+    if template.make is not None:
+        text = template.make(question, choices, hint, instruct)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"data.template returned {str(text)[:40]!r}: it must return the text for the policy")
+        return text
     fields = {
         "hint": hint or template.hints.get("choice" if choices else "", ""),
         "context": context,

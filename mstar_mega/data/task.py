@@ -8,10 +8,11 @@ from pathlib import Path
 from mstar_mega.config import DataConfig
 from mstar_mega.data import disk, easy_vqa
 from mstar_mega.data.digits import task as digits
-from mstar_mega.data.prompts import TRAINING_SETS
+from mstar_mega.data.prompts import template_of
 from mstar_mega.data.screen import screen_task
 from mstar_mega.data.types import Task
 from mstar_mega.data.written_out import with_written_out
+from mstar_mega.functions import is_path, load
 
 Builder = Callable[[DataConfig, Path, int], Task]
 
@@ -21,7 +22,12 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
 
     Raises ValueError where the set cannot be used as the settings say, OSError where ``dir`` cannot be written.
     """
-    return BUILDERS[config.name](config, dir, seed)
+    if not is_path(config.name):
+        return BUILDERS[config.name](config, dir, seed)
+    task = load("data.name", config.name)(config, dir, seed)
+    if not isinstance(task, Task):
+        raise ValueError(f"data.name {config.name} returned {type(task).__name__}: it must return a Task")
+    return _in_memory(config, task)
 
 
 def _digits(config: DataConfig, dir: Path, seed: int) -> Task:
@@ -37,7 +43,9 @@ def _in_memory(config: DataConfig, task: Task) -> Task:
     if not config.warmup_file:
         return task
     path = disk.existing(config.warmup_file, "data.warmup_file")
-    return with_written_out(task, path, TRAINING_SETS[config.name], config.warmup_examples)
+    # A task of the user's own brings its questions ready: all that is asked of a response is the marker.
+    name = config.template or (config.name if config.name in BUILDERS else "mathv360k")
+    return with_written_out(task, path, template_of(name), config.warmup_examples)
 
 
 BUILDERS: dict[str, Builder] = {"digits": _digits, "mathv360k": disk.build, "easy_vqa": _easy_vqa}

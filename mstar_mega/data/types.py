@@ -119,11 +119,14 @@ class Response:
     """Extracted final answer; None when there is no answer block."""
     correct: bool | None = None
     verdict: str | None = None
-    """How the answer was judged: exact, numeric, choice, symbolic; none, timeout or error where it is not correct."""
+    """How the answer was judged: exact, numeric, choice, symbolic; none, timeout or error where it is not correct;
+    function where ``reward.function`` is the user's own."""
     steps: list[Step] = field(default_factory=list)
     score: float | None = None
     """Process score of the whole response (``prm.reduction`` over its steps)."""
     selected: bool = False
+    reward: float | None = None
+    """From 0 to 1, where ``reward.function`` is the user's own."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from typing import TextIO
@@ -30,6 +31,11 @@ def say(text: object, file: TextIO | None = None) -> None:
     encoding = stream.encoding or "utf-8"
     shown = visible(str(text)).encode(encoding, "backslashreplace").decode(encoding)
     print(shown, file=stream, flush=True)
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0 of its job, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Visible(logging.Formatter):

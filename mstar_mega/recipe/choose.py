@@ -20,7 +20,7 @@ from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
 from mstar_mega.recipe.method import gold_response
-from mstar_mega.rewards.selection import CEILING, SCORED_RULES, choose_responses, select
+from mstar_mega.rewards.selection import CEILING, SCORED_RULES, choose_responses, select, weight_of
 from mstar_mega.training.batches import Examples, TrainGroup
 
 
@@ -36,14 +36,17 @@ class Chosen:
     """Together with the position the :data:`Place` of its group."""
     indices: array[int] = field(default_factory=lambda: array("i"))
     """Sample indices of the selected responses, one query's after another's."""
+    weights: array[float] = field(default_factory=lambda: array("d"))
+    """Theirs in the loss; empty where all have the same."""
 
-    def add(self, id: str, place: Place, indices: Sequence[int]) -> None:
+    def add(self, id: str, place: Place, indices: Sequence[int], weights: Sequence[float] = ()) -> None:
         """One query with its selected responses."""
         self.ids.append(id)
         self.sizes.append(len(indices))
         self.positions.append(place[0])
         self.offsets.append(place[1])
         self.indices.extend(indices)
+        self.weights.extend(weights)
 
     def extend(self, other: Chosen) -> None:
         """Another rank's queries behind these."""
@@ -52,6 +55,7 @@ class Chosen:
         self.positions += other.positions
         self.offsets += other.offsets
         self.indices += other.indices
+        self.weights += other.weights
 
 
 def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
@@ -62,7 +66,8 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
     for block, places in groups.read_blocks():
         for group, place, selected in zip(block, places, select(block, settings, key, check), strict=True):
             if selected:
-                mine.add(group.query.id, place, [response.index for response in selected])
+                weights = [] if settings.weight == "none" else [weight_of(group, r, settings) for r in selected]
+                mine.add(group.query.id, place, [response.index for response in selected], weights)
         if check is not None:
             reasoning += _count_reasoning(block, settings, key, check)
     for of_rank in all_gather_objects(mine):
@@ -71,6 +76,9 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
 
     def indices_of(i: int) -> array[int]:
         return chosen.indices[ends[i] - chosen.sizes[i] : ends[i]]
+
+    def weights_of(i: int) -> list[float] | None:
+        return chosen.weights[ends[i] - chosen.sizes[i] : ends[i]].tolist() if chosen.weights else None
 
     if job.layout.is_main:
         selected_of = ((id, indices_of(i)) for i, id in enumerate(chosen.ids))
@@ -91,7 +99,7 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
     def read(i: int) -> TrainGroup:
         group = groups.read((chosen.positions[i], chosen.offsets[i]))
         tokens = {response.index: response.tokens for response in group.responses}
-        return TrainGroup(group.query, [tokens[index] for index in indices_of(i)])
+        return TrainGroup(group.query, [tokens[index] for index in indices_of(i)], weights=weights_of(i))
 
     return Examples(chosen.ids, chosen.sizes, read)
 

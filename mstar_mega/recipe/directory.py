@@ -19,9 +19,10 @@ from uuid import uuid4
 import torch.distributed as dist
 from pydantic import BaseModel, TypeAdapter
 
-from mstar_mega import settings
+from mstar_mega import functions, settings
 from mstar_mega.config import Config
 from mstar_mega.data import disk
+from mstar_mega.data.index import file_mark
 from mstar_mega.data.lengths import without_too_long
 from mstar_mega.data.splits import LEFT_OVER
 from mstar_mega.data.task import build
@@ -204,11 +205,13 @@ def _remove_leftovers(directory: Path) -> None:
 
 @contextmanager
 def same_files(config: Config, directory: Path) -> Iterator[None]:
-    """The run is trained on the files that it was started with; noted at the end, if the context ends well.
+    """The run is trained on the files that it was started with, and by the same functions of the user's; noted at the
+    end, if the context ends well.
 
     Names and times do not matter. Raises ValueError, at once, naming a file whose bytes are others.
     """
     now = disk.file_marks(config.data, data_directory(config, directory))
+    now |= {name: file_mark(path) for name, path in functions.source_files(config).items()}
     path = directory / FILES_FILE
     try:
         found = checked(_MARKS, read_object(path), path) if path.exists() else {}

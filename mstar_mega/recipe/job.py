@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from mstar_mega import kernels
+from mstar_mega import functions, kernels
 from mstar_mega.config import Config
 from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
@@ -201,6 +201,7 @@ def open_job(
 
     ``trains``: see :func:`run_directory`.
     """
+    functions.check(config)  # on every rank: objects of the user's classes travel between them
     distributed.initialize(config.parallel, config.seed)
     kernels.configure(config.kernels)
     place = distributed.layout()

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mstar_mega.config import Config, EvolveConfig
-from mstar_mega.rewards.selection import SCORED_RULES
+from mstar_mega.functions import is_path, load
+from mstar_mega.rewards.selection import uses_scores
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def gold_response(answer: str) -> str:
 def needs_prm(config: Config) -> bool:
     """Whether any setting uses process scores."""
     return config.evolve.method != "sft" and (
-        config.selection.rule in SCORED_RULES
+        uses_scores(config.selection)
         or config.temperature.mode == "reward_pass_at_k"
+        or (is_path(mode := config.temperature.mode) and getattr(load("temperature.mode", mode), "needs_scores", True))
         or config.prompts.unlabelled == "voting"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mstar_mega.data.types import Group, Query, Response
+from mstar_mega.functions import is_path
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.fingerprint import fingerprint
@@ -18,9 +19,10 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import all_gather_objects
 from mstar_mega.recipe.blocks import Blocks, all_finished, cut, in_blocks
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.rewards.answers import Verdict, extract_answer
+from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.process import score_groups
 from mstar_mega.rewards.reader import PRM
+from mstar_mega.rewards.reward import judge_response
 from mstar_mega.rewards.steps import split_steps
 from mstar_mega.rewards.voting import apply_pseudo_answers
 
@@ -114,6 +116,7 @@ def _origin(job: Job, sampling: Sampling, drawn_by: str) -> dict[str, Any]:
         **({"noise": sampling.key} if sampling.key else {}),
         "reduction": job.config.prm.reduction,
         "unlabelled": job.config.prompts.unlabelled,
+        **({"reward": asdict(job.config.reward)} if is_path(job.config.reward.function) else {}),
         **sampling_limits(job),
     }
 
@@ -148,20 +151,15 @@ def judge(job: Job, groups: Sequence[Group]) -> None:
     One rank of a model copy asks the checker and tells the others, so that a time-out cannot divide them.
     """
     pairs = [(group.query, response) for group in groups for response in group.responses]
-    verdicts = [_verdict(job, query, response) for query, response in pairs] if job.writes_files else []
+    verdicts = []
+    if job.writes_files:
+        verdicts = [judge_response(query, response, job.config.reward, job.checker) for query, response in pairs]
     holder = [verdicts]
     model_ranks = parallel_state.get_model_parallel_group()
     if model_ranks.size() > 1:
         dist.broadcast_object_list(holder, src=dist.get_global_rank(model_ranks, 0), group=model_ranks)
     for (_, response), verdict in zip(pairs, holder[0], strict=True):
-        response.correct, response.verdict = verdict.correct, verdict.how
-
-
-def _verdict(job: Job, query: Query, response: Response) -> Verdict:
-    """A truncated response has not answered, whatever it says; an unlabelled query has nothing to compare with."""
-    if query.answer is None or response.answer is None or response.truncated:
-        return Verdict(False, "none")
-    return job.checker.check(response.answer, query.answer, query.choices)
+        verdict.note(response)
 
 
 def _with_answer(job: Job, group: Group) -> Group:

@@ -1,8 +1,8 @@
 """Automatic balancing (paper, dynamics section): sample the validation queries at each temperature, take the best.
 
-The criterion is Reward-Pass@K (exploration and exploitation together) or Pass@K. All sweeps and all temperatures draw
-with the same random numbers, so that two of them differ by what temperature or training has changed, and the errors
-that count are those of paired differences.
+The criterion is Reward-Pass@K (exploration and exploitation together), Pass@K, or the mean of a function of the user's
+own over the queries. All sweeps and all temperatures draw with the same random numbers, so that two of them differ by
+what temperature or training has changed, and the errors that count are those of paired differences.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mstar_mega.evaluation.passk import (
     random_pass_at_k_of_each,
     reward_pass_at_k_of_each,
 )
+from mstar_mega.functions import is_path, load, number
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
@@ -45,8 +46,11 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
         groups = gather_groups(rollout(job, actors, queries[: settings.queries], sampling))
         total.update(drawn(groups))
         measures = _measures(job, actors, groups)
+        if is_path(settings.mode):
+            function = load("temperature.mode", settings.mode)
+            measures["own"] = [number("temperature.mode", settings.mode, function(group, settings)) for group in groups]
         rows[temperature] = {"reward_pass_at_k": None, **{name: mean(values) for name, values in measures.items()}}
-        criterion[temperature] = measures[settings.mode]
+        criterion[temperature] = measures["own" if is_path(settings.mode) else settings.mode]
     chosen = choose_temperature(criterion, settings.tolerance, present, key_of(job.config.seed, "tie", iteration))
     for temperature, row in rows.items():
         row["difference"], row["difference_stderr"] = paired_difference(criterion[temperature], criterion[chosen])

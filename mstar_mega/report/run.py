@@ -12,7 +12,7 @@ from mstar_mega.platform.inputs import read_input
 from mstar_mega.report.event_schema import sound
 from mstar_mega.report.metrics import METRICS_FILE, Event, scan_metrics
 from mstar_mega.settings import CONFIG_FILE
-from mstar_mega.settings_yaml import MOST_BYTES, parse_yaml
+from mstar_mega.settings.yaml_files import MOST_BYTES, parse_yaml
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
 
 from mstar_mega.config import Reduction
 from mstar_mega.data.types import Group, Step
+from mstar_mega.functions import is_path, load, number
 from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
@@ -31,7 +33,7 @@ class _Read:
         return len(self.prompt.tokens) + sum(len(response.tokens) for response in self.responses)
 
 
-def score_groups(prm: PRM, groups: Sequence[Group], reduction: Reduction, max_tokens: int) -> int:
+def score_groups(prm: PRM, groups: Sequence[Group], reduction: Reduction | str, max_tokens: int) -> int:
     """Fill ``Step.score`` and ``Response.score`` in place, on every rank of the model copy.
 
     A response without any step keeps the score None. At most about ``max_tokens`` tokens go through the PRM at once.
@@ -52,21 +54,28 @@ def _read(prm: PRM, group: Group) -> _Read:
     return _Read(group, prm.reader.prompt_of(group.query), [prm.reader.read(each) for each in group.responses])
 
 
-def reduce_groups(groups: Sequence[Group], reduction: Reduction) -> None:
+def reduce_groups(groups: Sequence[Group], reduction: Reduction | str) -> None:
     """Fill ``Response.score`` from the scores of its steps, in place; None where there are none.
 
     Raises ValueError for a score that is not a finite number.
     """
     responses = [response for group in groups for response in group.responses]
     scores = [[step.score for step in response.steps if step.score is not None] for response in responses]
-    if not is_on("step_scores"):
-        reduced = [reduce_scores(of_response, reduction) for of_response in scores]
+    if is_path(reduction):
+        function = load("prm.reduction", reduction)
+        for of_response in scores:
+            check_finite(of_response)
+        reduced = [
+            number("prm.reduction", reduction, function(of_response)) if of_response else None for of_response in scores
+        ]
+    elif not is_on("step_scores"):
+        reduced = [reduce_scores(of_response, cast(Reduction, reduction)) for of_response in scores]
     else:
         for of_response in scores:
             check_finite(of_response)
         offsets = torch.tensor([0, *accumulate(map(len, scores))])
         flat = torch.tensor([score for of_response in scores for score in of_response], dtype=torch.float64)
-        values = reduce_steps(flat, offsets, reduction).tolist()
+        values = reduce_steps(flat, offsets, cast(Reduction, reduction)).tolist()
         reduced = [value if of_response else None for value, of_response in zip(values, scores, strict=True)]
     for response, score in zip(responses, reduced, strict=True):
         response.score = score

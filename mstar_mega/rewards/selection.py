@@ -13,6 +13,7 @@ import torch
 
 from mstar_mega.config import SelectionConfig, SelectionRule
 from mstar_mega.data.types import CheckReasoning, Group, Response
+from mstar_mega.functions import is_path, load, number
 from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.selection import select_topk
 
@@ -84,6 +85,8 @@ def choose_responses(
     says whose reasoning is right; only ``right_reasoning`` asks it. Raises ValueError for responses that are not judged
     or, where the rule needs it, not scored, and for ``right_reasoning`` without ``check``.
     """
+    if is_path(config.rule):
+        return [_by_function(group, config, rng_seed) for group in groups]
     if config.rule not in get_args(SelectionRule):
         raise ValueError(f"selection.rule is {config.rule!r}; it must be one of {', '.join(get_args(SelectionRule))}")
     ids = [group.query.id for group in groups]
@@ -112,6 +115,50 @@ def choose_responses(
         for of, id in zip(ordered, ids, strict=True)
     ]
     return _best(ordered, scores, config.k)
+
+
+def _by_function(group: Group, config: SelectionConfig, rng_seed: int) -> list[Response]:
+    """What a function of the user's selects of one query's responses."""
+    chosen = load("selection.rule", config.rule)(group, config, rng_seed)
+    known = {id(response) for response in group.responses}
+    try:
+        selected = list(chosen)
+    except TypeError:
+        selected = [chosen]
+    if any(id(each) not in known for each in selected) or len({id(each) for each in selected}) != len(selected):
+        raise ValueError(
+            f"selection.rule {config.rule} returned {str(chosen)[:60]} for query {group.query.id}: it must return some "
+            "of group.responses, each once"
+        )
+    return selected
+
+
+def weight_of(group: Group, response: Response, config: SelectionConfig) -> float:
+    """What a selected response counts in the loss (``selection.weight``).
+
+    Raises ValueError where the reward or the process score that it asks for is missing, and where a function of the
+    user's returns no finite number.
+    """
+    if config.weight == "none":
+        return 1.0
+    if config.weight == "reward":
+        return float(is_correct(response, group.query.id)) if response.reward is None else response.reward
+    if config.weight == "score":
+        return process_score(response, group.query.id)
+    path = config.weight
+    return number("selection.weight", path, load("selection.weight", path)(group.query, response))
+
+
+def uses_scores(config: SelectionConfig) -> bool:
+    """Whether the selection reads process scores. A function of the user's does, unless it says
+    ``function.needs_scores = False``."""
+    paths = {"selection.rule": config.rule, "selection.weight": config.weight}
+    asking = [load(setting, path) for setting, path in paths.items() if is_path(path)]
+    return (
+        config.rule in SCORED_RULES
+        or config.weight == "score"
+        or any(getattr(function, "needs_scores", True) for function in asking)
+    )
 
 
 def _eligible(group: Group, distinct: bool) -> list[Response]:

@@ -40,6 +40,8 @@ class TrainGroup:
     """PRM training: per response, the index one past each step's last token."""
     step_labels: list[list[float]] | None = None
     """PRM training: per response, the labels of those steps in [0, 1]."""
+    weights: list[float] | None = None
+    """What each response counts in the loss; below 0 it is made less likely. None: 1 for each."""
 
     def only(self, numbers: Sequence[int]) -> TrainGroup:
         """The same query with the responses at these places."""
@@ -47,7 +49,8 @@ class TrainGroup:
             return self
         ends = self.step_ends and [self.step_ends[i] for i in numbers]
         labels = self.step_labels and [self.step_labels[i] for i in numbers]
-        return TrainGroup(self.query, [self.responses[i] for i in numbers], ends, labels)
+        weights = self.weights and [self.weights[i] for i in numbers]
+        return TrainGroup(self.query, [self.responses[i] for i in numbers], ends, labels, weights)
 
 
 @dataclass
@@ -282,19 +285,32 @@ def _microbatch(
     responses = [group.responses for group in groups]
     packed = pack([prompt for _, prompt in parts], responses, multiple, regimes)
     tokens = sum(_size(group, prompt) for group, prompt in parts)
+    own = None
+    if any(group.weights is not None for group in groups):
+        own = [weight for group in groups for weight in group.weights or [1.0] * len(group.responses)]
     if groups[0].step_ends is None:
-        weight, count = _weights([len(response) for of_group in responses for response in of_group], loss_mean)
+        weight, count = _weights([len(response) for of_group in responses for response in of_group], loss_mean, own)
         return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses), weight, count), tokens)
     steps = step_index(packed, responses, [group.step_ends or [] for group in groups])
     labels = [labels for group in groups for labels in group.step_labels or []]
-    weight, count = _weights([len(of_response) for of_response in labels], loss_mean)
+    weight, count = _weights([len(of_response) for of_response in labels], loss_mean, own)
     label = torch.tensor([label for of_response in labels for label in of_response])
     return Microbatch(packed, StepLoss(steps, label, weight, count), tokens)
 
 
-def _weights(counts: Sequence[int], loss_mean: LossMean) -> tuple[Tensor | None, int]:
-    """Weight of each token or step of responses that have so many, and what their weighted sum is divided by."""
-    if loss_mean == "token":
+def _weights(counts: Sequence[int], loss_mean: LossMean, own: Sequence[float] | None) -> tuple[Tensor | None, int]:
+    """Weight of each token or step of responses that have so many, and what their weighted sum is divided by.
+
+    ``own``: the responses' weights. What is divided by does not depend on them: with negative ones among them their sum
+    may be 0.
+    """
+    if loss_mean == "token" and own is None:
         return None, sum(counts)
-    weights = [torch.full((count,), 1.0 / count) for count in counts if count]
-    return torch.cat(weights) if weights else None, len(weights)
+    by_token = loss_mean == "token"
+    own = own or [1.0] * len(counts)
+    weights = [
+        torch.full((count,), weight / (1 if by_token else count))
+        for count, weight in zip(counts, own, strict=True)
+        if count
+    ]
+    return torch.cat(weights) if weights else None, sum(counts) if by_token else len(weights)

@@ -1,7 +1,8 @@
 """Settings from YAML files and the command line to a :class:`~mstar_mega.config.Config`, and back.
 
-Files given with ``--config`` are read first, in their order; ``--dotted.name value`` on the command line comes on top,
-wherever it stands. A mistake is a ValueError of one line that names the setting, where it stands, and what is possible.
+Files, or names of shipped configs, given with ``--config`` are read first, in their order; ``--dotted.name value`` on
+the command line comes on top, wherever it stands. A mistake is a ValueError of one line that names the setting, where
+it stands, and what is possible.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import jsonargparse
 import yaml
 
 from mstar_mega.config import Config
+from mstar_mega.functions import CONTRACTS, named_by_user
 from mstar_mega.platform.inputs import read_input
-from mstar_mega.settings_tree import field_docs, flatten, leaves, shown
-from mstar_mega.settings_yaml import MOST_BYTES, read_yaml
+from mstar_mega.settings.shipped import config_file
+from mstar_mega.settings.tree import field_docs, flatten, leaves, shown
+from mstar_mega.settings.yaml_files import MOST_BYTES, read_yaml
 
 CONFIG_FILE = "config.yaml"
 """In a run directory: its settings, resolved."""
@@ -60,14 +63,25 @@ def parse(
     if base is not None:
         parser.set_defaults(flatten(base))
     for file in files:
-        parser.set_defaults(_typed(parser, _read(Path(file)), f"in {file}"))
+        path = config_file(file)
+        given = _typed(parser, _read(path), f"in {file}")
+        if not _is_written_by_a_run(path):
+            named_by_user(given)
+        parser.set_defaults(given)
     if wants_help:
         parser.parse_args(["--help"])
     try:
         values = parser.parse_args(overrides)
     except jsonargparse.ArgumentError as error:
         raise ValueError(_explain(str(error), "on the command line")) from None
+    given_here = {override[2:].partition("=")[0] for override in overrides}
+    named_by_user({name: values[name] for name in given_here & set(CONTRACTS)})
     return _build(Config(), "", values, "on the command line")
+
+
+def _is_written_by_a_run(path: Path) -> bool:
+    """Whether a settings file is a run's own, and so no word of the user's: functions that it names do not run."""
+    return path.name == CONFIG_FILE and read_input(path, MOST_BYTES).endswith(END_OF_FILE.encode())
 
 
 def load(path: str | Path) -> Config:
@@ -110,9 +124,10 @@ def _parser(prog: str, description: str | None) -> jsonargparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
-        metavar="FILE",
+        metavar="FILE or NAME",
         default=jsonargparse.SUPPRESS,
-        help="YAML file of settings; the command line goes over it",
+        help="YAML file of settings, or the name of one that comes with the program (mstar init --help lists them); "
+        "the command line goes over it",
     )
     docs = field_docs()
     sections = {field.name: field.type for field in dataclasses.fields(Config)}

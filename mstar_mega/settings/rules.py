@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mstar_mega.config import Config
-from mstar_mega.settings_tree import flatten, shown
+from mstar_mega.config import (
+    Config,
+    DataName,
+    Reduction,
+    RewardName,
+    SelectionRule,
+    TemperatureMode,
+    TemplateName,
+    WeightName,
+)
+from mstar_mega.functions import is_path
+from mstar_mega.settings.tree import flatten, shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,15 @@ _DECAY = _Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
 _TEXT = _Rule("a text that is not empty", lambda x: bool(x.strip()))
 _NOT_EMPTY = _Rule("a text that is not empty", lambda x: bool(x))
 _GRID = _Rule("a list of at least one temperature above 0", lambda x: bool(x) and all(map(_POSITIVE.holds, x)))
+
+
+def _named(names: Any) -> _Rule:
+    known = typing.get_args(names)
+    return _Rule(
+        f"one of {', '.join(known)}, or a function's path as in my/file.py:function (docs/functions.md)",
+        lambda x: x in known or is_path(x),
+    )
+
 
 RESETTING = ("iterative_rft", "rest_em")
 """Methods that reset the optimizer between iterations by themselves (``recipe/method.py``)."""
@@ -78,7 +98,7 @@ _NAMES_OF_RULE = (
         prompts.ratio
         """,
     ),
-    (_SHARE, "generation.top_p evolve.interval optimizer.decay_share data.labelled_share"),
+    (_SHARE, "reward.threshold generation.top_p evolve.interval optimizer.decay_share data.labelled_share"),
     (_UNIT, "selection.threshold prompts.mixin"),
     (_INSIDE_UNIT, "annotate.held_out"),
     (_DECAY, "optimizer.beta1 optimizer.beta2"),
@@ -88,6 +108,13 @@ _NAMES_OF_RULE = (
         run.dir model.family model.size model.checkpoint prm.checkpoint data.dir data.path data.images data.warmup_file
         """,
     ),
+    (_named(DataName), "data.name"),
+    (_named(TemplateName), "data.template"),
+    (_named(RewardName), "reward.function"),
+    (_named(Reduction), "prm.reduction"),
+    (_named(SelectionRule), "selection.rule"),
+    (_named(WeightName), "selection.weight"),
+    (_named(TemperatureMode), "temperature.mode"),
     (_NOT_EMPTY, "prm.good_token prm.bad_token prm.step_mark"),
     (_GRID, "temperature.grid"),
 )
@@ -120,6 +147,8 @@ def _validate_pairs(config: Config) -> None:
         wanted = getattr(config.data, name)
         if config.data.name == "digits" and wanted is not None and wanted > MOST_MADE:
             raise ValueError(f"data.{name} is {wanted}: the built-in task makes at most {MOST_MADE:,} of a kind")
+    if config.data.name == "digits" and config.data.template is not None:
+        raise ValueError("data.template is set, and the questions of data.name digits come ready: leave it out")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:

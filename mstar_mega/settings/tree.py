@@ -1,4 +1,4 @@
-"""The settings of ``config.py`` one by one: names, types, defaults and docs, as ``--help`` and the checks need them."""
+"""The settings of ``config/`` one by one: names, types, defaults and docs, as ``--help`` and the checks need them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import ast
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mstar_mega import config as config_module
 from mstar_mega.config import Config
 
 
@@ -27,7 +27,7 @@ class Leaf:
 
 @functools.cache
 def leaves() -> tuple[Leaf, ...]:
-    """Every setting of the tree, in the order of ``config.py``."""
+    """Every setting of the tree, in the order of ``Config``."""
     return tuple(_walk(Config(), "", field_docs()))
 
 
@@ -47,11 +47,21 @@ def _walk(node: Any, prefix: str, docs: Mapping[tuple[str, str], str]) -> Iterat
             yield Leaf(prefix + field.name, hints[field.name], value, doc)
 
 
+def _nodes(node: Any) -> Iterator[Any]:
+    """The tree's dataclasses."""
+    yield node
+    for field in dataclasses.fields(node):
+        if dataclasses.is_dataclass(child := getattr(node, field.name)):
+            yield from _nodes(child)
+
+
 @functools.cache
 def field_docs() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field; (class, "") -> the class docstring."""
     docs: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    modules = {type(node).__module__: None for node in _nodes(Config())}
+    parsed = [ast.parse(inspect.getsource(sys.modules[name])) for name in modules]
+    for node in [node for module in parsed for node in module.body]:
         if not isinstance(node, ast.ClassDef):
             continue
         docs[node.name, ""] = ast.get_docstring(node) or ""

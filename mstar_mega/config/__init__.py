@@ -1,4 +1,4 @@
-"""Every setting of a run, as one typed tree. Defaults stand here and nowhere else.
+"""Every setting of a run, as one typed tree. Defaults stand in this package and nowhere else.
 
 The defaults are the paper's final recipe (arXiv 2412.17451). Where the paper is silent the field's comment says so and
 the value is our documented choice. Small or large runs override them in ``examples/configs/*.yaml`` or on the command
@@ -10,6 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mstar_mega.config.data import DataConfig, DataName, TemplateName
+from mstar_mega.config.engine import GenerationConfig, KernelsConfig
+from mstar_mega.config.measuring import BenchmarkConfig, EvaluationConfig, ReportConfig
+
+__all__ = [
+    "AnnotateConfig", "BenchmarkConfig", "Config", "DataConfig", "DataName", "EvaluationConfig", "EvolveConfig",
+    "GenerationConfig", "KernelsConfig", "LossMean", "Method", "ModelConfig", "OptimizerConfig", "PRMConfig",
+    "ParallelConfig", "PromptsConfig", "Reduction", "ReportConfig", "RewardConfig", "RewardName", "RunConfig",
+    "SelectionConfig", "SelectionRule", "TemperatureConfig", "TemperatureMode", "TemplateName", "WarmupConfig",
+    "WeightName",
+]  # fmt: skip
+
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
 SelectionRule = Literal[
     "top_k", "top_k_above", "threshold", "likelihood", "random_k", "all_correct", "right_reasoning"
@@ -17,6 +29,9 @@ SelectionRule = Literal[
 Reduction = Literal["min", "prod", "mean", "last"]
 LossMean = Literal["token", "response"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
+RewardName = Literal["answer"]
+WeightName = Literal["none", "reward", "score"]
+# Settings of these kinds take a function of the user's too: ``module:function`` (mstar_mega/functions.py).
 
 
 @dataclass
@@ -58,52 +73,6 @@ class ModelConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     """Recompute each transformer layer in the backward pass instead of storing its activations."""
-
-
-@dataclass
-class DataConfig:
-    """The queries. ``digits`` is the built-in task, ``mathv360k`` any file in MathV360K's shape (docs/data.md)."""
-
-    name: Literal["digits", "mathv360k", "easy_vqa"] = "digits"
-    path: str | None = None
-    """The training file (mathv360k): a JSON list or JSON lines of {id, image, conversations}."""
-    images: str | None = None
-    """Folder that the image paths begin in; None: the folder of ``data.path``."""
-    warmup_file: str | None = None
-    """Written-out chains of thought for the warm-up, JSON lines of {id, response}: one's own, or the set that
-    ``mstar warmup-data`` makes. None: those that come with the data (mathv360k has none)."""
-    dir: str | None = None
-    """Where images that are made and indices of files are written; None: ``<run.dir>/data``."""
-    warmup_examples: int | None = 2000
-    """Questions with a written-out chain of thought, for the warm-up: at most so many of a file; null: all."""
-    labelled_queries: int | None = 2048
-    """At most so many of a set on disk; null: all."""
-    unlabelled_queries: int | None = 512
-    """Questions whose answers are hidden from training (prompt variation, paper section 5); null: all."""
-    labelled_share: float = 0.5
-    """Of the pictures of a mathv360k file that is labelled (the paper: half); the others' answers are hidden from
-    training. 1: all, and the test queries are set aside from them too."""
-    validation_queries: int = 250
-    test_queries: int = 750
-    bad_rows: Literal["skip", "refuse"] = "skip"
-    """What becomes of unusable rows of a set on disk: left out, counted and listed, or the job refuses the file."""
-    max_prompt_tokens: int = 16_384
-    """A query of a set on disk with a longer prompt, image included, is left out like an unusable row, and so is one
-    that the model's context does not hold together with generation.max_new_tokens."""
-    conflicts: Literal["drop", "first"] = "drop"
-    """Which of the rows that answer one question about one image differently is used: none, or the first."""
-    workers: int = 2
-    """Threads per rank that decode images ahead of the device; 0: none."""
-    prefetch_mb: int = 1024
-    """Most memory per rank for decoded images that wait, in MiB."""
-    picture_rotation: Literal["exif", "none"] = "exif"
-    """Turn pictures as their EXIF data say, as every viewer does; none: as the policies' original code reads them."""
-    picture_transparency: Literal["white", "drop"] = "white"
-    """What lies behind transparent pictures; drop: ignore transparency, as the original code does."""
-    picture_depth: Literal["scale", "clip"] = "scale"
-    """Gray of 16 bits, 32 bits or floats is scaled to 8 bits; clip: above 255 is white, as in the original code."""
-    instruct: bool = True
-    """Ask for step-by-step reasons by the set's instruction (``mstar_mega/data/prompts.py``)."""
 
 
 @dataclass
@@ -182,8 +151,8 @@ class PRMConfig:
     labels: Literal["hard", "soft"] = "hard"
     """hard: 1 if any continuation reaches the gold answer; soft: the share that does."""
     freeze_vision: bool = True
-    reduction: Reduction = "min"
-    """How step scores become the response's process score."""
+    reduction: Reduction | str = "min"
+    """How step scores become the response's process score; or a function of your own (docs/functions.md)."""
     checkpoint: str | None = None
     """A PRM from outside, instead of annotating and training one: another run's directory, or a converted checkpoint
     (``mstar convert``). It may be of another family than the policy, with its own tokenizer and image preprocessing.
@@ -226,15 +195,26 @@ class EvolveConfig:
 
 
 @dataclass
+class RewardConfig:
+    """The answer reward: which responses count as correct."""
+
+    function: RewardName | str = "answer"
+    """answer: the response's answer equals the gold one (docs/answers.md). Or a function of your own, graded from 0
+    to 1 (docs/functions.md)."""
+    threshold: float = 1.0
+    """For a function of your own: a response counts as correct from this reward on."""
+
+
+@dataclass
 class SelectionConfig:
     """Which correct responses are trained on (paper section 4, operator H)."""
 
-    rule: SelectionRule = "top_k"
+    rule: SelectionRule | str = "top_k"
     """Of a query's correct responses, top_k: the k of highest process score; threshold: all above the threshold;
     top_k_above: the k best of those; likelihood: the k of highest mean log-probability per token by the policy that
     drew them, at their sampling temperature (needs no PRM); random_k; all_correct. right_reasoning is no method
     but the ceiling of them all, for analysis only: random k of those whose reasoning the task's own program says is
-    right, where the task has one."""
+    right, where the task has one. Or a function of your own (docs/functions.md), which sees all responses."""
     k: int = 2
     """For all but threshold and all_correct."""
     threshold: float = 0.5
@@ -243,6 +223,10 @@ class SelectionConfig:
     distinct: bool = False
     """Count responses of a query with the same tokens once: in the selection, in Reward-Pass@K and in the Pass@K of
     random responses beside it (the paper is silent)."""
+    weight: WeightName | str = "none"
+    """What a selected response counts in the loss: none, all the same; reward, its answer reward; score, its process
+    score; or a function of your own (docs/functions.md). Below 0 it is made less likely. The loss is divided by the
+    number of tokens (responses), not by the sum of weights."""
 
 
 @dataclass
@@ -263,7 +247,8 @@ class PromptsConfig:
 class TemperatureConfig:
     """Sampling temperature of the training rollouts (paper section 6.3, automatic balancing)."""
 
-    mode: TemperatureMode = "reward_pass_at_k"
+    mode: TemperatureMode | str = "reward_pass_at_k"
+    """What a sweep goes by; or a function of your own (docs/functions.md)."""
     value: float = 1.0
     """The temperature when mode is fixed, and the one in use before the first sweep."""
     grid: list[float] = field(default_factory=lambda: [round(0.3 + 0.1 * i, 1) for i in range(14)])
@@ -281,106 +266,6 @@ class TemperatureConfig:
 
 
 @dataclass
-class GenerationConfig:
-    """The coupled generation engine."""
-
-    max_new_tokens: int = 512
-    top_k: int = 0
-    """0: off."""
-    top_p: float = 1.0
-    prefill_tokens: int = 16_384
-    """Most prompt tokens in one prefill batch."""
-    slots: int = 512
-    """Responses decoded at once on one rank."""
-    queries_per_block: int = 64
-    """Queries whose responses are written to disk together: what a killed run loses at most, per rank."""
-    log_prob_gap_limit: float | None = None
-    """Stop where a token's log-prob differs by more between generating and training; None: 1e-3 in float32, 0.5 in
-    bfloat16, where one token in a thousand may."""
-    log_prob_gap_queries: int = 8
-    """Queries per iteration and model copy whose responses are scored again by the training forward; 0: none."""
-
-
-@dataclass
-class KernelsConfig:
-    """Fused kernels of ``mstar_mega/kernels``. Each switch set to false leaves one to its plain PyTorch definition."""
-
-    backend: Literal["auto", "triton", "interpreter", "torch"] = "auto"
-    """auto: Triton on CUDA, plain PyTorch on the CPU. interpreter: Triton's own, for tests (TRITON_INTERPRET=1)."""
-    chunk_mb: int = 1024
-    """Most MiB of logits, and of what is computed from them, that exist at once in training and scoring. In training a
-    quarter of the rows is the most in any case."""
-    linear_logprob: bool = True
-    """Log-probabilities straight from hidden states, in chunks; false: from whole logits."""
-    linear_cross_entropy: bool = True
-    """The SFT loss takes its gradient chunk by chunk in the forward; false: through log-probabilities."""
-    vocab_parallel_logprob: bool = True
-    """Log-probabilities from given logits."""
-    sampling: bool = True
-    step_scores: bool = True
-    """PRM scores at step ends, and the reduction over steps."""
-    selection: bool = True
-    """The best correct responses, for all queries at once."""
-    norms: bool = True
-    attention: bool = True
-    """Attention of many responses to one prompt, in training and scoring."""
-    decode: bool = True
-    """What a decode step does between its matrix products, attention included."""
-
-
-@dataclass
-class EvaluationConfig:
-    """Accuracy and exploration measures, on validation and test queries."""
-
-    k: int = 16
-    """K of Pass@K (temperature 1)."""
-    reward_k: int = 2
-    """K of Reward-Pass@K."""
-    every: int = 1
-    """Iterations between validation measurements; 0: only at the start and the end."""
-    test_every: int = 1
-    """Iterations between measurements of test accuracy; 0: only of the warm-up policy and at the end."""
-
-
-@dataclass
-class BenchmarkConfig:
-    """How the predictions on a benchmark are scored (`mstar score`, `mstar evaluate --benchmark`)."""
-
-    rules: Literal["official", "vlmevalkit", "reward"] = "official"
-    """official: the benchmark's own authors' rules; vlmevalkit: that toolkit's; reward: extraction and comparison of
-    the answer reward in training."""
-    integers: Literal["today", "2023"] = "today"
-    """MathVista's integer rule: today "18.0" is 18, in the files published in 2023 it is no answer."""
-    gold: Literal["file", "table"] = "file"
-    """M3CoT: table takes A for social-commonsense-1274, as its published table does and its files do not."""
-    ignore_empty: bool = False
-    """MathVista: an empty extraction is no answer, instead of the choice with the fewest edits."""
-    reduced: bool = False
-    """Without the perception categories: MMStar-R, MMBench-R."""
-    marker: bool = False
-    """Show the rules only what follows a response's last '# Answer' heading, where it has one."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What becomes of unusable rows of the benchmark's file; left out ones are counted and listed."""
-    predictions: Literal["count", "refuse"] = "count"
-    """What becomes of missing (wrong), repeated (the first counts) and unknown (ignored) predictions: counted and
-    listed, or refused."""
-    without_image: Literal["refuse", "ask"] = "refuse"
-    """Questions whose image cannot be had when a policy is asked: refused, or asked without it and counted."""
-    responses: int = 1
-    """Responses per question; 1: greedy."""
-    temperature: float = 1.0
-    """Of more than one response."""
-
-
-@dataclass
-class ReportConfig:
-    """What a person looks at."""
-
-    samples_per_iteration: int = 12
-    """Queries per iteration in the report's browser."""
-
-
-@dataclass
 class Config:
     """The whole tree. ``config.yaml`` in a run directory is one of these, resolved."""
 
@@ -394,6 +279,7 @@ class Config:
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     prm: PRMConfig = field(default_factory=PRMConfig)
     evolve: EvolveConfig = field(default_factory=EvolveConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
