@@ -51,6 +51,10 @@ def everything(group, settings, seed):
     return group.responses
 
 
+def first_two(group, settings, seed):
+    return group.responses[:2]
+
+
 def half_away(query, response):
     return 1.0 if response.correct else -0.25
 
@@ -302,10 +306,11 @@ def arguments(mine: str, named: Mapping[str, str]) -> Sequence[str]:
 def test_a_whole_job_with_a_function_for_everything(mine: str, tmp_path: Path) -> None:
     """On two ranks. The log names them; a resume is the same run; a changed file is not."""
     named = {
-        "data.name": "read", "reward.function": "closeness", "selection.rule": "everything",
+        "data.name": "read", "reward.function": "closeness", "selection.rule": "first_two",
         "selection.weight": "half_away", "prm.reduction": "second_worst", "temperature.mode": "variety",
     }  # fmt: skip
-    given = [*arguments(mine, named), "--reward.threshold=0.5"]
+    small = ["--evolve.epochs=1", "--evolve.optimizer.batch_size=16", "--evolve.interval=1"]
+    given = [*arguments(mine, named), "--reward.threshold=0.5", *small]
     said = finish(tmp_path / "run", 2, *given)
     assert "report:" in said
     blocks = [read_groups(path) for path in sorted((tmp_path / "run/rollouts/iteration_0001").glob("block_*"))]
@@ -315,7 +320,7 @@ def test_a_whole_job_with_a_function_for_everything(mine: str, tmp_path: Path) -
     assert all(r.correct == (r.reward is not None and r.reward >= 0.5) for r in responses)
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     selected = [event["selected"] for event in events if event["event"] == "selection"]
-    assert selected[0] == len(responses), "the rule takes everything"
+    assert selected[0] == 2 * sum(len(groups) for groups in blocks), "of each query two, right or wrong"
     again = Job(tmp_path / "run", 1, *given)
     assert again.wait() == 0 and "everything is done already" in again.output
     looked = Job(tmp_path / "run", 1, "--selection.k=2")
