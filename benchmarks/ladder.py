@@ -7,7 +7,9 @@
 A run is an ordinary run directory under ``--dir``. Runs of one seed start from one warm-up policy, one set of step
 labels and one PRM (the run ``base``), sample the same number of training responses (but for those that say otherwise)
 and are measured on the same test questions, which no training and no setting has seen. Work goes seed by seed, the most
-telling rows first, and results are written after every run. A run that fails is named and left; the others go on.
+telling rows first. After every run the results are written, and what came of it is kept in
+``benchmarks/results/ladder_runs.json``: with that the ladder goes on where the runs themselves are gone. A run that fails
+is named and left; the others go on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from ladder_results import tables, write_results
+from ladder_results import RESULTS, tables, write_results
 from ladder_rows import BY_NAME, DEFAULT_SEEDS, Row
 from ladder_runs import Ladder
 
@@ -94,7 +96,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one process with one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
-    ladder = Ladder(Path(options.dir).resolve(), options.config)
+    ladder = Ladder(Path(options.dir).resolve(), options.config, RESULTS / "ladder_runs.json")
     ladder.directory.mkdir(parents=True, exist_ok=True)
     failures = []
     if not options.report:

@@ -19,7 +19,7 @@ from typing import Any
 from ladder import work
 from ladder_results import RESULTS, commits, mean_and_error
 from ladder_rows import BY_NAME, Row
-from ladder_runs import Ladder
+from ladder_runs import Ladder, read_answers
 
 from mstar_mega.platform.files import write_text_atomic
 
@@ -27,13 +27,13 @@ SEEDS = [51]
 COMMON = ("--data.validation_queries=1500", "--data.test_queries=100", "--evaluation.k=2")
 """Many questions and few samples of each: it is the greedy answer that counts."""
 RATES = {
-    "continuous_25": (1e-5, 2e-5, 4e-5, 1e-4, 3e-4),
-    "iterative_rft": (1e-5, 2e-5, 4e-5, 1e-4, 3e-4),
-    "rest_em": (1e-5, 2e-5, 4e-5, 1e-4, 3e-4),
-    "random_2": (1e-5, 2e-5, 4e-5, 1e-4),
-    "top_2": (1e-5, 2e-5, 4e-5, 1e-4),
-    "sft_warmup": (1e-5, 4e-5, 1e-4, 3e-4, 1e-3),
-    "sft": (3e-4, 1.2e-3, 3e-3),
+    "iterative_rft": (1e-5, 4e-5, 1e-4, 3e-4, 1e-3),
+    "rest_em": (1e-5, 4e-5, 1e-4, 3e-4, 1e-3),
+    "sft_warmup": (1e-5, 4e-5, 3e-4),
+    "sft": (3e-4, 1.2e-3),
+    "continuous_25": (1e-5, 4e-5, 1e-4),
+    "random_2": (1e-5, 4e-5, 1e-4),
+    "top_2": (1e-5, 4e-5, 1e-4),
 }
 PASSES = {"sft_warmup": (2, 8), "sft": (8, 24)}
 """Passes over the labelled queries, of methods that generate nothing; the others' number is the budget."""
@@ -63,8 +63,10 @@ def collect(ladder: Ladder) -> dict[str, Any]:
     for row, (method, rate, passes) in candidates().items():
         seeds = ladder.finished_seeds(row)
         if seeds:
-            scores = [100 * statistics.mean(ladder.answers(row, seed, "validation").values()) for seed in seeds]
-            starts += [start for seed in seeds for start in ladder.made_by(row, seed)]
+            scores = [
+                100 * statistics.mean(read_answers(ladder.run(row.name, seed), "validation").values()) for seed in seeds
+            ]
+            starts += [start for seed in seeds for start in ladder.starts(row, seed)]
             found.append(
                 {"method": method, "rate": rate, "passes": passes, "seeds": seeds, "accuracy": mean_and_error(scores)}
             )
@@ -88,7 +90,7 @@ def main() -> int:
     parser.add_argument("--config", default="examples/configs/ladder.yaml")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    ladder = Ladder(Path(options.dir).resolve(), options.config, COMMON)
+    ladder = Ladder(Path(options.dir).resolve(), options.config, Path(options.dir) / "outcomes.json", COMMON)
     ladder.directory.mkdir(parents=True, exist_ok=True)
     failures = work(ladder, list(candidates()), SEEDS, options.jobs, write)
     write(ladder)

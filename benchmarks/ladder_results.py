@@ -45,11 +45,11 @@ def compare(ladder: Ladder, row: Row, reference: Row) -> dict[str, Any] | None:
     seeds = sorted({*ladder.finished_seeds(row)} & {*ladder.finished_seeds(reference)})
     gaps = []
     for seed in seeds:
-        own, other = ladder.answers(row, seed), ladder.answers(reference, seed)
-        if own.keys() != other.keys():
+        own, other = ladder.outcome(row, seed), ladder.outcome(reference, seed)
+        if (own.questions, own.count) != (other.questions, other.count):
             runs = " and ".join(ladder.run(each.name, seed).name for each in (row, reference))
             raise ValueError(f"{runs} were measured on different questions: they do not belong into one ladder")
-        gaps.append([100.0 * (own[id] - other[id]) for id in own])
+        gaps.append([100.0 * (mine - theirs) for mine, theirs in zip(own.answers(), other.answers(), strict=True)])
     if row is reference or not gaps:
         return None
     difference, error = paired(gaps)
@@ -58,17 +58,18 @@ def compare(ladder: Ladder, row: Row, reference: Row) -> dict[str, Any] | None:
 
 def result(ladder: Ladder, row: Row, seeds: list[int]) -> dict[str, Any]:
     """What a row came to over the seeds that are finished. Accuracies and differences are in percent."""
-    costs = [ladder.costs(row, seed) for seed in seeds]
+    outcomes = [ladder.outcome(row, seed) for seed in seeds]
+    costs = [outcome.costs for outcome in outcomes]
     pair = compare(ladder, row, BY_NAME[row.reference]) or {}
     return {
         "name": row.name,
         "words": row.words,
         "seeds": seeds,
-        "accuracy": mean_and_error([100 * statistics.mean(ladder.answers(row, seed).values()) for seed in seeds]),
+        "accuracy": mean_and_error([100 * statistics.mean(outcome.answers()) for outcome in outcomes]),
         "paired": {"reference": row.reference, "difference": pair.get("difference"), "stderr": pair.get("stderr")},
         **{name: round(statistics.mean(cost[name] for cost in costs)) for name in costs[0]},
         "paper": None if row.paper is None else {"mathv360k": row.paper[0], "mathvista": row.paper[1]},
-        "commits": commits([start for seed in seeds for start in ladder.made_by(row, seed)]),
+        "commits": commits([start for outcome in outcomes for start in outcome.made_by]),
     }
 
 
@@ -80,7 +81,7 @@ def commits(starts: list[dict[str, Any]]) -> list[str]:
 def collect(ladder: Ladder) -> dict[str, Any]:
     """Everything that is finished, by whichever start. ``commit`` and ``date``: of the newest run."""
     finished = {row: seeds for row in ROWS if (seeds := ladder.finished_seeds(row))}
-    starts = [start for row, seeds in finished.items() for seed in seeds for start in ladder.made_by(row, seed)]
+    starts = [start for row, seeds in finished.items() for seed in seeds for start in ladder.outcome(row, seed).made_by]
     newest = max(starts, key=lambda start: str(start["date"]), default={**present_code(), "date": None})
     pairs = {(row.name, row.reference): None for row in ROWS} | {(q.row, q.reference): None for q in QUESTIONS}
     compared = [compare(ladder, BY_NAME[row], BY_NAME[reference]) for row, reference in pairs]
@@ -138,22 +139,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _side(difference: float, error: float) -> int:
+    """1 or -1 for a difference beyond two standard errors, 0 for one that may be chance."""
+    return 0 if abs(difference) <= 2 * error else 1 if difference > 0 else -1
+
+
 def answers(results: dict[str, Any]) -> str:
     """A line for each question that can be answered yet."""
     lines = [
-        "| question | compared | seeds | difference | wanted | beyond two standard errors |",
-        "|---|---|---|---|---|---|",
+        "| question | compared | seeds | difference | beyond two standard errors | wanted | as wanted |",
+        "|---|---|---|---|---|---|---|",
     ]
     found = {(pair["row"], pair["reference"]): pair for pair in results["comparisons"]}
     for question in QUESTIONS:
         pair = found.get((question.row, question.reference))
         if pair is not None:
             gap = f"{pair['difference']:+.1f}{_plus(pair['stderr'])}"
-            beyond = abs(pair["difference"]) > 2 * pair["stderr"]
-            verdict = "no" if not beyond else "yes, above" if pair["difference"] > 0 else "yes, below"
+            side = _side(pair["difference"], pair["stderr"])
+            beyond = {1: "yes, above", 0: "no", -1: "yes, below"}[side]
+            holds = {"above": side > 0, "not below": side >= 0}.get(question.wanted)
+            verdict = "" if holds is None else "yes" if holds else "no"
             compared = f"`{question.row}` − `{question.reference}`"
             seeds = len(pair["seeds"])
-            lines.append(f"| {question.words} | {compared} | {seeds} | {gap} | {question.wanted} | {verdict} |")
+            lines.append(
+                f"| {question.words} | {compared} | {seeds} | {gap} | {beyond} | {question.wanted} | {verdict} |"
+            )
     return "\n".join(lines)
 
 

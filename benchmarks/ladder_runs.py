@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ladder_rows import BY_NAME, Row
 
 from mstar_mega import settings
@@ -26,6 +28,7 @@ from mstar_mega.recipe.intervals import iterations_per_pass
 from mstar_mega.recipe.method import needs_prm, resolve_method
 from mstar_mega.report.accounting import generated
 from mstar_mega.report.run import load_run
+from mstar_mega.settings.shipped import config_file
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = "made_by.json"
@@ -89,15 +92,42 @@ def present_code() -> dict[str, Any]:
     return {"commit": commit or "unknown", "changed": bool(git("status", "--porcelain", "--", *CODE))}
 
 
-@cache
-def _answers(run: Path, split: str) -> dict[str, bool]:
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a finished run: enough for every table, for good, in a few hundred bytes."""
+
+    settings: str
+    """Digest of what the ladder sets for the row: an outcome stands for runs of these settings alone."""
+    questions: str
+    """Digest of the questions' names, in order."""
+    count: int
+    right: str
+    """Of the last policy, whether each greedy answer is right: ``count`` bits in hexadecimal, the first one highest."""
+    costs: dict[str, int]
+    made_by: list[dict[str, Any]]
+
+    def answers(self) -> list[bool]:
+        """By question, in order."""
+        return [bit == "1" for bit in f"{int(self.right, 16):0{self.count}b}"]
+
+
+def digest(text: str) -> str:
+    """Short, and other for other texts."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_answers(run: Path, split: str) -> dict[str, bool]:
+    """By question of a split, whether the last policy's greedy answer is right."""
     newest = sorted(run.glob(f"rollouts/evaluation_*_{split}_greedy"))[-1]
     groups = [group for block in sorted(newest.glob("block_*.jsonl")) for group in read_groups(block)]
     return {group.query.id: bool(group.responses[0].correct) for group in groups}
 
 
-@cache
-def _costs(run: Path, is_warmup: bool) -> dict[str, int]:
+def read_costs(run: Path, is_warmup: bool) -> dict[str, int]:
+    """Training responses, generated tokens of all but measurements, and optimizer steps behind the warm-up's.
+
+    ``evaluation_tokens``: those that the measurements generated, the warm-up policy's included.
+    """
     phases = generated(load_run(run))
     costs = {"responses": 0, "tokens": 0, "evaluation_tokens": phases["evaluate"]["tokens"], "steps": 0}
     if is_warmup:
@@ -120,6 +150,8 @@ class Ladder:
 
     directory: Path
     config: str
+    outcomes: Path
+    """File with what came of every finished run: a ladder goes on from it where the runs themselves are gone."""
     common: tuple[str, ...] = ()
     """Settings of every run, the base's included."""
 
@@ -142,8 +174,8 @@ class Ladder:
             for name in row.tokens_of:
                 if not self.is_finished(BY_NAME[name], seed):
                     raise ValueError(f"{row.name} needs the finished run {self.run(name, seed).name} first")
-            most, own = (self.costs(BY_NAME[name], seed)["tokens"] for name in row.tokens_of)
-            evolve = settings.load(self.run(row.tokens_of[1], seed)).evolve
+            most, own = (self.outcome(BY_NAME[name], seed).costs["tokens"] for name in row.tokens_of)
+            evolve = settings.parse(self.arguments(row.name, seed, row.settings)).evolve
             per_pass = iterations_per_pass(resolve_method(evolve).interval)
             passes = round(evolve.passes * most / own * per_pass) / per_pass
             return *row.settings, f"--evolve.passes={passes}"
@@ -190,26 +222,64 @@ class Ladder:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
     def is_finished(self, row: Row, seed: int) -> bool:
+        """Whether there is the run, or its outcome by the present settings in ``outcomes``."""
+        return self._is_there(row, seed) or self._kept(row, seed) is not None
+
+    def _is_there(self, row: Row, seed: int) -> bool:
         return (self.run(row.name, seed) / ("done" if row.name == "warmup" else "summary.json")).exists()
 
+    def _kept(self, row: Row, seed: int) -> Outcome | None:
+        kept = _read_outcomes(self.outcomes).get(self.run(row.name, seed).name)
+        return kept if kept is not None and kept.settings == self.digest_of_settings(row) else None
+
+    def digest_of_settings(self, row: Row) -> str:
+        """Digest of what the ladder sets for a row: its config, whatever the comments, and the row's own.
+
+        A later version's defaults are not among it: the commits of a run tell those.
+        """
+        content = yaml.safe_load(config_file(self.config).read_text())
+        del content["run"]
+        return digest(json.dumps([content, self.common, row.settings, row.mixin, row.tokens_of], sort_keys=True))
+
     def finished_seeds(self, row: Row) -> list[int]:
-        """Every seed of which the row has a finished run, whichever start made it."""
+        """Every seed of which the row is finished, whichever start made it."""
         prefix = self.run(row.name, 0).name[:-1]
-        seeds = [path.name.removeprefix(prefix) for path in self.directory.glob(f"{prefix}*") if path.is_dir()]
+        names = {path.name for path in self.directory.glob(f"{prefix}*") if path.is_dir()}
+        names |= {name for name in _read_outcomes(self.outcomes) if name.startswith(prefix)}
+        seeds = [name.removeprefix(prefix) for name in names]
         return sorted(seed for seed in map(int, filter(str.isdecimal, seeds)) if self.is_finished(row, seed))
 
-    def made_by(self, row: Row, seed: int) -> list[dict[str, Any]]:
+    def starts(self, row: Row, seed: int) -> list[dict[str, Any]]:
         """The code that made the row's run, its base's included."""
         paths = {self.run(name, seed) / MADE_BY: None for name in ("base", row.name)}
         return [start for path in paths if path.exists() for start in json.loads(path.read_text())]
 
-    def answers(self, row: Row, seed: int, split: str = "test") -> dict[str, bool]:
-        """By question of a split, whether the last policy's greedy answer is right."""
-        return _answers(self.run(row.name, seed), split)
+    def outcome(self, row: Row, seed: int) -> Outcome:
+        """What came of a finished run; it is kept in ``outcomes``, and there even where the run is gone."""
+        name = self.run(row.name, seed).name
+        if not self._is_there(row, seed):
+            kept = self._kept(row, seed)
+            assert kept is not None, "finished"
+            return kept
+        found = _read_outcome(self.run(row.name, seed), row.name == "warmup", self.digest_of_settings(row))
+        found = replace(found, made_by=self.starts(row, seed))
+        kept_all = _read_outcomes(self.outcomes)
+        if kept_all.get(name) != found:
+            lines = {key: json.dumps(asdict(value)) for key, value in sorted({**kept_all, name: found}.items())}
+            body = ",\n".join(f"{json.dumps(key)}: {line}" for key, line in lines.items())
+            write_text_atomic(self.outcomes, f"{{\n{body}\n}}\n")
+            _read_outcomes.cache_clear()
+        return found
 
-    def costs(self, row: Row, seed: int) -> dict[str, int]:
-        """Training responses, generated tokens of all but measurements, and optimizer steps behind the warm-up's.
 
-        ``evaluation_tokens``: those that the measurements generated, the warm-up policy's included.
-        """
-        return _costs(self.run(row.name, seed), row.name == "warmup")
+@cache
+def _read_outcome(run: Path, is_warmup: bool, settings_digest: str) -> Outcome:
+    answers = read_answers(run, "test")
+    bits = "".join("01"[right] for right in answers.values())
+    questions = digest("\n".join(answers))
+    return Outcome(settings_digest, questions, len(bits), f"{int(bits, 2):x}", read_costs(run, is_warmup), [])
+
+
+@cache
+def _read_outcomes(path: Path) -> dict[str, Outcome]:
+    return {name: Outcome(**kept) for name, kept in json.loads(path.read_text()).items()} if path.exists() else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data.records import write_groups
 from mstar_mega.settings.rules import validate
+from mstar_mega.settings.shipped import config_file
 
 LADDER_YAML = "examples/configs/ladder.yaml"
 
@@ -58,7 +60,7 @@ def test_every_row_and_question_names_rows_that_there_are_and_settings_that_this
     names = {row.reference for row in ROWS} | {name for q in QUESTIONS for name in (q.row, q.reference)}
     names |= {name for row in ROWS for name in row.tokens_of or ()}
     assert names <= set(BY_NAME)
-    place = Ladder(tmp_path, LADDER_YAML)
+    place = Ladder(tmp_path, LADDER_YAML, tmp_path / "outcomes.json")
     assert all(ladder.is_known(row, place) for row in ROWS)
     for row in ROWS:
         if row.mixin is not None:  # the config has unlabelled prompts enough
@@ -112,7 +114,7 @@ def finished(place: Ladder, name: str, seed: int, right: list[bool], commit: str
 @pytest.fixture
 def place(tmp_path: Path) -> Ladder:
     """Two seeds of top_2, of random_2 and of top_2_above, one of likelihood_2."""
-    made = Ladder(tmp_path / "ladder", LADDER_YAML)
+    made = Ladder(tmp_path / "ladder", LADDER_YAML, tmp_path / "outcomes.json")
     for seed in (1, 3):
         finished(made, "top_2", seed, [True, True, True, False])
         finished(made, "random_2", seed, [True, seed == 1, False, False], "b" * 40)
@@ -146,6 +148,21 @@ def test_results_compare_the_last_policies_over_the_seeds_that_both_have(place: 
     assert "`top_2` − `likelihood_2` | 1 | -25.0 ± " in text and "`aaaaaaaaaaaa`, `bbbbbbbbbbbb+`" in text
 
 
+def test_what_came_of_a_run_is_kept_where_the_run_is_gone(place: Ladder, tmp_path: Path) -> None:
+    before = ladder_results.collect(place)
+    shutil.rmtree(place.directory)
+    place.directory.mkdir()
+    assert ladder_results.collect(place) == before
+    assert place.is_finished(BY_NAME["top_2"], 3) and not place.is_finished(BY_NAME["top_2"], 2)
+    finished(place, "likelihood_2", 1, [False] * 4)  # a new run joins the kept ones
+    pairs = {(pair["row"], pair["reference"]): pair for pair in ladder_results.collect(place)["comparisons"]}
+    assert pairs["likelihood_2", "random_2"]["seeds"] == [1, 3]
+    other = tmp_path / "other.yaml"
+    other.write_text(config_file(LADDER_YAML).read_text().replace("passes: 2 ", "passes: 3 "))
+    elsewhere = Ladder(tmp_path / "nothing", str(other), place.outcomes)
+    assert not ladder_results.collect(elsewhere)["rows"], "what other settings gave does not count"
+
+
 def test_runs_of_different_questions_are_not_compared(place: Ladder) -> None:
     finished(place, "likelihood_2", 1, [True] * 5)
     with pytest.raises(ValueError, match="likelihood_2_1 .*measured on different questions"):
@@ -163,7 +180,7 @@ def test_more_passes_until_as_many_tokens_are_generated(place: Ladder) -> None:
 def test_a_failed_run_is_told_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place, began = Ladder(tmp_path, LADDER_YAML), []
+    place, began = Ladder(tmp_path, LADDER_YAML, tmp_path / "outcomes.json"), []
 
     def launch(self: Ladder, command: str, name: str, seed: int, more: tuple[str, ...]) -> None:
         began.append((name, seed))
@@ -209,7 +226,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(
 
 
 def test_other_settings_do_not_mix_with_the_base_that_is_there(tmp_path: Path) -> None:
-    place = Ladder(tmp_path, LADDER_YAML)
+    place = Ladder(tmp_path, LADDER_YAML, tmp_path / "outcomes.json")
     base = place.run("base", 1)
     base.mkdir()
     (base / "done").touch()
@@ -269,7 +286,7 @@ def write_validation(run: Path, right: int, of: int) -> None:
 
 
 def test_the_rates_are_chosen_on_validation_and_none_of_the_ladders_seeds(tmp_path: Path) -> None:
-    place = Ladder(tmp_path, LADDER_YAML, ladder_rates.COMMON)
+    place = Ladder(tmp_path, LADDER_YAML, tmp_path / "outcomes.json", ladder_rates.COMMON)
     rows = ladder_rates.candidates()
     assert len({row.name for row in rows}) == len(rows) and not {*ladder_rates.SEEDS} & {*ladder.DEFAULT_SEEDS}
     assert all(ladder.is_known(row, place) for row in rows)
