@@ -26,11 +26,11 @@ from mstar_mega.kernels import (
     attend,
     decode_attention,
     decode_layer,
+    draw,
     linear_stats,
     norms,
     process_scores,
     row_stats,
-    sampling,
     selection,
     top_p,
 )
@@ -107,20 +107,25 @@ def _log_prob_cases() -> Iterator[Case]:
         types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
         name = f"log-prob gradient, {dtype} to {out}"
         yield Case(name, row_stats.row_grad_kernel, types, constants, warps, wide=True)
-    types = "*fp32 *u8 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32! fp32"
-    for name, greedy, ban, floored, ties in (
-        ("ban", False, True, False, False),
-        ("ban, top-k", False, True, True, False),
-        ("ban, top-p", False, True, True, True),
-        ("greedy", True, False, False, False),
-    ):
-        constants = {"BLOCK": sampling.BLOCK, "GREEDY": greedy, "BAN": ban, "FLOORED": floored, "TIES": ties}
-        yield Case(f"sampling, {name}", sampling.sample_kernel, types, constants, {"num_warps": sampling.WARPS})
+    types = "*fp32 *u8 *fp32 *i64 *i64 *fp64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32!"
+    for name, ban, floored, ties in (
+        ("no bans", False, False, False), ("ban", True, False, False), ("ban, top-k", True, True, False),
+        ("ban, top-p", True, True, True),
+    ):  # fmt: skip
+        constants = {"BLOCK": draw.BLOCK, "BAN": ban, "FLOORED": floored, "TIES": ties}
+        yield Case(f"sampling, {name}", draw.sample_kernel, types, constants, {"num_warps": draw.WARPS})
+    constants = {"SPLITS": 64, "NARROWED": True}
+    yield Case("draw, merge", draw.merge_kernel, "*fp32 *i64 *fp32 *fp32 *fp64 i32", constants, {"num_warps": 1})
+    yield Case("draw, conclude", draw.conclude_kernel, "*fp64 *fp64 i32", {"RANKS": 8}, {"num_warps": 1})
+    constants, types = {"BLOCK": draw.ROWS}, "*i64 *i64 *i64 *i64 *fp64 *i64 *i64 *i64 *fp64 i32"
+    yield Case("draw, begin", draw.begin_kernel, types, constants, {"num_warps": 4})
+    types = "*i64 *fp64 *i64 *i64 i32 i32"
+    yield Case("draw, advance", draw.advance_kernel, types, constants, {"num_warps": 4})
     constants, warps = {"BLOCK": 8 * top_p.BLOCK, "BAN": True}, {"num_warps": top_p.WARPS}
     types = "*fp32 *u8 *fp32 i32! i32 i32!"
     yield Case("top-p, highest logit", top_p.top_p_highest_kernel, types, constants, warps)
     constants = {"BLOCK": top_p.BLOCK, "BAN": True, "TOP_K": True}
-    types = "*fp32 *u8 *fp32 *fp32 *i64 *i64 i32! i32 i32! fp32 i32"
+    types = "*fp32 *u8 *fp32 *fp32 *fp32 *i64 *i64 i32! i32 i32! i32"
     yield Case("top-p, sums by four bits", top_p.top_p_sums_kernel, types, constants, warps)
     types, constants = "*i64 *i64 *i64 *i64 i32", {"PARTS": top_p.PARTS}
     yield Case("top-p, choose four bits", top_p.top_p_descend_kernel, types, constants, {"num_warps": 4})

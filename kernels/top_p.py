@@ -60,7 +60,7 @@ def top_p_kept(
     logits: Tensor,
     *,
     top_p: float,
-    temperature: float,
+    temperature: float | Tensor,
     allowed: Tensor | None,
     floor: Tensor | None,
     valid: int,
@@ -72,14 +72,14 @@ def top_p_kept(
     Args:
         logits: [B, V_local] of any float dtype, columns contiguous.
         top_p: below 1.
-        temperature: above 0.
+        temperature: above 0, or 0 for 1. float64 [B]: of each row.
         allowed: uint8 [V_local], 0 at banned ids; None allows all.
         floor: float32 [B]: lower logits are not allowed (top-k); None allows all.
         valid: columns from this one on do not exist.
         split: how Triton cuts the slice into parts; None for plain PyTorch (one part).
         group: the ranks that hold the other slices; None where the vocabulary is whole.
     """
-    scale = _steps_per_logit(temperature)
+    scale = _steps_per_logit(temperature, logits)
     if split is None:
         z = allowed_logits(logits, allowed, valid)
         if floor is not None:
@@ -108,13 +108,13 @@ def allowed_logits(logits: Tensor, allowed: Tensor | None, valid: int) -> Tensor
     return z if allowed is None else z.masked_fill(allowed[:valid] == 0, float("-inf"))
 
 
-def weights(z: Tensor, highest: Tensor, scale: float) -> Tensor:
-    """w of the formula: int64 [B, V] of float32 logits [B, V] and highest logits [B].
+def weights(z: Tensor, highest: Tensor, scale: Tensor) -> Tensor:
+    """w of the formula: int64 [B, V] of float32 logits [B, V], highest logits [B] and steps per logit [B].
 
     The difference and its product with ``scale`` are rounded to float32 one after the other, which every device does
     alike; all that follows is integer.
     """
-    steps = (highest[:, None] - z).mul_(scale).clamp_(max=_FARTHEST).to(torch.int64)
+    steps = (highest[:, None] - z).mul_(scale[:, None]).clamp_(max=_FARTHEST).to(torch.int64)
     fraction = steps & ((1 << _FRACTION) - 1)
     power = torch.full_like(steps, _EXP2[0])
     for coefficient in _EXP2[1:]:
@@ -122,10 +122,12 @@ def weights(z: Tensor, highest: Tensor, scale: float) -> Tensor:
     return (power << 10) >> (steps >> _FRACTION)
 
 
-def _steps_per_logit(temperature: float) -> float:
-    """Powers of two per logit, in steps of 2^-24, as float32 rounds it."""
-    steps = min((1 << _FRACTION) / (temperature * math.log(2)), 3e38)
-    return torch.tensor(steps, dtype=torch.float32, device="cpu").item()
+def _steps_per_logit(temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """Powers of two per logit, in steps of 2^-24, as float32 [B] rounds it."""
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((logits.size(0),), temperature, dtype=torch.float64, device=logits.device)
+    t = torch.where(temperature == 0, 1.0, temperature)
+    return ((1 << _FRACTION) / (t * math.log(2))).clamp(max=3e38).float()
 
 
 def _needed(total: Tensor, top_p: float) -> Tensor:
@@ -186,7 +188,7 @@ def _descend(mass: Tensor, needed: Tensor, found: Tensor, above: Tensor) -> None
 
 
 def _search(
-    sums: Sums, highest: Tensor, scale: float, low: int, top_p: float, triton: bool, group: ProcessGroup | None
+    sums: Sums, highest: Tensor, scale: Tensor, low: int, top_p: float, triton: bool, group: ProcessGroup | None
 ) -> Kept:
     """Find the last kept id's logit, four bits at a time, and how many of its equals stay."""
     found, above = torch.zeros(2, highest.numel(), dtype=torch.int64, device=highest.device)
@@ -245,7 +247,7 @@ def top_p_highest_kernel(Z, ALLOWED, HIGHEST, stride, valid, span, BLOCK: tl.con
 
 @jit(varying=("place",))
 def top_p_sums_kernel(  # type: ignore[no-untyped-def]
-    Z, ALLOWED, FLOOR, HIGHEST, FOUND, MASS, stride, valid, span, scale, place,
+    Z, ALLOWED, FLOOR, HIGHEST, SCALE, FOUND, MASS, stride, valid, span, place,
     BLOCK: tl.constexpr, BAN: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """One program: columns [split * span, ...) of one row. MASS: [B, splits, 16]. Weights as in :func:`weights`."""
@@ -253,6 +255,7 @@ def top_p_sums_kernel(  # type: ignore[no-untyped-def]
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, valid)
     highest = tl.load(HIGHEST + row)
+    scale = tl.load(SCALE + row)
     found = (tl.load(FOUND + row) << 4).to(tl.uint32)
     floor = -float("inf")
     if TOP_K:
@@ -316,7 +319,7 @@ def _sums_triton(
     allowed: Tensor | None,
     floor: Tensor | None,
     highest: Tensor,
-    scale: float,
+    scale: Tensor,
     valid: int,
     split: Split,
 ) -> Sums:
@@ -326,8 +329,8 @@ def _sums_triton(
         mass = torch.empty(B, splits, BINS, dtype=torch.int64, device=logits.device)
         if B:
             top_p_sums_kernel[(B, splits)](
-                logits, mass if allowed is None else allowed, highest if floor is None else floor, highest, found, mass,
-                logits.stride(0), valid, span, scale, place,
+                logits, mass if allowed is None else allowed, highest if floor is None else floor, highest, scale,
+                found, mass, logits.stride(0), valid, span, place,
                 BLOCK=BLOCK, BAN=allowed is not None, TOP_K=floor is not None, num_warps=WARPS,
             )  # fmt: skip
         return mass

@@ -118,7 +118,7 @@ def test_the_edge_between_two_ids_is_exact_and_one_column_is_kept() -> None:
 def test_weights_are_exponentials(temperature: float) -> None:
     z = torch.cat([16 * randn(4, 500, seed=7), torch.full((4, 1), -torch.inf, device=DEVICE)], dim=1)
     highest = z.amax(dim=1)
-    got = weights(z, highest, _steps_per_logit(temperature)).double() / 2**40
+    got = weights(z, highest, _steps_per_logit(temperature, z)).double() / 2**40
     wanted = torch.exp((z - highest[:, None]).double() / temperature)
     assert (got.amax(dim=1) == 1).all() and (got[:, -1] == 0).all()
     error = 2e-8 + 2**-23 * (wanted.log().abs().clamp(max=60) + 1)  # and what float32 loses in the exponent
@@ -132,7 +132,7 @@ def test_weights_are_exponentials(temperature: float) -> None:
 def test_the_search_of_sorted_slices_ends_where_the_definition_does(dtype: torch.dtype) -> None:
     z = torch.cat([rows(dtype=dtype), rows(dtype=dtype).flip(1) * 0.3])
     z[-1] = -torch.inf
-    full, scale = z.float(), _steps_per_logit(0.8)
+    full, scale = z.float(), _steps_per_logit(0.8, z)
     highest = full.amax(dim=1).nan_to_num(neginf=0.0)
     w = weights(full, highest, scale)
     for share in (1e-9, 0.3, 0.5, 0.95, 1 - 1e-7):
@@ -144,7 +144,7 @@ def test_the_search_of_sorted_slices_ends_where_the_definition_does(dtype: torch
 
 def test_triton_adds_up_the_same_integers() -> None:
     for dtype, place, top in ((torch.float32, 28, 0.0), (torch.float32, 20, 1.5), (torch.bfloat16, 16, -1.0)):
-        z, scale = randn(2, 700, seed=8).to(dtype), _steps_per_logit(0.7)
+        z, scale = randn(2, 700, seed=8).to(dtype), _steps_per_logit(0.7, torch.zeros(2, 1, device=DEVICE))
         floor, allowed = torch.full((2,), -1.2, device=DEVICE), (randn(700, seed=9) > -1).to(torch.uint8)
         highest = z.float().amax(dim=1)
         found = _ordered(torch.full((2, 1), top, device=DEVICE)).squeeze(1) >> (place + 4)

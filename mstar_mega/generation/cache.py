@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mstar_mega.models.attention import GroupPlan, KeyValues
-from mstar_mega.models.decoder import Cache
+from mstar_mega.models.decoder import Cache, aligned
 from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.devices import to_device
 
 
 @dataclass
@@ -87,6 +88,7 @@ class CacheManager:
         self.layers = [layer.layer_number for layer in model.language.decoder.layers]
         self.cache = Cache({}, {})
         dtype = model.config.params_dtype
+        own = aligned(limit)
 
         def pair(*shape: int) -> KeyValues:
             # Zeros: padding is multiplied by weights of 0, and must not be NaN.
@@ -95,7 +97,7 @@ class CacheManager:
 
         for n in self.layers:
             self.cache.prefix[n] = pair(self.slab.tokens * self.heads * self.channels)
-            self.cache.own[n] = pair(slots, self.heads, limit, self.channels)
+            self.cache.own[n] = pair(slots, self.heads, own, self.channels)
 
     def admit(self, request: int, length: int, samples: int) -> bool:
         """Find a place for a request's prompt; False when there is none now."""
@@ -104,13 +106,14 @@ class CacheManager:
             self.entries[request] = Entry(*place, length, samples)
         return place is not None
 
-    def finish(self, request: int) -> None:
-        """One of the request's samples is finished; the last one's end frees the prompt."""
+    def finish(self, request: int) -> bool:
+        """One of the request's samples is finished; the last one's end frees the prompt. Whether it was the last."""
         entry = self.entries[request]
         entry.unfinished -= 1
         if not entry.unfinished:
             self.slab.release(entry.start, entry.capacity)
             del self.entries[request]
+        return not entry.unfinished
 
     def store_prompts(self, plan: GroupPlan, requests: list[int]) -> None:
         """Put a prefill's prompts (its groups are these requests) where they were admitted."""
@@ -122,8 +125,8 @@ class CacheManager:
         to = place[:, 0] * self.heads + head * place[:, 1] + token
         there = (token < place[:, 2]).expand(to.shape).flatten()
         device = plan.prompt_index.device
-        source = None if bool(there.all()) else there.nonzero().flatten().to(device)
-        to = to.flatten()[there].to(device)
+        source = None if bool(there.all()) else to_device(there.nonzero().flatten().tolist(), device)
+        to = to_device(to.flatten()[there].tolist(), device)
         for layer, kv in plan.prompts.items():
             slab = self.cache.prefix[layer]
             for cached, new in ((slab.k, kv.k), (slab.v, kv.v)):
@@ -133,7 +136,7 @@ class CacheManager:
 
     def store_starts(self, plan: GroupPlan, rows: list[int], slots: list[int], length: int) -> None:
         """Copy the beginnings of prefilled drafts (rows of ``plan.responses``) to slots; ``length``: of the longest."""
-        source, to = (torch.tensor(x, device=plan.prompt_index.device) for x in (rows, slots))
+        source, to = to_device([rows, slots], plan.prompt_index.device)
         for layer, kv in plan.responses.items():
             own = self.cache.own[layer]
             own.k[to, :, :length] = kv.k[source, :, :length]

@@ -2,12 +2,14 @@
 
 Slots never move. A step runs over rows, each naming its slot; the rows and what they read are lists of fixed places
 that the host fills when samples come or go. Between two such moments a step depends on nothing that the host knows.
+Where the kernels run, steps come in **buckets** of rows, filled up with rows that are none: within a bucket every step
+is the same launches on the same addresses, so that it is recorded once and replayed (``replay.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,13 +17,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mstar_mega.generation.cache import CacheManager, Entry, group_table
-from mstar_mega.kernels.decode_attention import PlainReading, Reading, fits, work_items
-from mstar_mega.kernels.noise import counters
-from mstar_mega.kernels.sampling import sample_with_logprob
+from mstar_mega.generation.drawing import Drawer, Drawing
+from mstar_mega.generation.replay import Replay
+from mstar_mega.kernels.decode_attention import FIELDS, PlainReading, Reading, fits, work_items
+from mstar_mega.kernels.draw import Slots
 from mstar_mega.models.attention import bias_from_mask
-from mstar_mega.models.decoder import Decoder, StepInput
-from mstar_mega.models.inference import from_last_stage
+from mstar_mega.models.decoder import Decoder, StepInput, aligned
 from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.devices import Readback, to_device
 
 _PARTS = 8
 """Most parts that the attention to one prompt is computed in."""
@@ -33,70 +36,101 @@ def kernels_fit(model: LMM, device: torch.device) -> bool:
     return fits(queries)
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    banned: Tensor
-    seed: int
+def buckets(rows: int) -> list[int]:
+    """Numbers of rows that steps run over, ascending: powers of two, from 16 on also those half way between."""
+    sizes = {min(size, rows) for n in range(rows.bit_length() + 1) for size in (1 << n, (1 << n) + (1 << n) // 2)}
+    return sorted(size for size in sizes if size in (1, 2, 4, 8, rows) or size >= 16)
 
 
 class Runner:
     """State of up to ``slots`` running samples on this rank's device."""
 
     def __init__(
-        self, model: LMM, cache: CacheManager, slots: int, positions: int, drawing: Drawing, device: torch.device
+        self, model: LMM, cache: CacheManager, slots: int, positions: int, drawing: Drawing, replay: Replay
     ) -> None:
         """``positions``: tokens of the longest sequence."""
-        self.model, self.cache, self.drawing, self.slots = model, cache, drawing, slots
+        device = next(model.parameters()).device
+        self.model, self.cache, self.device = model, cache, device
         self.fused = kernels_fit(model, device)
         self.decoder = Decoder(model, slots, positions, _PARTS if self.fused else 1, device)
-        # One place more than there are slots: rows that are none write there.
-        state = torch.zeros(4, slots + 1, dtype=torch.int64, device=device)
-        self.length, self.prompt_length, self.key, self.token = state
+        self.slots = Slots.of(slots, device)
+        self.drawer = Drawer(model, self.slots, drawing, slots, device)
+        self._hot: set[float] = set()
         self._plain: PlainReading | None = None
-        self._rows = torch.empty(0, dtype=torch.int64, device=device)
-        self._reading = Reading(self._rows, self.length, *[self._rows] * 4)
-        self.device = device
+        self._rows = to_device([], device)
+        self._lists = torch.zeros(3 * slots + 1 + FIELDS * _PARTS * slots if self.fused else 0, dtype=torch.int64, device=device)  # fmt: skip
+        self._buckets, self._replay = buckets(slots), replay
+        self._steps: dict[int, Callable[[], None]] = {}
+        """By bucket."""
+        self._bucket = self._count = 0
 
-    def start(self, slots: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], keys: Sequence[int]) -> None:
-        """New samples: own tokens given, prompt tokens and noise key of each."""
-        index = self._to_device(slots)
-        for state, values in ((self.length, lengths), (self.prompt_length, prompts), (self.key, keys)):
-            state[index] = self._to_device(values)
+    def start(
+        self, slots: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], keys: Sequence[int],
+        temperatures: Sequence[float],
+    ) -> None:  # fmt: skip
+        """New samples: own tokens given, prompt tokens, noise key and temperature of each."""
+        numbers = to_device([slots, lengths, prompts, keys], self.device)
+        index = numbers[0]
+        for state, values in zip((self.slots.length, self.slots.prompt_length, self.slots.key), numbers[1:], strict=True):
+            state[index] = values
+        self.slots.temperature[index] = to_device(temperatures, self.device, torch.float64)
+        self._hot |= set(temperatures)
+        self.drawer.temperature = next(iter(self._hot)) if len(self._hot) == 1 else None
+
+    def first(self, slots: Sequence[int], hidden: Tensor | None) -> Readback:
+        """Draw the first tokens of new samples from hidden rows of their prefill (last stage). See :meth:`step`."""
+        rows = to_device(slots, self.device)
+        self.drawer.begin(rows)
+        return Readback(self.drawer.draw(rows, hidden))
 
     def run_over(self, slots: list[int], entries: Sequence[Entry]) -> None:
         """From now on steps run over these slots (ascending), whose prompts are ``entries``."""
-        self._rows = self._to_device(slots)
-        if self.fused:
-            self._reading = self._lists(entries)
+        self._count = len(slots)
+        if not self.fused:
+            self._rows = to_device(slots, self.device)
+            self._plain = self._plain_lists(slots, entries)
             return
-        self._reading.rows = self._rows
-        capacity = entries[0].capacity
-        live = {entry.start // capacity: entry for entry in entries}
-        used = max(live) + 1
-        dense = 2 * len(live) > used
-        number = {place: place if dense else i for i, place in enumerate(live)}
-        groups = used if dense else len(live)
-        lengths = torch.zeros(groups, dtype=torch.int64)
-        for place, entry in live.items():
-            lengths[number[place]] = entry.length
-        of_row = torch.tensor([number[entry.start // capacity] for entry in entries])
-        bias = bias_from_mask(torch.arange(int(lengths.max())) < lengths[:, None])
-        table, column = group_table(of_row, groups)
-        last = slots[-1] + 1
-        packed = 2 * len(slots) > last
-        self._plain = PlainReading(
-            table.to(self.device), column.to(self.device), slice(0, used) if dense else self._to_device(list(live)),
-            capacity, bias.to(self.device), slice(0, last) if packed else self._rows,
-            self._rows if packed and last > len(slots) else None, bias,
-        )  # fmt: skip
+        self._bucket = next(size for size in self._buckets if size >= len(slots))
+        if self._bucket not in self._steps:
+            self._fill([], [])  # recording runs it: over rows that are none
+            self._steps[self._bucket] = self._replay.record(partial(self._step, self._bucket))
+        self._fill(slots, entries)
 
-    def _lists(self, entries: Sequence[Entry]) -> Reading:
-        """What the kernels read for rows of these prompts."""
+    def step(self, longest: int) -> Readback:
+        """Feed every row its newest token and draw the next one; ``longest``: most own tokens.
+
+        Returns:
+            float64 [2, rows]: tokens and their log-probabilities, in the order of :meth:`run_over`'s slots.
+        """
+        if self.fused:
+            self._steps[self._bucket]()
+            return Readback(self.drawer._drawn[: 2 * self._bucket].view(2, -1)[:, : self._count])
+        plain, rows = self._plain, self._rows
+        assert plain is not None
+        lengths = self.slots.length.index_select(0, rows)
+        plain.own_bias = bias_from_mask(torch.arange(aligned(longest), device=self.device) < lengths[:, None])
+        reading = Reading(rows, self.slots.length, rows, rows, rows, rows)
+        fed = self.drawer.begin(rows)
+        hidden = self._hidden(StepInput(fed, self.slots.prompt_length, reading, plain), rows.numel())
+        return Readback(self.drawer.draw(rows, hidden))
+
+    # -- where the kernels run ---------------------------------------------------------------------------------------
+
+    def _step(self, bucket: int) -> None:
+        """One step over the first ``bucket`` rows of the lists: fixed places, no host."""
+        reading = self._reading(bucket)
+        fed = self.drawer.begin(reading.rows)
+        hidden = self._hidden(StepInput(fed, self.slots.prompt_length, reading, None), bucket)
+        self.drawer.draw(reading.rows, hidden)
+
+    def _reading(self, bucket: int) -> Reading:
+        slots = self.slots.count
+        rows, parts, members = (self._lists[i * slots : i * slots + bucket] for i in range(3))
+        number, work = self._lists[3 * slots : 3 * slots + 1], self._lists[3 * slots + 1 :].view(-1, FIELDS)
+        return Reading(rows, self.slots.length, members, parts, work, number)
+
+    def _fill(self, slots: list[int], entries: Sequence[Entry]) -> None:
+        """What the kernels read for these slots, in one copy."""
         of_prompt: dict[int, list[int]] = {}
         prompts: dict[int, tuple[int, int, int]] = {}
         for row, entry in enumerate(entries):
@@ -110,17 +144,34 @@ class Runner:
             for row in rows:
                 parts[row] = cut
         members = [row for rows in of_prompt.values() for row in rows]
-        lists = (members, parts, work, [len(work)])
-        return Reading(self._rows, self.length, *(torch.tensor(x, device=self.device) for x in lists))
+        none = self.slots.count - len(slots)
+        numbers = [*slots, *[self.slots.count] * none, *parts, *[0] * none, *members, *[0] * none, len(work)]
+        numbers += [number for item in work for number in item]
+        self._lists[: len(numbers)].copy_(to_device(numbers, self.device))
 
-    def step(self, longest: int) -> Tensor:
-        """Feed every row its newest token and draw the next one; ``longest``: most own tokens. See :meth:`draw`."""
-        rows, plain = self._rows, self._plain
-        if plain is not None:
-            lengths = self.length.index_select(0, rows)
-            plain.own_bias = bias_from_mask(torch.arange(longest, device=self.device) < lengths[:, None])
-        step = StepInput(self.token.index_select(0, rows), self.prompt_length, self._reading, plain)
-        return self.draw(rows, self._hidden(step, rows.numel()))
+    # -- plain PyTorch -----------------------------------------------------------------------------------------------
+
+    def _plain_lists(self, slots: list[int], entries: Sequence[Entry]) -> PlainReading:
+        capacity = entries[0].capacity
+        live = {entry.start // capacity: entry for entry in entries}
+        used = max(live) + 1
+        dense = 2 * len(live) > used
+        number = {place: place if dense else i for i, place in enumerate(live)}
+        groups = used if dense else len(live)
+        lengths = torch.zeros(groups, dtype=torch.int64, device="cpu")
+        for place, entry in live.items():
+            lengths[number[place]] = entry.length
+        of_row = torch.tensor([number[entry.start // capacity] for entry in entries], device="cpu")
+        keys = torch.arange(aligned(int(lengths.max())), device="cpu")
+        table, column = group_table(of_row, groups)
+        last = slots[-1] + 1
+        packed = 2 * len(slots) > last
+        return PlainReading(
+            table.to(self.device), column.to(self.device),
+            slice(0, used) if dense else to_device(list(live), self.device), capacity,
+            bias_from_mask(keys < lengths[:, None]).to(self.device), slice(0, last) if packed else self._rows,
+            self._rows if packed and last > len(slots) else None, self._rows,
+        )  # fmt: skip
 
     def _hidden(self, step: StepInput, B: int) -> Tensor | None:
         """[B, hidden] on the last stage."""
@@ -135,33 +186,3 @@ class Runner:
             return hidden
         dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
         return None
-
-    def draw(self, rows: Tensor, hidden: Tensor | None) -> Tensor:
-        """Draw the next token of some slots (int64 [B]) from hidden rows, which the last stage has.
-
-        Returns:
-            float64 [2, B]: tokens and their log-probabilities; the slots' state is moved on.
-        """
-        drawn = torch.empty(2, rows.numel(), dtype=torch.float64, device=self.device)
-        lengths = self.length.index_select(0, rows)
-        if hidden is not None:
-            how = self.drawing
-            sampled = sample_with_logprob(
-                self.model.logits(hidden),
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                banned=how.banned,
-                seed=how.seed,
-                counters=counters(self.key.index_select(0, rows), lengths),
-                valid_vocab=self.model.size.vocab,
-                group=self.model.tensor_group,
-            )
-            drawn[0], drawn[1] = sampled.token, sampled.log_prob
-        drawn = from_last_stage(drawn)
-        self.token[rows] = drawn[0].long()
-        self.length[rows] = lengths + 1
-        return drawn
-
-    def _to_device(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -21,6 +21,21 @@ from mstar_mega.models.attention import KeyValues
 from mstar_mega.models.lmm import LMM
 
 
+LEAST_ROWS = 32
+"""Rows of every product in plain PyTorch: one of few rows is rounded differently from one of many (MKL's), and what a
+sample is must not depend on its company."""
+
+
+def at_least(x: Tensor, rows: int = LEAST_ROWS) -> Tensor:
+    """[B, K] with rows of zeros behind, where there are fewer."""
+    return x if x.size(0) >= rows else torch.nn.functional.pad(x, (0, 0, 0, rows - x.size(0)))
+
+
+def aligned(length: int) -> int:
+    """Keys that plain PyTorch pads to: sums over them are the same whatever the padding, for the same reason."""
+    return max(LEAST_ROWS, -(-length // 16) * 16)
+
+
 @dataclass
 class Cache:
     """Keys and values of this stage's layers, by layer number: prompts in a slab, own tokens in rows."""
@@ -73,15 +88,18 @@ class Decoder:
         dtype = model.config.params_dtype
         self.cos, self.sin = model.rope.table(positions, dtype, device)
         self._ranks = torch.arange(self.key_heads, device=device)
+        self.fused = parts > 1
 
         def scratch(width: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.empty(capacity, width, dtype=of, device=device)
+            return torch.zeros(max(capacity, LEAST_ROWS), width, dtype=of, device=device)
 
         attended, ffn = self.heads * self.channels, size.ffn // ranks
         self.x, self.normed, self.delta = (scratch(size.hidden) for _ in range(3))
         self.qkv = scratch(attended + 2 * self.key_heads * self.channels)
         self.q, self.attended = scratch(attended), scratch(attended)
         self.h, self.gated = scratch(2 * ffn), scratch(ffn)
+        self.local = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.held, self.below = torch.zeros(2, capacity, dtype=torch.bool, device=device)
         self.parts = torch.empty(parts * capacity * attended, device=device)
         self.lse = torch.empty(parts * capacity * self.heads, device=device)
 
@@ -92,9 +110,13 @@ class Decoder:
         if self.group.size() == 1:
             return torch.index_select(table.weight, 0, tokens, out=x)
         # Every rank takes the rows that it holds, the others add zeros.
-        local = tokens - table.vocab_start_index
-        held = (local >= 0) & (local < table.weight.size(0))
-        torch.index_select(table.weight, 0, local.mul_(held), out=x)
+        B = tokens.numel()
+        local, held, below = self.local[:B], self.held[:B], self.below[:B]
+        torch.sub(tokens, table.vocab_start_index, out=local)
+        torch.ge(local, 0, out=held)
+        torch.lt(local, table.weight.size(0), out=below)
+        local.mul_(held.logical_and_(below))
+        torch.index_select(table.weight, 0, local, out=x)
         x.mul_(held[:, None])
         dist.all_reduce(x, group=self.group)
         return x
@@ -113,17 +135,17 @@ class Decoder:
         delta: Tensor | None = None
         for layer in self.layers:
             y = add_rms_norm(x, delta, layer.norm1, self.eps, self.normed[:B])
-            qkv = torch.mm(y, layer.qkv, out=self.qkv[:B]).view(B, self.key_heads, -1, self.channels)
+            qkv = self._product(y, layer.qkv, self.qkv).view(B, self.key_heads, -1, self.channels)
             own_cache = cache.own[layer.number]
             q = rotate_and_store(
                 qkv, cos, sin, step.reading.rows, step.reading.length, step.prompt_length, own_cache.k, own_cache.v, at,
                 self.q[:B].view(B, self.heads, self.channels),
             )  # fmt: skip
             attended = self._attend(q, step, cache.prefix[layer.number], own_cache)
-            delta = self._sum(torch.mm(attended.view(B, -1), layer.proj, out=self.delta[:B]))
+            delta = self._sum(self._product(attended.view(B, -1), layer.proj, self.delta))
             y = add_rms_norm(x, delta, layer.norm2, self.eps, self.normed[:B])
-            gated = swiglu(torch.mm(y, layer.fc1, out=self.h[:B]), self.gated[:B])
-            delta = self._sum(torch.mm(gated, layer.fc2, out=self.delta[:B]))
+            gated = swiglu(self._product(y, layer.fc1, self.h), self.gated[:B])
+            delta = self._sum(self._product(gated, layer.fc2, self.delta))
         assert delta is not None
         if self.final_norm is None:
             return x.add_(delta)
@@ -137,6 +159,12 @@ class Decoder:
             )
         shape = (-1, self.key_heads, step.plain.capacity, self.channels)
         return decode_reference(q, prefix.k.view(shape), prefix.v.view(shape), own.k, own.v, step.plain, self.scale)
+
+    def _product(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """x [B, K] @ weight [K, N], in ``out``."""
+        B = x.size(0)
+        x = x if self.fused else at_least(x)
+        return torch.mm(x, weight, out=out[: x.size(0)])[:B]
 
     def _sum(self, x: Tensor) -> Tensor:
         if self.group.size() > 1:

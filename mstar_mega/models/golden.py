@@ -64,7 +64,7 @@ def logits(model: LMM, case: Case) -> Tensor:
             parts = [torch.empty_like(local) for _ in range(model.tensor_group.size())]
             torch.distributed.all_gather(parts, local.contiguous(), group=model.tensor_group)
             whole = torch.cat(parts, dim=1)
-            for row, (last, prompt) in enumerate(zip(batch.last_prompt.tolist(), case.prompts, strict=True)):
+            for row, (last, prompt) in enumerate(zip(batch.last_prompt, case.prompts, strict=True)):
                 length = len(prompt.tokens)
                 out[row, :length] = whole[last + 1 - length : last + 1]
         return from_last_stage(out)[..., : model.size.vocab]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.models.attention import GroupPlan
+from mstar_mega.platform.devices import to_device
 
 T = TypeVar("T")
 
@@ -71,8 +72,8 @@ class PackedBatch:
     pixels: Tensor | None
     """float32 [pieces, 3, S, S] of all prompts, in order."""
     plan: GroupPlan
-    last_prompt: Tensor
-    """int64 [G]: stream position of each prompt's last token."""
+    last_prompt: list[int]
+    """Stream position of each prompt's last token."""
     response_start: list[list[int]] = field(default_factory=list)
     """Stream position of each response's first token, per group."""
     predictor: list[list[int]] = field(default_factory=list)
@@ -104,6 +105,9 @@ def pack(
     responses: Sequence[Sequence[Sequence[int]]],
     multiple: int = 1,
     regimes: Regimes | None = None,
+    *,
+    device: torch.device | None = None,
+    align: int = 1,
 ) -> PackedBatch:
     """Pack groups into one stream.
 
@@ -113,16 +117,18 @@ def pack(
         multiple: the stream's length is padded up to a multiple of it.
         regimes: the model's ``rope.regimes``. A prompt whose responses fall into several regimes stands in the stream
             once for each; its images are still encoded once.
+        device: where the indices go; None: the host. Pixels stay there until the model reads them.
+        align: attention pads prompts and responses to a multiple of it.
     """
     copies = _copies(prompts, responses, regimes)
     G = len(copies)
     n = max(len(copy.responses) for copy in copies)
-    R = max((len(r) for group in responses for r in group), default=0)
-    P = max(len(p.tokens) for p in prompts)
-    prompt_index = torch.zeros(G, P, dtype=torch.int64)
-    prompt_allowed = torch.zeros(G, P, dtype=torch.bool)
-    response_index = torch.zeros(G, n, R, dtype=torch.int64)
-    response_allowed = torch.zeros(G, n, R, dtype=torch.bool)
+    R = -(-max((len(r) for group in responses for r in group), default=0) // align) * align
+    P = -(-max(len(p.tokens) for p in prompts) // align) * align
+    prompt_index = torch.zeros(G, P, dtype=torch.int64, device="cpu")
+    prompt_allowed = torch.zeros(G, P, dtype=torch.bool, device="cpu")
+    response_index = torch.zeros(G, n, R, dtype=torch.int64, device="cpu")
+    response_allowed = torch.zeros(G, n, R, dtype=torch.bool, device="cpu")
     tokens: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -138,7 +144,7 @@ def pack(
     for g, copy in enumerate(copies):
         prompt = prompts[copy.group]
         length, start = len(prompt.tokens), len(tokens)
-        prompt_index[g, :length] = torch.arange(start, start + length)
+        prompt_index[g, :length] = torch.arange(start, start + length, device="cpu")
         prompt_allowed[g, :length] = True
         stream_from += range(g * P, g * P + length)
         image_index += [start + p for p in prompt.image_positions]
@@ -151,7 +157,7 @@ def pack(
             response = responses[of_group][number]
             begin = len(tokens)
             starts[of_group][number], predictor[of_group][number] = begin, last
-            response_index[g, j, : len(response)] = torch.arange(begin, begin + len(response))
+            response_index[g, j, : len(response)] = torch.arange(begin, begin + len(response), device="cpu")
             response_allowed[g, j, : len(response)] = True
             row = G * P + (g * n + j) * R
             stream_from += range(row, row + len(response))
@@ -165,25 +171,25 @@ def pack(
     stream_from += [0] * padding
     pixels = [p.pixels for p in prompts if p.pixels is not None]
     grids = [p.grids for p in prompts if p.grids is not None]
-    plan = GroupPlan(
-        prompt_index,
-        prompt_allowed,
-        response_index if R else None,
-        response_allowed if R else None,
-        torch.tensor(stream_from),
-    )
+    where = device or torch.device("cpu")
+
+    def there(numbers: list[int]) -> Tensor:
+        return to_device(numbers, where)
+
+    indices = (prompt_index, prompt_allowed, *((response_index, response_allowed) if R else (None, None)))
+    plan = GroupPlan(*(None if x is None else x.to(where) for x in indices), there(stream_from))  # type: ignore[arg-type]
     return PackedBatch(
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        torch.tensor(image_index, dtype=torch.int64),
+        there(tokens),
+        there(positions),
+        there(image_index),
         torch.cat(pixels) if pixels else None,
         plan,
-        torch.tensor([last_prompt[g] for g in range(len(prompts))]),
+        [last_prompt[g] for g in range(len(prompts))],
         starts,
         predictor,
         torch.cat(grids) if grids else None,
-        torch.tensor(feature_index) if len(copies) > len(prompts) else None,
-        torch.tensor(lengths) if regimes is not None else None,
+        there(feature_index) if len(copies) > len(prompts) else None,
+        there(lengths) if regimes is not None else None,
     )
 
 
@@ -232,7 +238,8 @@ def step_index(
             for begin, stop in zip([0, *ends_of_response], ends_of_response, strict=False):
                 rows.append((stream + stop - 1, first, first + begin, first + stop))
             first += len(response)
-    position, of_response, start, end = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+    columns = list(zip(*rows, strict=True)) or [()] * 4
+    position, of_response, start, end = to_device(columns, batch.tokens.device).unbind(0)
     source, target = next_token_targets(batch, responses)
     return StepIndex(position, source, target, of_response, start, end)
 
@@ -251,4 +258,5 @@ def next_token_targets(batch: PackedBatch, responses: Sequence[Sequence[Sequence
             if response:
                 source += [last, *range(start, start + len(response) - 1)]
                 target += response
-    return torch.tensor(source, dtype=torch.int64), torch.tensor(target, dtype=torch.int64)
+    found = to_device([source, target], batch.tokens.device)
+    return found[0], found[1]

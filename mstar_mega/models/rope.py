@@ -63,6 +63,13 @@ class Rope:
             return length if length > self.scaling.limit else 0
         return 0
 
+    @property
+    def first_regime(self) -> float:
+        """Tokens of the longest sequence in the first regime."""
+        if isinstance(self.scaling, LongRope):
+            return self.scaling.original
+        return self.scaling.limit if isinstance(self.scaling, DynamicNTK) else float("inf")
+
     def enters_regime(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens is in another regime than one token earlier."""
         return self.regime(length) != self.regime(length - 1)
