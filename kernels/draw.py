@@ -229,7 +229,8 @@ class Slots:
     def of(slots: int, device: torch.device) -> Slots:
         """All empty."""
         numbers = torch.zeros(4, slots + 1, dtype=torch.int64, device=device)
-        return Slots(*numbers, torch.ones(slots + 1, dtype=torch.float64, device=device))
+        length, prompt_length, key, token = numbers
+        return Slots(length, prompt_length, key, token, torch.ones(slots + 1, dtype=torch.float64, device=device))
 
     @property
     def count(self) -> int:
@@ -291,7 +292,7 @@ def candidates(
     split: Split,
     scratch: Scratch,
 ) -> Tensor:
-    """``sampling.draw_rows``, with ``ties`` [B, splits]; returns this slice's five numbers, float64 [B, 5] of scratch."""
+    """``sampling.draw_rows``, with ``ties`` [B, splits]; gives this slice's five numbers, float64 [B, 5] of scratch."""
     B, (splits, span) = logits.size(0), split
     packed = scratch.packed[:B]
     if not B:

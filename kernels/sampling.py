@@ -106,7 +106,7 @@ def narrowed(
     split: Split | None,
     group: ProcessGroup | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What top-k and top-p leave: logits from a floor [B] on, and of those equal to it the first ``ties`` [B, parts]."""
+    """What top-k and top-p leave: logits from a floor [B] on, of those equal to it the first ``ties`` [B, parts]."""
     floor = ties = None
     size = 1 if group is None else get_world_size(group)
     if 0 < top_k < logits.size(1) * size:

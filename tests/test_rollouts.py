@@ -338,10 +338,10 @@ def test_refilled_slots_with_their_predecessors_state_stop_the_run(
     """Their positions go on from the prompt that the slot had before. Queries that had fresh slots do not show it."""
     start = Runner.start
 
-    def without_renewing(self: Runner, slots: Sequence[int], lengths: Any, prompts: Any, keys: Any) -> None:
-        before = self.prompt_length.clone()
-        start(self, slots, lengths, prompts, keys)
-        self.prompt_length.copy_(torch.where(before > 0, before, self.prompt_length))
+    def without_renewing(self: Runner, *arguments: Any) -> None:
+        before = self.slots.prompt_length.clone()
+        start(self, *arguments)
+        self.slots.prompt_length.copy_(torch.where(before > 0, before, self.slots.prompt_length))
 
     monkeypatch.setattr(Runner, "start", without_renewing)
     with checked(tmp_path, tiny_policy) as (_, draw, check):

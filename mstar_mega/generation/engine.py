@@ -1,8 +1,8 @@
 """The coupled generation engine: samples responses with the training weights, where they lie.
 
 Each image is encoded once, each prompt prefilled once, its samples decode together on the shared prefix cache, and a
-finished sample's slot is refilled with waiting work: requests come from a stream, and slots are never drained before its
-end. Every rank of a model copy runs the same schedule; tokens are drawn on the last pipeline stage, identically on its
+finished sample's slot is refilled with waiting work: requests come from a stream, and slots are not drained before it
+ends. Every rank of a model copy runs the same schedule; tokens are drawn on the last pipeline stage, identically on its
 tensor ranks, and broadcast to the other stages.
 """
 

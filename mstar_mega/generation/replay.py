@@ -47,7 +47,7 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         self._pool = self._pool or graph.pool()
-        return graph.replay  # type: ignore[no-any-return]
+        return graph.replay
 
 
 def replay_for(device: torch.device) -> Replay:

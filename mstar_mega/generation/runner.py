@@ -58,7 +58,8 @@ class Runner:
         self._hot: set[float] = set()
         self._plain: PlainReading | None = None
         self._rows = to_device([], device)
-        self._lists = torch.zeros(3 * slots + 1 + FIELDS * _PARTS * slots if self.fused else 0, dtype=torch.int64, device=device)  # fmt: skip
+        numbers = 3 * slots + 1 + FIELDS * _PARTS * slots
+        self._lists = torch.zeros(numbers if self.fused else 0, dtype=torch.int64, device=device)
         self._buckets, self._replay = buckets(slots), replay
         self._steps: dict[int, Callable[[], None]] = {}
         """By bucket."""
@@ -71,7 +72,8 @@ class Runner:
         """New samples: own tokens given, prompt tokens, noise key and temperature of each."""
         numbers = to_device([slots, lengths, prompts, keys], self.device)
         index = numbers[0]
-        for state, values in zip((self.slots.length, self.slots.prompt_length, self.slots.key), numbers[1:], strict=True):
+        states = (self.slots.length, self.slots.prompt_length, self.slots.key)
+        for state, values in zip(states, numbers[1:], strict=True):
             state[index] = values
         self.slots.temperature[index] = to_device(temperatures, self.device, torch.float64)
         self._hot |= set(temperatures)

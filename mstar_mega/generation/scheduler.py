@@ -88,9 +88,7 @@ class _Running:
 class Schedule:
     """The scheduler: the state of a stream."""
 
-    def __init__(
-        self, model: LMM, terms: Terms, source: Iterator[Request], samples: int | None, longest: int
-    ) -> None:
+    def __init__(self, model: LMM, terms: Terms, source: Iterator[Request], samples: int | None, longest: int) -> None:
         """See ``Engine.stream``."""
         self.model, self.terms, self.config = model, terms, terms.config
         self.limit, self.device = self.config.max_new_tokens, next(model.parameters()).device

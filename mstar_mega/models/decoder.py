@@ -20,7 +20,6 @@ from mstar_mega.kernels.decode_layer import add_rms_norm, rotate_and_store, swig
 from mstar_mega.models.attention import KeyValues
 from mstar_mega.models.lmm import LMM
 
-
 LEAST_ROWS = 32
 """Rows of every product in plain PyTorch: one of few rows is rounded differently from one of many (MKL's), and what a
 sample is must not depend on its company."""

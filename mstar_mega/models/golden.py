@@ -55,10 +55,13 @@ def features(model: LMM, case: Case) -> Tensor | None:
 def logits(model: LMM, case: Case) -> Tensor:
     """Logits of every prompt token, float32 [rows, longest, vocab], on every rank. Collective."""
     with inference(model):
-        batch = pack(case.prompts, [[] for _ in case.prompts], model.stream_multiple, model.rope.regimes)
+        where = next(model.parameters()).device
+        batch = pack(
+            case.prompts, [[] for _ in case.prompts], model.stream_multiple, model.rope.regimes, device=where
+        )  # fmt: skip
         hidden = run_packed(model, batch)
         longest = max(len(prompt.tokens) for prompt in case.prompts)
-        out = torch.zeros(len(case.prompts), longest, model.size.padded_vocab)
+        out = torch.zeros(len(case.prompts), longest, model.size.padded_vocab, device=where)
         if hidden is not None:
             local = model.logits(hidden)
             parts = [torch.empty_like(local) for _ in range(model.tensor_group.size())]

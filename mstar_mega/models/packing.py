@@ -176,8 +176,13 @@ def pack(
     def there(numbers: list[int]) -> Tensor:
         return to_device(numbers, where)
 
-    indices = (prompt_index, prompt_allowed, *((response_index, response_allowed) if R else (None, None)))
-    plan = GroupPlan(*(None if x is None else x.to(where) for x in indices), there(stream_from))  # type: ignore[arg-type]
+    plan = GroupPlan(
+        prompt_index.to(where),
+        prompt_allowed.to(where),
+        response_index.to(where) if R else None,
+        response_allowed.to(where) if R else None,
+        there(stream_from),
+    )
     return PackedBatch(
         there(tokens),
         there(positions),

@@ -77,8 +77,6 @@ def _join(world_size: int) -> None:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Streams, plans and slots are made where the model is, without every line naming the device.
-        torch.set_default_device("cuda")
         # Full float32: reduced precision would differ with the batch, and generation from training.
         torch.backends.cudnn.allow_tf32 = False
     else:

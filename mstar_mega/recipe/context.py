@@ -17,7 +17,7 @@ from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import Task
 from mstar_mega.models.families.base import Family
 from mstar_mega.models.packing import Prompt
-from mstar_mega.platform.distributed import Layout
+from mstar_mega.platform.distributed import Layout, device
 from mstar_mega.platform.memory import peak_memory_bytes
 from mstar_mega.report.metrics import MetricsLog, NullMetrics
 from mstar_mega.report.progress import Progress
@@ -91,7 +91,7 @@ class Job:
         self.say(f"== {name}")
         yield
         seconds = round(time.monotonic() - started, 2)
-        memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64)
+        memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
         dist.all_reduce(memory)
         self.log("stage", stage=name, seconds=seconds, peak_memory_bytes=int(memory))
 

@@ -13,7 +13,8 @@ from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import next_token_targets, pack
-from mstar_mega.platform.distributed import sum_over_data
+from mstar_mega.platform.devices import to_device
+from mstar_mega.platform.distributed import device, sum_over_data
 from mstar_mega.recipe.blocks import Blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.fit import Position
@@ -149,8 +150,9 @@ def check_log_probs(job: Job, policy: LMM, now: Interval, groups: Blocks, temper
         # bfloat16 rounds logits, and a low temperature spreads them: what is rounding at 1 is more below.
         limit = 1e-3 if job.config.model.precision == "float32" else 0.5 / min(1.0, temperature)
     chosen = spread_over_blocks(groups, settings.log_prob_gap_queries, (job.config.seed, "log_prob_gap", now.number))
-    gaps = torch.cat([torch.zeros(0), *(_gaps(job, policy, group, temperature) for group in chosen)]).double()
-    largest = torch.tensor(float(gaps.max()) if gaps.numel() else 0.0, dtype=torch.float64)
+    found = [_gaps(job, policy, group, temperature) for group in chosen]
+    gaps = torch.cat([torch.zeros(0, device=device()), *found]).double()
+    largest = gaps.max() if gaps.numel() else gaps.new_zeros(())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     # A NaN is above every limit.
     above = int((~(gaps <= limit)).sum())
@@ -196,19 +198,20 @@ def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tens
     the whole sequence, so that the two rightly differ.
     """
     tokens = [[response.tokens for response in group.responses]]
-    batch = pack([job.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes)
+    batch = pack([job.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes, device=device())
     source, target = next_token_targets(batch, tokens)
     with inference(policy):
         hidden = run_packed(policy, batch)
-        again = torch.empty(target.numel())
+        again = torch.empty(target.numel(), device=target.device)
         if hidden is not None:
             again = policy.log_probs(hidden[source], target, temperature)
         again = from_last_stage(again)
-    generated = torch.tensor([value for response in group.responses for value in response.log_probs])
+    drawn_with = [value for response in group.responses for value in response.log_probs]
+    generated = to_device(drawn_with, again.device, torch.float32)
     gaps = (again.float() - generated).abs()
     regimes = policy.rope.regimes
     if regimes is None:
         return gaps
     start = len(job.family.prompt(group.query).tokens)
     alike = [regimes(start + t) == regimes(start + len(r)) for r in tokens[0] for t in range(len(r))]
-    return gaps[torch.tensor(alike, dtype=torch.bool)]
+    return gaps[torch.tensor(alike, dtype=torch.bool, device=gaps.device)]

@@ -16,6 +16,8 @@ from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.packing import Prompt, cut_by_size, pack, step_index
+from mstar_mega.platform.devices import to_device
+from mstar_mega.platform.distributed import device
 from mstar_mega.rewards.reader import PRM, Reading
 from mstar_mega.rewards.steps import check_finite, reduce_scores
 
@@ -73,8 +75,8 @@ def reduce_groups(groups: Sequence[Group], reduction: Reduction | str) -> None:
     else:
         for of_response in scores:
             check_finite(of_response)
-        offsets = torch.tensor([0, *accumulate(map(len, scores))])
-        flat = torch.tensor([score for of_response in scores for score in of_response], dtype=torch.float64)
+        offsets = to_device([0, *accumulate(map(len, scores))], device())
+        flat = to_device([score for of_response in scores for score in of_response], device(), torch.float64)
         values = reduce_steps(flat, offsets, cast(Reduction, reduction)).tolist()
         reduced = [value if of_response else None for value, of_response in zip(values, scores, strict=True)]
     for response, score in zip(responses, reduced, strict=True):
@@ -101,9 +103,10 @@ def _score(prm: PRM, part: list[_Read]) -> int:
             steps += response.steps
     if not steps:
         return too_long
-    batch = pack([each.prompt for each in part], tokens, model.stream_multiple, model.rope.regimes)
+    where = next(model.parameters()).device
+    batch = pack([each.prompt for each in part], tokens, model.stream_multiple, model.rope.regimes, device=where)
     hidden = run_packed(model, batch)
-    scores = torch.empty(len(steps))
+    scores = torch.empty(len(steps), device=where)
     if hidden is not None:
         scores = torch.sigmoid(prm.reader.logits(model, hidden, step_index(batch, tokens, ends)))
     for step, score in zip(steps, from_last_stage(scores).tolist(), strict=True):

@@ -16,6 +16,8 @@ from mstar_mega.data.types import CheckReasoning, Group, Response
 from mstar_mega.functions import is_path, load, number
 from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.selection import select_topk
+from mstar_mega.platform.devices import to_device
+from mstar_mega.platform.distributed import device
 
 SCORED_RULES: tuple[SelectionRule, ...] = ("top_k", "top_k_above", "threshold")
 """Those that need process scores."""
@@ -182,9 +184,9 @@ def _best(ordered: list[list[Response]], scores: list[list[float]], k: int) -> l
         return [[of[i] for i in rank[:k]] for of, rank in zip(ordered, ranks, strict=True)]
     pool = [response for responses in ordered for response in responses]
     best = select_topk(
-        torch.tensor([score for of_query in scores for score in of_query], dtype=torch.float64),
-        torch.ones(len(pool), dtype=torch.bool),
-        torch.tensor([0, *accumulate(map(len, ordered))]),
+        to_device([score for of_query in scores for score in of_query], device(), torch.float64),
+        torch.ones(len(pool), dtype=torch.bool, device=device()),
+        to_device([0, *accumulate(map(len, ordered))], device()),
         k,
     )
     return [[pool[place] for place in places if place >= 0] for places in best.index.tolist()]

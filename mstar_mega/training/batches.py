@@ -27,6 +27,7 @@ from mstar_mega.models.packing import (
     pack,
     step_index,
 )
+from mstar_mega.platform.devices import to_device
 
 
 @dataclass
@@ -67,9 +68,9 @@ class TokenLoss:
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum of losses, ``count``) on the last stage."""
         if not self.source.numel():
-            return hidden.sum() * 0.0, torch.tensor(0, dtype=torch.int)
+            return hidden.sum() * 0.0, hidden.new_zeros((), dtype=torch.int)
         loss = model.token_loss(hidden[self.source], self.target, self.weight)
-        return loss, torch.tensor(self.count, dtype=torch.int)
+        return loss, hidden.new_full((), self.count, dtype=torch.int)
 
     @property
     def tokens(self) -> int:
@@ -92,11 +93,11 @@ class StepLoss:
         """(weighted sum of losses, ``count``) on the last stage."""
         if not self.label.numel():
             nothing = sum((parameter.sum() * 0.0 for parameter in model.score_parameters()), hidden.sum() * 0.0)
-            return nothing, torch.tensor(0, dtype=torch.int)
+            return nothing, hidden.new_zeros((), dtype=torch.int)
         logits = model.step_logits(hidden, self.steps)
         entropy = torch.nn.functional.binary_cross_entropy_with_logits
         loss = entropy(logits, self.label, self.weight, reduction="sum")
-        return loss, torch.tensor(self.count, dtype=torch.int)
+        return loss, hidden.new_full((), self.count, dtype=torch.int)
 
     @property
     def tokens(self) -> int:
@@ -243,11 +244,13 @@ def microbatches(
     settings: OptimizerConfig,
     multiple: int,
     regimes: Regimes | None = None,
+    device: torch.device | None = None,
 ) -> list[Microbatch]:
     """Cut one rank's share of a step into packed microbatches of at most ``microbatch_tokens`` tokens.
 
     A query's responses that do not fit together are divided, each part behind a prompt of its own: the same loss and
     gradients at the price of a second prompt. Only a prompt with a single response may be longer than the bound.
+    ``device``: where the indices go; None: the host.
     """
     parts = [
         (part, prompt)
@@ -259,7 +262,7 @@ def microbatches(
     # Neighbours of like length waste less padding inside attention.
     order = sorted(range(len(parts)), key=lambda i: (sizes[i], i))
     cuts = cut_by_size(order, sizes.__getitem__, settings.microbatch_tokens)
-    return [_microbatch([parts[i] for i in cut], settings.loss_mean, multiple, regimes) for cut in cuts]
+    return [_microbatch([parts[i] for i in cut], settings.loss_mean, multiple, regimes, device) for cut in cuts]
 
 
 def _size(group: TrainGroup, prompt: Prompt) -> int:
@@ -279,26 +282,31 @@ def _divided(group: TrainGroup, prompt: int, limit: int, regimes: Regimes | None
 
 
 def _microbatch(
-    parts: Sequence[tuple[TrainGroup, Prompt]], loss_mean: LossMean, multiple: int, regimes: Regimes | None
-) -> Microbatch:
+    parts: Sequence[tuple[TrainGroup, Prompt]], loss_mean: LossMean, multiple: int, regimes: Regimes | None,
+    device: torch.device | None,
+) -> Microbatch:  # fmt: skip
     groups = [group for group, _ in parts]
     responses = [group.responses for group in groups]
-    packed = pack([prompt for _, prompt in parts], responses, multiple, regimes)
+    packed = pack([prompt for _, prompt in parts], responses, multiple, regimes, device=device)
     tokens = sum(_size(group, prompt) for group, prompt in parts)
     own = None
     if any(group.weights is not None for group in groups):
         own = [weight for group in groups for weight in group.weights or [1.0] * len(group.responses)]
     if groups[0].step_ends is None:
-        weight, count = _weights([len(response) for of_group in responses for response in of_group], loss_mean, own)
+        counts = [len(response) for of_group in responses for response in of_group]
+        weight, count = _weights(counts, loss_mean, own, packed.tokens.device)
         return Microbatch(packed, TokenLoss(*next_token_targets(packed, responses), weight, count), tokens)
     steps = step_index(packed, responses, [group.step_ends or [] for group in groups])
     labels = [labels for group in groups for labels in group.step_labels or []]
-    weight, count = _weights([len(of_response) for of_response in labels], loss_mean, own)
-    label = torch.tensor([label for of_response in labels for label in of_response])
+    where = packed.tokens.device
+    weight, count = _weights([len(of_response) for of_response in labels], loss_mean, own, where)
+    label = to_device([label for of_response in labels for label in of_response], where, torch.float32)
     return Microbatch(packed, StepLoss(steps, label, weight, count), tokens)
 
 
-def _weights(counts: Sequence[int], loss_mean: LossMean, own: Sequence[float] | None) -> tuple[Tensor | None, int]:
+def _weights(
+    counts: Sequence[int], loss_mean: LossMean, own: Sequence[float] | None, device: torch.device
+) -> tuple[Tensor | None, int]:
     """Weight of each token or step of responses that have so many, and what their weighted sum is divided by.
 
     ``own``: the responses' weights. What is divided by does not depend on them: with negative ones among them their sum
@@ -309,8 +317,7 @@ def _weights(counts: Sequence[int], loss_mean: LossMean, own: Sequence[float] | 
     by_token = loss_mean == "token"
     own = own or [1.0] * len(counts)
     weights = [
-        torch.full((count,), weight / (1 if by_token else count))
-        for count, weight in zip(counts, own, strict=True)
-        if count
+        weight / (1 if by_token else count) for count, weight in zip(counts, own, strict=True) for _ in range(count)
     ]
-    return torch.cat(weights) if weights else None, sum(counts) if by_token else len(weights)
+    divisor = sum(counts) if by_token else sum(count > 0 for count in counts)
+    return to_device(weights, device, torch.float32) if weights else None, divisor

@@ -22,7 +22,7 @@ from mstar_mega.config import OptimizerConfig
 from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
-from mstar_mega.platform.distributed import layout
+from mstar_mega.platform.distributed import device, layout
 from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, microbatches
 from mstar_mega.training.optimizer_state import full_precision_weights, restore_training_state, sharded_training_state
 
@@ -140,7 +140,9 @@ class Trainer:
         """
         mine = self.share(groups) or [_without_loss(groups[0])]
         model = self.model
-        batches = microbatches(mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes)
+        batches = microbatches(
+            mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes, device()
+        )  # fmt: skip
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = get_forward_backward_func()(
@@ -152,7 +154,7 @@ class Trainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        nothing = torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=device())
         names = ("loss", "count", "tokens", "computed_tokens")
         total = torch.stack([sum((output[name] for output in outputs), nothing) for name in names])
         loss_sum, count, tokens, computed = _over_the_job(total).tolist()
@@ -209,8 +211,9 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[T
 def _loss(batch: Microbatch, wrapped: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     loss, count = batch.loss(wrapped.module, hidden)
     # Tensors: a number would have the host wait for this forward before it starts the backward.
-    numbers = {"count": count, "tokens": torch.tensor(batch.loss.tokens), "computed_tokens": torch.tensor(batch.tokens)}
-    return loss, count, {"loss": loss.detach().double(), **{name: value.double() for name, value in numbers.items()}}
+    sizes = {"tokens": batch.loss.tokens, "computed_tokens": batch.tokens}
+    numbers = {name: loss.detach().new_full((), size, dtype=torch.float64) for name, size in sizes.items()}
+    return loss, count, {"loss": loss.detach().double(), "count": count.double(), **numbers}
 
 
 def _without_loss(group: TrainGroup) -> TrainGroup:
