@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +84,21 @@ class Scripted(Actors):
         """As :meth:`Engine.generate`."""
         return [self._answer(request, temperature) for request in requests]
 
+    def stream(
+        self, requests: Iterable[Request], temperature: float, samples: int | None = None, longest: int = 0
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """As :meth:`Engine.stream`."""
+        return ((i, self._answer(request, temperature)) for i, request in enumerate(requests))
+
     def _answer(self, request: Request, temperature: float) -> list[Sample]:
-        counts: dict[str, int] = {}
+        counts: dict[tuple[str, float], int] = {}
         samples = []
         for spec in request.samples:
             start = self._job.family.tokenizer.decode(request.drafts[spec.draft][: spec.length]) if spec.length else ""
-            asked = Asked(bytes(request.prompt.tokens).decode(), start, counts.get(start, 0), temperature)
-            counts[start] = asked.number + 1
+            hot = temperature if spec.temperature is None else spec.temperature
+            number = counts.get((start, hot), 0)
+            asked = Asked(bytes(request.prompt.tokens).decode(), start, number, hot)
+            counts[start, hot] = number + 1
             self.asked.append(asked)
             text = self._write(asked)
             tokens = self._job.family.response_tokens(text.removesuffix("<cut>"))

@@ -103,7 +103,8 @@ class Schedule:
         self.done: list[tuple[int, list[Sample]]] = []
         self.requests: dict[int, Request] = {}
         """What is prefilled, until its last sample is finished."""
-        self.numbered = 0
+        self.numbered = self.unread = 0
+        """Requests so far, and tokens of their prompts that are not prefilled."""
         self.queue: deque[_Waiting] = deque()
         self.prefilled: dict[int, _Prefilled] = {}
         self.cache: CacheManager | None = None
@@ -133,7 +134,8 @@ class Schedule:
 
     def _pull(self) -> None:
         """Ask for requests while slots are free and no sample waits for them."""
-        while self.source is not None and self._may_fill() and len(self.queue) < len(self.free):
+        most = self.config.prefill_tokens
+        while self.source is not None and self._may_fill() and len(self.queue) < len(self.free) and self.unread < most:
             item = next(self.source, None)
             if item is None:
                 self.source = None
@@ -170,6 +172,7 @@ class Schedule:
     def _add(self, request: Request) -> int:
         self.numbered += 1
         self.requests[self.numbered] = request
+        self.unread += len(request.prompt.tokens)
         return self.numbered
 
     def _alone(
@@ -277,6 +280,7 @@ class Schedule:
         hidden = run_packed(self.model, batch)
         self.cache.store_prompts(batch.plan, requests)
         for row, (i, request) in enumerate(zip(requests, chosen, strict=True)):
+            self.unread -= len(request.prompt.tokens)
             self.prefilled[i] = _Prefilled(batch, row, batch.last_prompt[row], hidden)
             if len(request.prompt.tokens) + self.limit <= self.rope.first_regime:
                 # Its pixels are of no more use.

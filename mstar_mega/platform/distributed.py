@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -178,6 +178,28 @@ def broadcast_object(obj: T) -> T:
     dist.broadcast_object_list(holder, src=0)
     received: T = holder[0]
     return received
+
+
+def taken(items: Sequence[T], name: str, place: Layout) -> Iterator[T]:
+    """Items in order, each for one model copy: a copy gets the next one when it asks.
+
+    ``name`` is this list's alone. The ranks of a copy ask at the same points of their work.
+    """
+    if place.data_size == 1:
+        yield from items
+        return
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    leads = group.rank() == 0
+    store = dist.distributed_c10d._get_default_store()
+    while True:
+        holder = [store.add(name, 1) - 1 if leads else 0]
+        if group.size() > 1:
+            dist.broadcast_object_list(holder, src=dist.get_global_rank(group, 0), group=group)
+        if holder[0] >= len(items):
+            return
+        yield items[holder[0]]
 
 
 def sum_over_data(values: Mapping[str, float]) -> dict[str, float]:

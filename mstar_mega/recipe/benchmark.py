@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import BenchmarkConfig, Config, ModelConfig
 from mstar_mega.data.pictures import PictureReading
-from mstar_mega.data.types import Group, Query, Response, Task
+from mstar_mega.data.types import Group, Response, Task
 from mstar_mega.evaluation.asking import Asked, ask
 from mstar_mega.evaluation.benchmarks import Benchmark, find, load_problems
 from mstar_mega.evaluation.files import files_of
@@ -28,14 +29,14 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
 from mstar_mega.platform.inputs import read_object
-from mstar_mega.recipe.blocks import in_blocks
+from mstar_mega.recipe.blocks import Wanted, stream_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
 from mstar_mega.recipe.fit import load_start
 from mstar_mega.recipe.job import newest_policy, open_job
 from mstar_mega.recipe.outside_prm import load_outside_prm
 from mstar_mega.recipe.prm import load_prm
-from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_groups, sampling_limits, score_responses
+from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_blocks, sampling_limits, score_responses
 from mstar_mega.report.benchmark_page import write_page
 from mstar_mega.rewards.reader import PRM
 from mstar_mega.rewards.voting import best_winner, majority_winner, weighted_winner
@@ -161,11 +162,10 @@ def draw(job: Job, actors: Actors, asked: Asked, request: Request) -> list[Group
     name = f"{request.benchmark}_{'greedy' if greedy else f'sampled_{settings.responses}'}"
     sampling = Sampling(name, 0.0 if greedy else settings.temperature, settings.responses)
 
-    def make(block: list[Query]) -> list[Group]:
-        groups = sample_groups(job, actors.engine, block, sampling)
+    def finish(made: list[list[Group]]) -> list[list[Group]]:
         if actors.prm is not None and not greedy:
-            score_responses(job, actors.prm, groups)
-        return groups
+            score_responses(job, actors.prm, made[0])
+        return made
 
     texts = json.dumps(
         [[query.id, query.question, [image.digest for image in query.images]] for query in asked.queries]
@@ -178,7 +178,9 @@ def draw(job: Job, actors: Actors, asked: Asked, request: Request) -> list[Group
         "queries": sha256(texts.encode()).hexdigest(),
         **sampling_limits(job),
     }
-    return gather_groups(in_blocks(job, asked.queries, job.rollouts / name, f"ask {name}", origin, make))
+    make = partial(sample_blocks, job, actors.engine, [sampling], finish)
+    wanted = [Wanted(job.rollouts / name, origin)]
+    return gather_groups(stream_blocks(job, asked.queries, wanted, f"ask {name}", make)[0])
 
 
 def write_results(

@@ -23,12 +23,14 @@ from mstar_mega.data.records import (
     write_groups,
 )
 from mstar_mega.data.types import Group, Query
-from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.distributed import barrier, broadcast_object, taken
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.context import Job, Timer
 
 ORIGIN = "origin.json"
+_PIECES, _LEAST_BLOCK = 64, 8
+"""Queries are cut into so many blocks, each of so many queries at least and ``queries_per_block`` at most."""
 
 Place = tuple[int, int]
 """Where a group lies: its query's position among all, and the byte of the block's file at which it begins."""
@@ -108,9 +110,76 @@ def in_blocks(
     return blocks
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """One of several rollouts of the same queries that are made together."""
+
+    directory: Path
+    origin: Mapping[str, Any]
+    """As in :func:`in_blocks`."""
+
+
+Made = tuple[int, list[list[Group]]]
+"""A block's number and its groups for each rollout that was wanted."""
+
+
+def stream_blocks(
+    job: Job,
+    queries: Sequence[Query],
+    wanted: Sequence[Wanted],
+    description: str,
+    make: Callable[[Iterator[tuple[int, Sequence[Query]]]], Iterator[Made]],
+) -> list[Blocks]:
+    """As :func:`in_blocks`, for several rollouts at once and without an end between blocks. Collective.
+
+    ``make`` is given the blocks that are missing in any of the rollouts, with their numbers, and asks for the next one
+    when it has room for it. A model copy takes blocks until none is left: who made one changes nothing in it.
+    """
+    rollouts = [cut(job, queries, each.directory) for each in wanted]
+    if job.layout.is_main:
+        for each in wanted:
+            _clear_foreign(job, each.directory, each.origin)
+    finished = broadcast_object([_finished(job, one) for one in rollouts] if job.layout.is_main else [])
+    for blocks, done in zip(rollouts, finished, strict=True):
+        _count_time(job, blocks, done)
+    whole = set.intersection(*finished)
+    first = rollouts[0]
+    missing = [block for block in range(first.count) if block not in whole]
+    done_before = len([block for block in first.mine if block in whole])
+    with job.progress.task(description, len(first.mine), "blocks", done=done_before) as task:
+        timer, score_seconds = Timer(job), job.score_seconds
+        for block, made in make(_taken(job, first, missing)):
+            if job.writes_files:
+                share = len(wanted)
+                seconds = {"all": timer.seconds / share, "score": (job.score_seconds - score_seconds) / share}
+                for blocks, groups in zip(rollouts, made, strict=True):
+                    write_groups(blocks.path(block), groups, {name: round(s, 3) for name, s in seconds.items()})
+            timer, score_seconds = Timer(job), job.score_seconds
+            task.advance(1)
+    barrier()  # from here on every rank may read every block
+    return rollouts
+
+
+def _taken(job: Job, blocks: Blocks, missing: list[int]) -> Iterator[tuple[int, Sequence[Query]]]:
+    """The missing blocks that this model copy gets to, images decoded a block ahead."""
+    job.streams_begun += 1
+    ahead: list[int] = []
+    for block in taken(missing, f"blocks {job.streams_begun}", job.layout):
+        job.prompt.expect(blocks.of(block))
+        ahead.append(block)
+        if len(ahead) > 1:
+            yield ahead[0], blocks.of(ahead.pop(0))
+    for block in ahead:
+        yield block, blocks.of(block)
+
+
 def cut(job: Job, queries: Sequence[Query], directory: Path) -> Blocks:
-    """The blocks of these queries, and which of them are this rank's."""
-    whole = Blocks(queries, directory, job.config.generation.queries_per_block, range(0))
+    """The blocks of these queries, and which of them are this rank's to read.
+
+    Few queries are cut finer, so that many model copies have something to do.
+    """
+    size = min(job.config.generation.queries_per_block, max(_LEAST_BLOCK, -(-len(queries) // _PIECES)))
+    whole = Blocks(queries, directory, size, range(0))
     return replace(whole, mine=range(job.layout.data_rank, whole.count, job.layout.data_size))
 
 

@@ -44,6 +44,8 @@ class Job:
     """Time that blocks of an earlier start, read back from disk, took when they were made: see :class:`Timer`."""
     score_seconds: float = 0.0
     """Time spent in the PRM, that of such blocks included."""
+    streams_begun: int = 0
+    """Rollouts so far whose blocks model copies took from a common store: the same on every rank."""
     counted_rollouts: set[Path] = field(default_factory=set)
     """Directories of blocks whose time is counted already."""
 

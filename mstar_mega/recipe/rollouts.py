@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,8 +17,9 @@ from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.fingerprint import fingerprint
 from mstar_mega.models.lmm import LMM
+from mstar_mega.models.packing import cut_by_size
 from mstar_mega.platform.distributed import all_gather_objects
-from mstar_mega.recipe.blocks import Blocks, all_finished, cut, in_blocks
+from mstar_mega.recipe.blocks import Blocks, Made, Wanted, all_finished, cut, stream_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.process import score_groups
@@ -71,18 +73,100 @@ def rollout(
     ``drawn_by`` names the actors that draw them, as they were; None: as they are now.
     """
 
-    def make(block: list[Query]) -> list[Group]:
-        groups = sample_groups(job, actors.engine, block, sampling)
+    return rollouts(job, actors, queries, [sampling], drawn_by)[0]
+
+
+def rollouts(
+    job: Job, actors: Actors, queries: Sequence[Query], samplings: Sequence[Sampling], drawn_by: str | None = None
+) -> list[Blocks]:
+    """:func:`rollout` in several ways at once, for example at several temperatures: each image is encoded once for all.
+
+    The responses are what they would be one rollout after the other.
+    """
+
+    def finish(made: list[list[Group]]) -> list[list[Group]]:
         if actors.prm is not None:
             timer = Timer(job)
-            score_responses(job, actors.prm, groups)
+            score_responses(job, actors.prm, _joined(made, job.config.generation.prefill_tokens))
             job.score_seconds += timer.seconds
-        groups = [_with_answer(job, group) for group in groups]
-        judge(job, groups)
-        return groups
+        made = [[_with_answer(job, group) for group in groups] for groups in made]
+        judge(job, [group for groups in made for group in groups])
+        return made
 
-    origin = _origin(job, sampling, drawn_by or actors.fingerprint())
-    return in_blocks(job, queries, job.rollouts / sampling.name, f"sample {sampling.name}", origin, make)
+    drawn_by = drawn_by or actors.fingerprint()
+    wanted = [Wanted(job.rollouts / each.name, _origin(job, each, drawn_by)) for each in samplings]
+    names = samplings[0].name if len(samplings) == 1 else f"{samplings[0].name} to {samplings[-1].name}"
+    make = partial(sample_blocks, job, actors.engine, samplings, finish)
+    return stream_blocks(job, queries, wanted, f"sample {names}", make)
+
+
+def _joined(made: Sequence[Sequence[Group]], most_tokens: int) -> list[Group]:
+    """The responses to each query together, whatever rollout they are of, in groups of about so many tokens."""
+    found = []
+    for of_query in zip(*made, strict=True):
+        responses = [response for group in of_query for response in group.responses]
+        parts = cut_by_size(responses, lambda response: len(response.tokens), most_tokens)
+        found += [Group(of_query[0].query, part) for part in parts]
+    return found
+
+
+@dataclass
+class _Block:
+    """A block on its way through the engine."""
+
+    number: int
+    queries: Sequence[Query]
+    missing: int
+    drawn: dict[int, list[Sample]] = field(default_factory=dict)
+    """By the query's place."""
+
+
+def sample_blocks(
+    job: Job,
+    engine: Engine,
+    samplings: Sequence[Sampling],
+    finish: Callable[[list[list[Group]]], list[list[Group]]],
+    blocks: Iterator[tuple[int, Sequence[Query]]],
+) -> Iterator[Made]:
+    """Sample blocks of queries in all these ways, in one stream; ``finish`` completes a block's groups of each way."""
+    on_the_way: dict[int, tuple[_Block, int]] = {}
+
+    def requests() -> Iterator[Request]:
+        number = 0
+        for name, queries in blocks:
+            block = _Block(name, queries, len(queries))
+            for place, query in enumerate(queries):
+                on_the_way[number] = block, place
+                number += 1
+                specs = [
+                    replace(spec, temperature=how.temperature)
+                    for how in samplings
+                    for spec in sample_specs(how.key or how.name, query, how.responses)
+                ]
+                yield Request(job.prompt(query), specs)
+
+    for number, samples in engine.stream(requests(), samplings[0].temperature):
+        block, place = on_the_way.pop(number)
+        block.drawn[place] = samples
+        block.missing -= 1
+        if not block.missing:
+            yield block.number, finish(_groups(job, samplings, block))
+
+
+def _groups(job: Job, samplings: Sequence[Sampling], block: _Block) -> list[list[Group]]:
+    """A block's groups of each way of sampling, not judged, not scored."""
+    made: list[list[Group]] = []
+    first = 0
+    for how in samplings:
+        drawn = [block.drawn[place][first : first + how.responses] for place in range(len(block.queries))]
+        made.append(
+            [
+                Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
+                for query, samples in zip(block.queries, drawn, strict=True)
+            ]
+        )
+        first += how.responses
+    return made
 
 
 def score_responses(job: Job, prm: PRM, groups: Sequence[Group]) -> None:

@@ -22,7 +22,7 @@ from mstar_mega.evaluation.passk import (
 from mstar_mega.functions import is_path, load, number
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollout
+from mstar_mega.recipe.rollouts import VALIDATION_NOISE, Actors, Sampling, drawn, gather_groups, rollouts
 from mstar_mega.report.sweep import sweep_words
 
 
@@ -40,10 +40,13 @@ def tune_temperature(job: Job, actors: Actors, iteration: int, present: float | 
     rows: dict[float, dict[str, float | None]] = {}
     criterion: dict[float, list[float]] = {}
     total: Counter[str] = Counter()
-    for temperature in settings.grid:
-        name = f"temperature_{iteration:04d}_{temperature:.2f}"
-        sampling = Sampling(name, temperature, settings.responses, key=VALIDATION_NOISE)
-        groups = gather_groups(rollout(job, actors, queries[: settings.queries], sampling))
+    samplings = [
+        Sampling(f"temperature_{iteration:04d}_{t:.2f}", t, settings.responses, key=VALIDATION_NOISE)
+        for t in settings.grid
+    ]
+    swept = rollouts(job, actors, queries[: settings.queries], samplings)
+    for temperature, blocks in zip(settings.grid, swept, strict=True):
+        groups = gather_groups(blocks)
         total.update(drawn(groups))
         measures = _measures(job, actors, groups)
         if is_path(settings.mode):
