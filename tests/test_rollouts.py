@@ -223,20 +223,20 @@ def test_validation_responses_have_the_same_noise_at_every_temperature_and_after
     keys: dict[str, set[int]] = {}
     number = 0
 
-    def generate(requests: Sequence[Request], temperature: float) -> list[list[Sample]]:
-        first = next(each for each in requests if bytes(each.prompt.tokens) == b"b")
-        keys.setdefault(f"{now} at {temperature}", set()).add(first.samples[0].key)
-        assert len({spec.key for request in requests for spec in request.samples}) == sum(
-            len(request.samples) for request in requests
-        )
-        return [actors._answer(request, temperature) for request in requests]
+    def stream(requests: Iterator[Request], temperature: float) -> Iterator[tuple[int, list[Sample]]]:
+        read = list(requests)
+        for hot in {spec.temperature for request in read for spec in request.samples}:
+            alike = [[spec.key for spec in each.samples if spec.temperature == hot] for each in read]
+            assert len({key for of_query in alike for key in of_query}) == sum(map(len, alike))
+            keys.setdefault(f"{now} at {hot}", set()).add(alike[1][0])
+        return ((i, actors._answer(request, temperature)) for i, request in enumerate(read))
 
     monkeypatch.setattr(evaluate, "_greedy", lambda *arguments: [])  # draws nothing at random
     settings = TemperatureConfig(mode="pass_at_k", grid=[0.5, 1.0], k=1, responses=3)
     config = Config(temperature=settings, evaluation=EvaluationConfig(k=4))
     with make_job(tmp_path, config, make_task(validation=[query(i) for i in "abc"])) as job:
         actors = Scripted(job, lambda asked: RIGHT)
-        monkeypatch.setattr(actors, "generate", generate)
+        monkeypatch.setattr(actors, "stream", stream)
         for number in (1, 3):
             now = "sweep"
             tune_temperature(job, actors, number)
