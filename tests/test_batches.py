@@ -15,7 +15,7 @@ from mstar_mega.config import LossMean, OptimizerConfig
 from mstar_mega.data.types import Query
 from mstar_mega.kernels import dispatch
 from mstar_mega.models.packing import Prompt
-from mstar_mega.training.batches import Batches, Examples, TrainGroup, microbatches, split_into_epochs
+from mstar_mega.training.batches import Batches, Examples, TrainGroup, dealt, microbatches, split_into_epochs
 
 
 def examples(*sizes: int) -> Examples:
@@ -98,6 +98,23 @@ def test_the_order_does_not_depend_on_where_the_groups_come_from(shuffle: Litera
     one, other = (cut(Examples.of(g), 4, 2, shuffle) for g in (groups, groups[::-1]))
     for batch, mirrored in zip(one, other, strict=True):
         assert sorted(map(str, batch)) == sorted(map(str, mirrored))
+
+
+def test_shares_have_about_as_many_tokens_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for ranks in (8, 32):
+        # Eight queries a rank: prompts of 1 to 13 tiles, two responses.
+        tiles = torch.randint(1, 14, (8 * ranks,), generator=generator)
+        costs = (256 * tiles + 74 + torch.randint(100, 600, (8 * ranks,), generator=generator)).tolist()
+        shares = dealt(costs, ranks)
+        assert sorted(item for share in shares for item in share) == list(range(len(costs)))
+        loads = [sum(costs[item] for item in share) for share in shares]
+        assert max(loads) <= 1.05 * sum(costs) / ranks
+        by_turns = [sum(costs[rank::ranks]) for rank in range(ranks)]
+        assert max(by_turns) > 1.15 * sum(costs) / ranks, "dealt by turns it would be worse"
+    assert dealt([], 2) == [[], []] and dealt([5], 2) == [[0], []]
+    made = replace(examples(2, 1, 3), tokens=[70, 20, 90])
+    assert sorted(cut(made, 100)[0].costs) == [20, 70, 90]
 
 
 # ---------------------------------------------------------------------------------------------------- microbatches

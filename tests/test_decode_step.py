@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from kernel_cases import BACKENDS, needs_interpreter
-from launches import Tape, Watch, watch_kernels
+from launches import Tape, Watch, kernels_watched
 
 from mstar_mega.config import GenerationConfig, OptimizerConfig
 from mstar_mega.data.types import Query
@@ -39,10 +39,9 @@ def model() -> LMM:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels() -> Iterator[None]:
     """Every kernel of a step runs, in Triton's interpreter where there is no GPU, and is seen."""
-    watch_kernels(monkeypatch)
-    with forced_backend(BACKENDS[1]):
+    with kernels_watched(), forced_backend(BACKENDS[1]):
         yield
 
 
@@ -114,20 +113,21 @@ def test_the_watch_sees_what_it_forbids() -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
     """At most 11 a layer and 30 outside of the layers, Triton's counted as one each."""
-    watch_kernels(monkeypatch, run=False)
     counts = []
-    with forced_backend(BACKENDS[1]):
-        for layers in (1, 3):
-            family = tiny.family()
-            family.language = replace(family.language, layers=layers)
-            if scaled:
-                family.language = replace(family.language, rope_scaling=DynamicNTK(2.0, 4096))
-            monkeypatch.setattr(tiny, "family", lambda family=family: family)
+    whole = tiny.family
+    for layers in (1, 3):
+
+        def family(layers: int = layers) -> Any:
+            made = whole()
+            scaling = DynamicNTK(2.0, 4096) if scaled else None
+            made.language = replace(made.language, layers=layers, rope_scaling=scaling)
+            return made
+
+        monkeypatch.setattr(tiny, "family", family)
+        with kernels_watched(run=False), forced_backend(BACKENDS[1]):
             schedule = started(tiny.build()[0], requests(2))
             with inference(schedule.model):
                 counts.append(len(one_step(schedule)))
-            monkeypatch.undo()
-            watch_kernels(monkeypatch, run=False)
     per_layer = (counts[1] - counts[0]) / 2
     outside = counts[0] - per_layer
     print(f"launches: {per_layer:g} a layer, {outside:g} outside")

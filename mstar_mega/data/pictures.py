@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mstar_mega.config import DataConfig
+from mstar_mega.platform.inputs import open_input
 
 ROTATED, TRANSPARENT, DEEP = "rotated", "transparent", "deep"
 """What can be special about a file; :func:`traits` gives them."""
@@ -31,6 +32,12 @@ _TURNS = {
 """By the value of EXIF's orientation; 1 and everything else: as it lies."""
 _RANGES = (1, 255, 65_535)
 """Brightest values that deep gray usually has, where the format does not say."""
+
+
+def file_size(path: str) -> tuple[int, int]:
+    """(width, height) of a file as it lies; only its head is read. Raises OSError where it is no picture."""
+    with open_input(path) as raw, Image.open(raw) as picture:
+        return picture.size
 
 
 @dataclass(frozen=True)

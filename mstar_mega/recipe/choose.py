@@ -10,8 +10,9 @@ from itertools import accumulate
 from typing import Any, get_args
 
 from mstar_mega.config import SelectionConfig, SelectionRule
+from mstar_mega.data.pictures import file_size
 from mstar_mega.data.records import write_selected
-from mstar_mega.data.types import CheckReasoning, Group
+from mstar_mega.data.types import CheckReasoning, Group, Query
 from mstar_mega.evaluation.prm_quality import judge_reasoning
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import all_gather_objects, sum_over_data
@@ -38,9 +39,12 @@ class Chosen:
     """Sample indices of the selected responses, one query's after another's."""
     weights: array[float] = field(default_factory=lambda: array("d"))
     """Theirs in the loss; empty where all have the same."""
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    """Of each query's prompt and selected responses, about."""
 
-    def add(self, id: str, place: Place, indices: Sequence[int], weights: Sequence[float] = ()) -> None:
+    def add(self, id: str, place: Place, indices: Sequence[int], weights: Sequence[float], tokens: int) -> None:
         """One query with its selected responses."""
+        self.tokens.append(tokens)
         self.ids.append(id)
         self.sizes.append(len(indices))
         self.positions.append(place[0])
@@ -56,6 +60,7 @@ class Chosen:
         self.offsets += other.offsets
         self.indices += other.indices
         self.weights += other.weights
+        self.tokens += other.tokens
 
 
 def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
@@ -67,7 +72,8 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
         for group, place, selected in zip(block, places, select(block, settings, key, check), strict=True):
             if selected:
                 weights = [] if settings.weight == "none" else [weight_of(group, r, settings) for r in selected]
-                mine.add(group.query.id, place, [response.index for response in selected], weights)
+                tokens = prompt_tokens(job, group.query) + sum(len(response.tokens) for response in selected)
+                mine.add(group.query.id, place, [response.index for response in selected], weights, tokens)
         if check is not None:
             reasoning += _count_reasoning(block, settings, key, check)
     for of_rank in all_gather_objects(mine):
@@ -101,7 +107,14 @@ def choose(job: Job, now: Interval, groups: Blocks) -> Examples:
         tokens = {response.index: response.tokens for response in group.responses}
         return TrainGroup(group.query, [tokens[index] for index in indices_of(i)], weights=weights_of(i))
 
-    return Examples(chosen.ids, chosen.sizes, read)
+    return Examples(chosen.ids, chosen.sizes, read, chosen.tokens)
+
+
+def prompt_tokens(job: Job, query: Query) -> int:
+    """Tokens of a query's prompt, for sharing out work; where nothing is shared out, 0: images are looked at for it."""
+    if job.layout.data_size == 1:
+        return 0
+    return job.family.prompt_length(query.question, [file_size(image.path) for image in query.images])
 
 
 def _count_reasoning(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from itertools import groupby
 from typing import overload
 
@@ -124,6 +125,9 @@ class Examples:
     """Responses of each group."""
     read: Callable[[int], TrainGroup]
     """The group at a position, from where it lies."""
+    tokens: Sequence[int] | None = None
+    """About how many tokens a group with all its responses has, prompt included; None: nobody knows. It says how a
+    step's work is shared out, and changes no result."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -158,6 +162,13 @@ class Batch(Sequence[TrainGroup]):
             members.setdefault(owner, []).append(number - int(examples.ends[owner]) + examples.sizes[owner])
         self._members = [(owner, sorted(of_group)) for owner, of_group in members.items()]
         self._read: dict[int, TrainGroup] = {}
+
+    @property
+    def costs(self) -> list[int]:
+        """About how much work each group is; nothing is read for it."""
+        if self._examples.tokens is None:
+            return [len(numbers) for _, numbers in self._members]
+        return [self._examples.tokens[owner] for owner, _ in self._members]
 
     def __len__(self) -> int:
         return len(self._members)
@@ -194,6 +205,20 @@ class Batches(Sequence[Batch]):
         if isinstance(step, slice):
             return Batches(self._examples, self._steps[step])
         return Batch(self._examples, self._steps[step])
+
+
+def dealt(costs: Sequence[int], shares: int) -> list[list[int]]:
+    """Items by their costs over so many shares, the largest first and each to the share that has least so far.
+
+    Returns each share's items, ascending.
+    """
+    found: list[list[int]] = [[] for _ in range(shares)]
+    least = [(0, share) for share in range(shares)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cost, share = heappop(least)
+        found[share].append(item)
+        heappush(least, (cost + costs[item], share))
+    return [sorted(items) for items in found]
 
 
 def split_into_epochs(

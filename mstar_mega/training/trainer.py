@@ -23,7 +23,7 @@ from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
 from mstar_mega.platform.distributed import device, layout
-from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, microbatches
+from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, dealt, microbatches
 from mstar_mega.training.optimizer_state import full_precision_weights, restore_training_state, sharded_training_state
 
 
@@ -171,9 +171,11 @@ class Trainer:
         return StepStats(loss, grad_norm, learning_rate, int(tokens), int(computed), len(groups), responses)
 
     def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
-        """This data-parallel rank's part of a batch."""
+        """This data-parallel rank's part of a batch: about as many tokens as the others', not as many groups."""
         place = layout()
-        return list(groups[place.data_rank :: place.data_size])
+        known = isinstance(groups, Batch)
+        costs = groups.costs if known else [1 + sum(map(len, group.responses)) for group in groups]
+        return [groups[i] for i in dealt(costs, place.data_size)[place.data_rank]]
 
     def sharded_state(self) -> dict[str, Any]:
         """megatron's sharded state of weights and optimizer, to save or as a template to load into."""

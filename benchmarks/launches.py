@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -116,11 +116,17 @@ class _Kernel:
         return launch
 
 
-def watch_kernels(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> None:
-    """From now on a :class:`Watch` sees the decode step's kernels."""
-    for module, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(module, name, _Kernel(name, getattr(module, name), run))
+@contextmanager
+def kernels_watched(run: bool = True) -> Iterator[None]:
+    """Inside, a :class:`Watch` sees the decode step's kernels; with ``run`` false their launches do nothing."""
+    real = {(module, name): getattr(module, name) for module, names in KERNELS.items() for name in names}
+    for (module, name), kernel in real.items():
+        setattr(module, name, _Kernel(name, kernel, run))
+    try:
+        yield
+    finally:
+        for (module, name), kernel in real.items():
+            setattr(module, name, kernel)
 
 
 class Tape:
