@@ -59,14 +59,14 @@ NARROW = LanguageSize(
 def kernels_chosen() -> Iterator[None]:
     """Let the functions of a step take their kernels, also where nothing can run them."""
     real = dispatch.uses_triton
-    fits, runner.fits = runner.fits, lambda queries: True  # type: ignore[attr-defined]
+    fits, runner.fits = runner.fits, lambda q: True
     users = (decode_attention, decode_layer, drawing)
     for user in users:
         user.uses_triton = lambda kernel, tensor: True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        runner.fits = fits  # type: ignore[attr-defined]
+        runner.fits = fits
         for user in users:
             user.uses_triton = real  # type: ignore[attr-defined]
 

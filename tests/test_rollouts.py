@@ -228,7 +228,8 @@ def test_validation_responses_have_the_same_noise_at_every_temperature_and_after
         for hot in {spec.temperature for request in read for spec in request.samples}:
             alike = [[spec.key for spec in each.samples if spec.temperature == hot] for each in read]
             assert len({key for of_query in alike for key in of_query}) == sum(map(len, alike))
-            keys.setdefault(f"{now} at {hot}", set()).add(alike[1][0])
+            place = next(i for i, each in enumerate(read) if bytes(each.prompt.tokens) == b"b")
+            keys.setdefault(f"{now} at {hot}", set()).add(alike[place][0])
         return ((i, actors._answer(request, temperature)) for i, request in enumerate(read))
 
     monkeypatch.setattr(evaluate, "_greedy", lambda *arguments: [])  # draws nothing at random

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of host numbers; on CUDA the host goes on while it is copied."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # a rehearsal has CUDA tensors without CUDA
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 

@@ -173,8 +173,10 @@ class Trainer:
     def share(self, groups: Sequence[TrainGroup]) -> list[TrainGroup]:
         """This data-parallel rank's part of a batch: about as many tokens as the others', not as many groups."""
         place = layout()
-        known = isinstance(groups, Batch)
-        costs = groups.costs if known else [1 + sum(map(len, group.responses)) for group in groups]
+        if isinstance(groups, Batch):  # knows without reading the others' groups
+            costs = groups.costs
+        else:
+            costs = [1 + sum(map(len, group.responses)) for group in groups]
         return [groups[i] for i in dealt(costs, place.data_size)[place.data_rank]]
 
     def sharded_state(self) -> dict[str, Any]:
