@@ -12,6 +12,7 @@ import pytest
 
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.checker import AnswerChecker
+from mstar_mega.rewards.choices import resolve_choice
 from mstar_mega.rewards.extraction import find_answer
 
 PAGE = Path(__file__).parents[1] / "docs/answers.md"
@@ -63,13 +64,26 @@ RIGHT = {
     "7": ["7 books", "There are 7 red balls", "We get 7", "is 7", "7 in total", "∴ 7", "\\Rightarrow 7", "7个",
           "seven (7)", "{\\color{red}7}", "\\Large{7}", "7\\\\", "x: 7", "Side = 7", "\\overline{AB} = 7",
           "S_{\\triangle ABC}=7", "7 N\\cdot m", "7\\,\\frac{m}{s}", "7 kgs", "\\begin{equation}7\\end{equation}",
-          "7 (approximately)", "7[/INST]"],
+          "7 (approximately)", "7[/INST]", "\\colorbox{yellow}{7}", "This gives 7", "<answer>7", "7</answer>", "Ans. 7",
+          "\u202a7\u202c", "A = 7 A", "7 beats per minute", "7 people per square mile", "7 amps", "7 gm", "7\\mu m",
+          "CA$7", "US $7", "三角形ABC的面积是7"],
     "7 books": ["7", "seven books", "7 old books", "Books: 7"],
+    "30°C": ["30 degrees Celsius", "30 degrees C", "30^{\\circ}\\text{C}", "30℃", "30°"],
+    "-7/4": ["minus one and three quarters", "-1¾"],
+    "10^{-12}": ["\\frac{1}{10^{12}}", "1e-12", "1 X 10^{-12}", "1\\cdot{10}^{-12}"],
+    "\\frac{1}{4!}": ["1/24"],
+    "2^{10}": ["1024", "2^{5}\\cdot 2^{5}"],
+    "y=2x+1": ["2x+1", "2x - y + 1 = 0", "y - 2x = 1"],
+    "triangle": ["a triangle", "the triangle", "It is a triangle.", "The shape is a triangle"],
+    "(2, 3)": ["P(2, 3)", "point (2, 3)", "The point is (2, 3)"],
+    "half": ["50%", "百分之五十"],
+    "100000": ["a hundred thousand", "１００，０００"],
+    "\\sqrt{5}": ["√5 (≈2.24)", "\\frac{5}{\\sqrt{5}}"],
     "3\\sqrt{2}": ["3√2", "\\sqrt{18}", "3 \\sqrt 2 \\text{ cm}"],
 }  # fmt: skip
 WRONG = {
     "42": ["-42", "43", "not 42", "The answer is not 42", "41 or 42", "42 or 43", "0=42", "41=42", "x+1=42", "x > 42",
-           "42_5", "42, 43", "4 2", "6*7", "42 million", "42!", "42x", "≠42"],
+           "42_5", "42, 43", "4 2", "6*7", "42 million", "42!", "42x", "≠42", "if x = 42", "not x = 42", "42nd"],
     "9 m": ["9 s", "9%", "9°", "9 cm", "9 m^2", "$9", "900 cm", "9 mm"],
     "60°": ["60 rad", "60 cm", "60%", "60 kg", "$60"],
     "£20": ["$20", "€20", "20 euros", "20 kg", "20%", "20 pence", "¥20"],
@@ -90,6 +104,14 @@ WRONG = {
           "7 thousand"],
     "7 books": ["7 pens", "7 kg", "7%", "$7", "8 books"],
     "H2O": ["HO2", "2HO"],
+    "x+1": ["x=x+1", "0=x+1", "x"],
+    "8 AM": ["8", "8 PM", "20:00"],
+    "\\sqrt{2}": ["1.4142135624", "\\sqrt{2}+10^{-15}", "\\sqrt{2}+10^{-20}", "1.41421356237309504880"],
+    "(\\sqrt{2}, 1)": ["(1.4142135624, 1)", "(1, \\sqrt{2})"],
+    "2^{10}": ["1023", "1024.0000001", "2^{11}"],
+    "10-20": ["-10"],
+    "y=2x+1": ["y=2x-1", "2x-y=1", "1=1", "y=y"],
+    "triangle": ["not a triangle", "a square", "triangular"],
     "5 mW": ["5 MW", "5 W"],
 }  # fmt: skip
 
@@ -102,6 +124,22 @@ def test_right_answers_of_each_kind(checker: AnswerChecker, gold: str) -> None:
 @pytest.mark.parametrize("gold", WRONG)
 def test_wrong_answers_of_each_kind(checker: AnswerChecker, gold: str) -> None:
     assert [answer for answer in WRONG[gold] if checker.check(answer, gold).correct] == []
+
+
+SIGNS = ("3", "-3", "the cat", "5 cm")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B. -3", "B"), ("(B) −3", "B"), ("B: -3", "B"), ("B - -3", "B"), ("B -3", "B"), ("A - 3", "A"), ("A-3", "A"),
+        ("A. -3", None), ("B. 3", None), ("(B) 3", None), ("-3", "B"), ("3 (A)", "A"), ("3 (option A)", "A"),
+        ("-3, option B", "B"), ("3 (B)", None), ("-3 (A)", None), ("A cat", "C"), ("cat", "C"), ("D (5 cm)", "D"),
+        ("The answer is -3 (B)", "B"), ("D 选项", "D"),
+    ],
+)  # fmt: skip
+def test_letters_and_texts_agree(answer: str, letter: str | None) -> None:
+    assert resolve_choice(answer, SIGNS) == letter
 
 
 ANIMALS = {"A": "horse", "B": "goat", "C": "sheep", "D": "cow"}
@@ -145,6 +183,22 @@ POLAR = {"A": "Yes", "B": "No"}
         ("No question, yes.", POLAR, "A"),
         ("不对", POLAR, "B"),
         ("Yes, it is.", POLAR, "A"),
+        ("That is false.", POLAR, "B"),
+        ("Can you repeat that?", POLAR, "N/A"),
+        ("答案是否", POLAR, "B"),
+        ("当然", POLAR, "A"),
+        ("Option (B) is correct. Option (A) is incorrect.", ANIMALS, "B"),
+        ("(D) is the correct answer. (A), (B) and (C) are not.", ANIMALS, "D"),
+        ("(A) is incorrect. (B) is incorrect. (C) is right. (D) is incorrect.", ANIMALS, "C"),
+        ("None of the options A, B, C, D is correct.", ANIMALS, "N/A"),
+        ("The correct option is **A**. The others are wrong: B is a goat, C is a sheep.", ANIMALS, "A"),
+        ("I would choose (B) over (A) because of its horns.", ANIMALS, "B"),
+        ("[B] The horse is taller.", ANIMALS, "B"),
+        ("B – the horse is taller", ANIMALS, "B"),
+        ("A - goat, not horse", ANIMALS, "B"),
+        ("<think>Perhaps the answer is A?</think>\nB", ANIMALS, "B"),
+        ("between -5 and -3 lies -4", LENGTHS, "B"),
+        ("It is -4, not 4.", LENGTHS, "B"),
     ],
 )
 def test_options_in_prose(response: str, options: dict[str, str], answer: str) -> None:
@@ -170,6 +224,12 @@ def test_options_in_prose(response: str, options: dict[str, str], answer: str) -
         ("十二", "integer", "12"),
         ("答案是２５。", "integer", "25"),
         ("between -3 and 7", "list", "[-3, 7]"),
+        ("No cats are left.", "integer", "0"),
+        ("8 cats out of 12", "integer", "8"),
+        ("The answer is $1.6\\times10^{-19}$ C", "float", "1.6e-19"),
+        ("The answer is $1{,}234.5$", "float", "1234.5"),
+        ("The answer is minus 0.5", "float", "-0.5"),
+        ("The answer is 7.50 dollars", "float", "7.50"),
     ],
 )
 def test_values_in_prose(response: str, kind: Any, answer: str) -> None:

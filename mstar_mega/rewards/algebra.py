@@ -16,8 +16,9 @@ from typing import Any
 
 _MEMORY_BYTES = 1 << 30
 _RELATIVE_ERROR = 1e-9
-_EXACT_ERROR = 1e-16
-_DIGITS = 20
+_ROUNDING = 1e-30
+_ROUNDING_OF_DECIMALS = 1e-14
+_DIGITS = 40
 
 
 def serve() -> None:
@@ -51,16 +52,15 @@ def symbolically_equal(answer: str, gold: str) -> bool:
     """Whether two LaTeX expressions are equal to math-verify; False where either cannot be read. May take for ever.
 
     Before that, both are compared at one point by their relative error: math-verify takes any difference below an
-    absolute tolerance for nothing, and is slow to find expressions unequal.
+    absolute tolerance for nothing, and is slow to find expressions unequal. That decides plain numbers.
     """
     math_verify = importlib.import_module("math_verify")
     target, candidate = _parsed_gold(gold), _parsed(answer)
     if not target or not candidate:
         return False
-    if not _close(target[0], candidate[0]):
-        return False
-    if _agree_as_numbers(target[0], candidate[0]):
-        return True
+    found = _compare(target[0], candidate[0])
+    if found is not None:
+        return found
     return bool(math_verify.verify(list(target), candidate, timeout_seconds=None))
 
 
@@ -72,32 +72,34 @@ def nearly_equal(first: str, second: str, decimals: int) -> bool:
     return bool(abs(values[0] - values[1]) <= 0.5 * 10**-decimals * (1 + _RELATIVE_ERROR))
 
 
-def _close(first: Any, second: Any) -> bool:
-    """Whether two expressions may be equal: their values at one point are, to rounding. Anything else may be."""
+def _compare(first: Any, second: Any) -> bool | None:
+    """By values at one point: whether they are equal; None where that does not tell."""
     sympy = importlib.import_module("sympy")
     if isinstance(first, sympy.Tuple) and isinstance(second, sympy.Tuple):
-        return len(first) == len(second) and all(map(_close, first, second))
+        maybe = len(first) == len(second) and all(
+            _compare(*pair) is not False for pair in zip(first, second, strict=True)
+        )
+        return None if maybe else False
     if isinstance(first, sympy.FiniteSet) and isinstance(second, sympy.FiniteSet):
-        return all(any(_close(one, other) for other in second) for one in first)
+        maybe = all(any(_compare(one, other) is not False for other in second) for one in first)
+        return None if maybe else False
     if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
-        return True
+        return None
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     # An irregular point, where expressions do not meet by chance; the same for a name whatever is assumed of it.
     names = sorted({symbol.name for symbol in symbols})
     point = {symbol: sympy.Rational(10007 + 31 * names.index(symbol.name), 9001) for symbol in symbols}
-    one, other = (_number(each.xreplace(point)) for each in (first, second))
+    one, other = (_number(each.xreplace(point) if point else each) for each in (first, second))
     if one is None or other is None:
-        return True
-    return bool(abs(one - other) <= _RELATIVE_ERROR * max(abs(one), abs(other)))
-
-
-def _agree_as_numbers(first: Any, second: Any) -> bool:
-    """Whether both are numbers and agree to more digits than math-verify would compare."""
-    sympy = importlib.import_module("sympy")
-    if not all(isinstance(each, sympy.Expr) and each.is_number for each in (first, second)):
-        return False
-    one, other = _number(first), _number(second)
-    return None not in (one, other) and bool(abs(one - other) <= _EXACT_ERROR * abs(one))
+        return None
+    difference, size = abs(one - other), max(abs(one), abs(other))
+    if symbols:
+        return None if difference <= _RELATIVE_ERROR * size else False
+    pair = (first, second)
+    if any(isinstance(each, sympy.Float) for each in pair) and any(each.is_rational is False for each in pair):
+        return False  # no decimal is a root or pi
+    decimal = any(each.has(sympy.Float) for each in pair)  # math-verify keeps fifteen digits of one
+    return bool(difference <= (_ROUNDING_OF_DECIMALS if decimal else _ROUNDING) * size)
 
 
 def _number(expression: Any) -> Any:

@@ -6,15 +6,17 @@ import functools
 import re
 from collections.abc import Sequence
 
-from mstar_mega.rewards.dressing import MAX_ANSWER_CHARS, clean
+from mstar_mega.rewards.dressing import MAX_ANSWER_CHARS, clean, encloses
 from mstar_mega.rewards.equality import equal, same_text
 from mstar_mega.rewards.frames import readings
 
 _LETTER = re.compile(
-    r"(?:(?:option|choice|answer|letter|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?:选项)?(?![\w'’]))"
-    r"!?[).:,]? ?[-→=]? ?(.+)?",
+    r"(?:(?:option|choice|answer|letter|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?: ?选项)?(?![\w'’]))"
+    r"!?(?:[).:,] ?(?:[-→=] )?| ?[→=] ?| ?- | |(?<=[a-z])-|-(?![0-9.]))?(.+)?",
     re.IGNORECASE,
 )
+"""A dash sets a letter off (``B - 12``), and is the number's sign where something else does (``B. -12``)."""
+_LETTER_BEHIND = re.compile(r"(.+?),? ?(?:\(([a-z])\)|\(?(?:option|choice) ?\(?([a-z])\)?\)?)", re.IGNORECASE)
 _RIGHT = re.compile(
     r"(?:is )?(?:the )?(?:correct|right|true)(?: (?:answer|option|choice|one))?|is the answer", re.IGNORECASE
 )
@@ -25,7 +27,8 @@ def split_letter(text: str) -> tuple[str, str] | None:
     match = _LETTER.fullmatch(text) if len(text) <= 400 else None
     if match is None:
         return None
-    return (match[1] or match[2] or match[3]).upper(), clean(match[4] or "")
+    rest = clean(match[4] or "")
+    return (match[1] or match[2] or match[3]).upper(), clean(rest[1:-1]) if encloses(rest, "(", ")") else rest
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,6 +63,11 @@ def resolve_choice(answer: str, choices: Sequence[str]) -> str | None:
         index = ord(lettered[0]) - ord("A") if lettered else len(choices)
         if lettered and index < len(choices) and (not lettered[1] or _RIGHT.fullmatch(lettered[1])):
             return lettered[0]
+        behind = _LETTER_BEHIND.fullmatch(text) if len(text) <= 400 else None
+        if behind and not lettered and not any(same_text(text, form) for form in _cleaned(tuple(choices))):
+            letter, said = (behind[2] or behind[3]).upper(), _matching(clean(behind[1]), choices)
+            if said:
+                return letter if ord(letter) - ord("A") in said else None
         matches = _matching(text, choices)
         if matches:
             return chr(ord("A") + matches[0]) if len(matches) == 1 else None

@@ -12,42 +12,49 @@ import unicodedata
 MAX_ANSWER_CHARS = 2048
 """Longer answers are compared as they stand, without normalisation."""
 
-_BARE = re.compile(r"[A-Za-z0-9]+(?:[ -][A-Za-z0-9]+){0,8}|-?[0-9]+(?:\.[0-9]+)?")
+_BARE = re.compile(r"(?!(?i:plus))[A-Za-z0-9]+(?:[ -][A-Za-z0-9]+){0,8}|-?[0-9]+(?:\.[0-9]+)?")
 """An answer without dressing: nothing to do."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _TYPOGRAPHY = str.maketrans(
-    {**dict.fromkeys("\u2212\u2013\u2014\u2010\u2011\ufe63\uff0d", "-"), **dict.fromkeys("“”″", '"'), "⁄": "/",
+    {**dict.fromkeys("\u2212\u2012\u2013\u2014\u2010\u2011\ufe63\uff0d", "-"), **dict.fromkeys("“”″", '"'), "⁄": "/",
      **dict.fromkeys("‘’′", "'"), **dict.fromkeys("º˚∘", "°"), "。": ".", "、": ", ", "，": ", ", "；": "; ", "µ": "μ",
      "Ω": "Ω", **dict.fromkeys("≃≅∼", "≈"), "⋅": "·", "∗": "*", "∠": "∠", "…": "…"}
 )  # fmt: skip
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋"
+_WIDE_COMMA = re.compile("(?<=[０-９])，(?=[０-９])")
 _BARRED = re.compile("([0-9])[\u0304\u0305\u0307]")
 _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒])")
 
 _SPECIAL_TOKEN = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|endoftext|end_of_text)>|\[/?INST\]"
+    r"|(?i:</?(?:final_)?answer>|</?ans>)"
 )
-_TAGGED = re.compile(r"<(answer|final_answer|ans|b|strong|em|i|p|span|code)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_TAGGED = re.compile(r"<(b|strong|em|i|p|span|code)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _FENCED = re.compile(r"```[a-z]*\s(.*?)\s?```", re.DOTALL)
 _BOLD = re.compile(r"(?<![\w*)\]}])(\*\*|__)(?=\S)([^*_]{1,200}?)(?<=\S)\1(?![\w*(])")
 
 _TEXT_WRAPPER = re.compile(r"\\(?:(?:text(?!color)|mathrm|operatorname|mbox|hbox)[a-z]*|mathrm|unit|si) ?\{")
 _WRAPPER = re.compile(
     r"\\(?:boxed|fbox|framebox|underbrace|math(?:bb|bf|it|sf|tt|cal|scr|frak|normal)|bm|boldsymbol|pmb|bold|underline|emph|ang"
-    r"|(?:text)?color ?\{[^{}]{0,40}\}) ?\{"
+    r"|(?:(?:text)?color|colorbox|fcolorbox ?\{[^{}]{0,40}\}) ?\{[^{}]{0,40}\}) ?\{"
 )
 _DECLARATION = re.compile(
     r"\\(?:boxed|displaystyle|textstyle|scriptstyle|left|right|middle|[bB]igg?[lrm]?|limits|bf|rm|it|mathrm|mathbf"
     r"|text|tiny|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])[.]?|\\(?:text)?color ?\{[^{}]{0,40}\}"
-    r"|\\[hv]?phantom ?\{[^{}]{0,40}\}|\\(?:begin|end) ?\{(?:equation|align|aligned|gather|math|displaymath)\*?\}"
+    r"|\\[hv]?phantom ?\{[^{}]{0,40}\}|\\(?:begin|end) ?\{(?:equation|align|aligned"
+    r"|gather|math|displaymath|center)\*?\}"
 )
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=[0-9])(?:\\[,!]|,\\!|\{,\})(?=[0-9]{3})")
 _LATEX_SPACE = re.compile(r"\\(?:[,;:!~ ]|quad\b|qquad\b)|~")
 _LATEX_NOISE = re.compile(r"\\[()\[\]]")
 _OVER = re.compile(r"\{? ?([^{}\\]{1,40}?) ?\\over(?![a-z]) ?([^{}\\]{1,40}?) ?(?:\}|$)")
-_DEGREES = re.compile(r"\\degrees?(?![a-z])|\\textdegree|\^ ?\{? ?\\circ ?\}?|\^ ?\{? ?o ?\}?(?![\w])|\\circ(?![a-z])")
+_DEGREES = re.compile(
+    r"\\degrees?(?![a-z])|\\textdegree|\^ ?\{? ?(?:\\circ|°) ?\}?|\^ ?\{? ?o ?\}?(?!\w)|\\circ(?![a-z])"
+)
+_GROUPED_NUMBER = re.compile(r"(?<![\w}\]^])\{([0-9.]{1,40})\}(?=\^)")
+_PLUS_MINUS = re.compile(r"\+/-|\bplus[ -](?:or[ -])?minus\b ?", re.IGNORECASE)
 _FRACTION = re.compile(r"\\(?:[dtcsx]|nice)frac(?![a-z])")
 _LATEX_SIGNS = (
     ("\\%", "%"), ("\\&", "&"), ("\\#", "#"), ("\\_", "_"), ("\\pm", "±"), ("\\approx", "≈"), ("\\simeq", "≈"),
@@ -72,7 +79,7 @@ def compatible(text: str) -> str:
     """Full-width and other compatibility characters as plain ones; raised and lowered digits as ``^`` and ``_``."""
     if text.isascii():
         return text
-    text = _BARRED.sub(r"\\overline{\1}", _INVISIBLE.sub("", text))
+    text = _BARRED.sub(r"\\overline{\1}", _WIDE_COMMA.sub(",", _INVISIBLE.sub("", text)))
     text = _SCRIPTS.sub(_script, text.translate(_TYPOGRAPHY))
     return unicodedata.normalize("NFKC", text).translate(_TYPOGRAPHY)
 
@@ -113,7 +120,7 @@ def _drop_dollars(text: str) -> str:
     return text.replace(_ESCAPED_DOLLAR, "$")
 
 
-def _encloses(text: str, opening: str, closing: str) -> bool:
+def encloses(text: str, opening: str, closing: str) -> bool:
     """Whether the first bracket is closed by the last one."""
     if not (len(text) > 2 and text.startswith(opening) and text.endswith(closing)):
         return False
@@ -141,14 +148,14 @@ def _strip_surroundings(text: str) -> str:
             if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
                 text = text[len(mark) : -len(mark)]
                 break
-        if _encloses(text, "{", "}") and "," not in text:
+        if encloses(text, "{", "}") and "," not in text:
             text = text[1:-1]
         if text == before:
             return text
 
 
 def _clean_once(text: str) -> str:
-    text = compatible(_CONTROL.sub(" ", text)).replace("+/-", "±")
+    text = _PLUS_MINUS.sub("±", compatible(_CONTROL.sub(" ", text)))
     if "<" in text or "[/" in text:
         text = _SPECIAL_TOKEN.sub("", text)
         text = _TAGGED.sub(r"\2", text)
@@ -164,7 +171,7 @@ def _clean_once(text: str) -> str:
             if command in text:
                 text = re.sub(re.escape(command) + (r"(?![A-Za-z])" if command[-1].isalpha() else ""), sign, text)
         text = _LATEX_NOISE.sub("", _DECLARATION.sub("", _LATEX_SPACE.sub(" ", text)))
-        text = text.replace(" ^", "^").replace(" _", "_")
+        text = _GROUPED_NUMBER.sub(r"\1", text.replace(" ^", "^").replace(" _", "_").replace("μ ", "μ"))
     elif "^" in text or "..." in text:
         text = _DEGREES.sub("°", text).replace("...", "…")
     if "$" in text:

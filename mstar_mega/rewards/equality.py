@@ -41,6 +41,7 @@ class Algebra:
 # ---------------------------------------------------------------------------------------------------------- texts
 
 _LIST_COMMA = re.compile(r"(?<=[0-9])([,.]) (?=[0-9])")
+_ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{2})", re.IGNORECASE)
 _INNER_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")
 _ONE_CHAR_SCRIPT = re.compile(r"([_^])\{(\w)\}")
 _FORMULA_DIGIT = re.compile(r"(?<=[a-z)])_\{?([0-9]{1,3}|[a-z])\}?(?![0-9])")
@@ -55,9 +56,13 @@ def _text_key(cleaned: str) -> str:
     return _INNER_SPACE.sub("", key)
 
 
+def _without_article(cleaned: str) -> str:
+    return _text_key(_ARTICLE.sub("", cleaned, count=1) if _ARTICLE.match(cleaned) else cleaned)
+
+
 def same_text(first: str, second: str) -> bool:
-    """Equal but for case, white space and the spelling of subscripts."""
-    return _text_key(first) == _text_key(second)
+    """Equal but for case, white space, the spelling of subscripts, and an article."""
+    return _text_key(first) == _text_key(second) or _without_article(first) == _without_article(second)
 
 
 # ----------------------------------------------------------------------------------------------------------- LaTeX
@@ -128,13 +133,17 @@ def equal(given: str, wanted: str) -> bool | Algebra:
         return same_text(given, wanted) or _algebra(given, wanted)
     if answer.names and gold.names and answer.names.isdisjoint(gold.names):
         return False
+    if gold.names and not answer.names and len(answer.members) == 2 and not parse_quantity(gold.members[0]):
+        return _algebra(given, wanted)  # 2x - y + 1 = 0 is y = 2x + 1
     return _members_equal(answer, gold.members[0])
 
 
 def _restated(text: str) -> str:
     """``12 (twelve)`` and ``1/3 (about 0.33)`` as chains: what is said twice must agree."""
     match = _TWICE.fullmatch(text)
-    if match is None or not (parse_quantity(match[1]) and parse_quantity(match[3])):
+    if match is None or not parse_quantity(match[3]):
+        return text
+    if not (parse_quantity(match[1]) or to_latex(squeeze(match[1]))):
         return text
     return f"{match[1]}{'≈' if match[2] else '='}{match[3]}"
 
@@ -177,19 +186,19 @@ def _latex_pair(first: str, second: str, decimals: int | None = None) -> Pair | 
 def _equal(given: str, wanted: str, *, member: bool = False) -> bool | Algebra:
     """Of two texts without equation signs; of members of lists also a number and an expression."""
     answer, gold = parse_quantity(given), parse_quantity(wanted)
+    time, target = parse_clock(given), parse_clock(wanted)
+    if target and (time or not (answer and answer[1])):
+        return time is not None and clocks_equal(time, target)
     if answer and gold:
         return quantities_equal(answer, gold)
     if same_text(given, wanted):
         return True
-    time, target = parse_clock(given), parse_clock(wanted)
-    if time and target:
-        return clocks_equal(time, target)
     if _BASE.search(given) or _BASE.search(wanted):
         return _in_base(given) == _in_base(wanted) is not None
     lists = _lists_equal(given, wanted)
     if lists is not None:
         return lists
-    if (answer or gold) and not member:
+    if not member and (gold or (answer and not _is_unfinished(wanted))):
         return False
     return _algebra(given, wanted)
 
@@ -197,6 +206,15 @@ def _equal(given: str, wanted: str, *, member: bool = False) -> bool | Algebra:
 def _algebra(given: str, wanted: str) -> bool | Algebra:
     pair = _latex_pair(given, wanted)
     return Algebra((pair,)) if pair else False
+
+
+_OPERATION = re.compile(r"[\\^√!]")
+_SYMBOL = re.compile(r"(?<![\\A-Za-z])(?!(?:pi|sqrt)(?![a-z]))[A-Za-z]")
+
+
+def _is_unfinished(gold: str) -> bool:
+    """Whether the gold answer is an expression that a number may be the value of: ``2^{10}``, but not ``10-20``."""
+    return bool(_OPERATION.search(gold)) and not _SYMBOL.search(split_unit(gold)[0])
 
 
 _BASE_NAMES = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Literal
 
 from mstar_mega.rewards.answers import extract_answer
@@ -23,12 +24,13 @@ MAX_READ_CHARS = 1 << 14
 
 _ASIAN = re.compile("[\u3000-\u9fff\uff00-\uffef]")
 _COUNTED = re.compile(
-    r"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{1,20}){0,3}? ((?:" + WORDS + r"|no)\b|[0-9]+\b)",
+    r"\bthere (?:are|is|were|was|will be|would be)(?: [a-z]{1,20}){0,3}? ((?:" + WORDS + r"|no)\b|[0-9]+\b)"
+    r"|^(no) (?:[a-z]{1,20} ){1,3}(?:is|are|was|were|remain|remains)\b",
     re.IGNORECASE,
 )
 _COMPOUND = re.compile(r"[/\\^×{]|[0-9] [0-9]|\b[mM]inus\b|\b[nN]egative\b|^[^0-9]*$|[^\x00-\x7f]")
 """A number that is more than digits, if the statement is one."""
-_OUT_OF = re.compile(r"([0-9]+) (?:out )?of (?:the )?[0-9]+\b")
+_OUT_OF = re.compile(r"([0-9]+) (?:[a-z]{1,20} ){0,3}(?:out )?of (?:the )?[0-9]+\b")
 _MAX_VALUE = 100
 """A longer text is more than a value."""
 _LIST = re.compile(r"\[[^\[\]]{1,2000}\]")
@@ -40,7 +42,7 @@ _BETWEEN = re.compile(
 
 def find_answer(response: str, kind: Kind, options: Mapping[str, str] | None = None) -> str:
     """The extracted answer: a letter or an option's text, a number, a list; ``N/A`` where the response gives none."""
-    text = response[-MAX_READ_CHARS:].strip()
+    text = response[-MAX_READ_CHARS:].rpartition("</think>")[2].strip()
     if not text.isascii() and _ASIAN.search(text):
         text = compatible(text)
     marked = extract_answer(text)
@@ -72,8 +74,9 @@ def _find_number(text: str, kind: Kind) -> str:
         if behind:
             return behind[-1]
     counted = _COUNTED.search(last)
-    if counted and not (counted[1].lower() == "no" and declines(last)):
-        return "0" if counted[1].lower() == "no" else read_number_words(counted[1].lower())
+    count = (counted[1] or counted[2]).lower() if counted else ""
+    if count and not (count == "no" and declines(last)):
+        return "0" if count == "no" else read_number_words(count)
     part = _OUT_OF.match(text)
     if part:
         return part[1]
@@ -96,7 +99,7 @@ def _value(statement: str, kind: Kind) -> str | None:
     if quantity is None or quantity[0].percent:
         return None
     value = quantity[0].value
-    if numbers(statement) == [str(value)] or re.search(r"[0-9]\.[0-9]", statement):
+    if [Fraction(number) for number in numbers(statement)] == [value]:
         return None  # as it is written
     if value.denominator == 1 and kind == "integer":
         return str(int(value))

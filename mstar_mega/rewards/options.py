@@ -12,7 +12,7 @@ from mstar_mega.rewards.prose import NO_ANSWER, declines, numbers, sentences, st
 from mstar_mega.rewards.quantities import parse_quantity
 
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
-_FIRST = re.compile(r"\(?([A-Z])\)?(?:[.):,]|$|\s)")
+_FIRST = re.compile(r"\(?([A-Z])\)?\*{0,2}(?:[.):,]|$|\s)")
 _ALONE = re.compile(r"(?<![A-Za-z0-9_'’/∠△⊙角点])([A-Z])(?![A-Za-z0-9_'’/])")
 _ALTERNATIVES = re.compile(r"\W*(?:either )?\(?[A-Z]\)? ?(?:or|and|/|&) ?\(?[A-Z]\b")
 _ARTICLE = re.compile(r"[AI] [a-z]")
@@ -20,16 +20,16 @@ _LISTED = re.compile(r"[ \t]*\([A-Z]\)[ \t]")
 _WORD = re.compile(r"\w+")
 _DENIED = re.compile(
     r"(?:\bnot|n't|\bcannot be|\bnever)(?: [^\s,;]+){1,4}\W*$"
-    r"|\b(?:is|are|was|were) (?:incorrect|wrong|ruled out|out\b|not\W*$)|^(?:rather than|instead of)|不|排除|错",
+    r"|\b(?:is|are|was|were) (?:incorrect|wrong|ruled out|out\b|not\W*$)|^(?:rather than|instead of|over)|不|排除|错",
     re.I,
 )
-_CLAUSE = re.compile(r"[,;] ?(?:so |but |therefore |hence )?|\bbut\b|\b(?=rather than|instead of)")
+_CLAUSE = re.compile(r"[,;] ?(?:so |but |therefore |hence )?|\bbut\b|\b(?=rather than|instead of|over \(?[A-Z]\b)")
 _ARTICLES = re.compile(
     r"(?<!option )(?<!answer )(?<!choice )(?<![\w'’])A(?= (?!(?:or|and|is|because|since)\b)[a-z])"
     r"|(?<![\w'’])I(?= [a-z]|['’])"
 )
 _BEGINS = re.compile(
-    r"(?:\*\*)?\(?(?:([B-Z]|A(?!:))\)?(?:\*\*)?[.:)](?:\*\*)?\s"
+    r"(?:\*\*)?[(\[]?(?:([B-Z]|A(?!:))\)?(?:\*\*)?(?:[.:;)\]](?:\*\*)?\s| [-–—] )"
     r"|([A-Z])\)?(?:\*\*)?(?:[ \t]*\n|,? (?:because|since|as) ))"
 )
 _MARKED = re.compile(r"(?<![\w'’])([A-Z])[.:)](?=[\s*])")
@@ -39,6 +39,11 @@ _JUDGED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _GOOD = re.compile("yes|correct|true|right|✓|✔", re.IGNORECASE)
+_CALLED = re.compile(
+    r"(?<![\w'’])(?<![,/] )(?<!\bor )(?<!\band )\(?([A-Z])\)?(?:\*\*)? is "
+    r"(?:the |clearly |thus |therefore )?(?:best |most )?(?:correct|right)\b"
+)
+_SIGN = re.compile(r"(?:(?<=\s)|^)[-−](?=[0-9.])")
 _MAX_CHARS = 2000
 _MAX_STATEMENT = 80
 _MAX_BLOCK = 120
@@ -62,17 +67,22 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
         if letter is not None:
             return letter
     whole, text = text, _without_lists(text)
-    stated = statements(text)
+    called = set(_CALLED.findall(text)) & set(options)
+    stated = statements(_CALLED.sub(" ", text) if called else text)
     for statement in stated:
         found = _of_statement(statement, options)
         if found is not None:
             return found
+    if len(called) == 1:
+        return called.pop()
     parts = sentences(text)
     found = _leading(text, options) or _declining(text, options) or _by_elimination(whole, options)
     if found is not None:
         return found
     letters = yes_and_no(options)
     if letters:
+        if stated and says_yes_or_no(stated[0]):
+            return by_polarity(stated[0], letters) or NO_ANSWER
         if parts and says_yes_or_no(parts[0]):
             return by_polarity(parts[0], letters) or NO_ANSWER
     else:
@@ -143,10 +153,13 @@ def _leading(text: str, options: Mapping[str, str]) -> str | None:
     kept = "\n".join(_without_denied(each, options) for each in sentences(text[match.end() :]))
     if not set(_MARKED.findall(kept)) & set(options) <= {letter}:
         return None
-    behind = "" if text.startswith("(") else next(iter(sentences(text[match.end() :])), "")
+    behind = "" if text.startswith("(") else _without_denied(next(iter(sentences(text[match.end() :])), ""), options)
     other = None if _ALONE.search(behind) else _contained(behind, options)
-    # "C. 3.5" and "B. The time shown is quarter past." end in what is meant.
-    return other if other and normalize(behind).endswith(normalize(options[other])) else letter
+    if other is None:
+        return letter
+    # "C. 3.5", "B. The time shown is quarter past." and "A - No, it is not." are about what they end in or begin with.
+    said, form = normalize(behind), normalize(options[other])
+    return other if said.endswith(form) or re.match(rf"{re.escape(form)}[,.;]", said) else letter
 
 
 def _declining(text: str, options: Mapping[str, str]) -> str | None:
@@ -175,17 +188,22 @@ def _without_denied(sentence: str, options: Mapping[str, str]) -> str:
 
 def _contained(text: str, options: Mapping[str, str]) -> str | None:
     """The one option whose text stands in ``text`` as words; of options inside one another the longest."""
-    haystack = normalize(text[-_MAX_CHARS:])
-    forms = {letter: normalize(option) for letter, option in options.items()}
+    haystack = _signed(text[-_MAX_CHARS:])
+    forms = {letter: _signed(option) for letter, option in options.items()}
     found = {
         letter: form
         for letter, form in forms.items()
-        if form and re.search(rf"(?<![\w.]){re.escape(form)}(?!\w|\.\d)", haystack)
+        if form and re.search(rf"(?<![\w.\ue001]){re.escape(form)}(?!\w|\.\d)", haystack)
     }
     longest = [
         letter for letter, form in found.items() if not any(form != other and form in other for other in found.values())
     ]
     return longest[0] if len(longest) == 1 else None
+
+
+def _signed(text: str) -> str:
+    """Normalised, but a number's sign stays apart from the word before it."""
+    return normalize(_SIGN.sub("\ue001", text))
 
 
 def _by_words(parts: list[str], options: Mapping[str, str]) -> str | None:

@@ -14,10 +14,13 @@ _NO_DOUBT = re.compile(
 _BOTH = re.compile(r"\W*(?:yes (?:or|and) no|no (?:or|and) yes)\b", re.IGNORECASE)
 _FIRMLY = "(?:absolutely|certainly|definitely|of course)"
 _NEGATIVE = re.compile(
-    rf"\W*(?:(?:{_FIRMLY} )?not?|nope|nah|false|incorrect|wrong)\b|\W*(?:不|否|没|错|非)", re.IGNORECASE
+    rf"\W*(?:(?:{_FIRMLY} )?not?|nope|nah|(?:(?:that|this|it)(?: is|'s) )?(?:false|incorrect|wrong))\b"
+    r"|\W*(?:不|否|没|无|错|非)",
+    re.IGNORECASE,
 )
 _POSITIVE = re.compile(
-    rf"\b(?:yes|yeah|yep|yup)\b|^\W*(?:correct|true|right|indeed|i think so|{_FIRMLY})\b|^\W*(?:是|对|正确|有)",
+    rf"\b(?:yes|yeah|yep|yup)\b|^\W*(?:correct|true|right|indeed|i think so|{_FIRMLY})\b"
+    r"|^\W*(?:是|对|正确|有|可以|能|会|当然)",
     re.IGNORECASE,
 )
 _SMALL_TALK = re.compile(r"(?:sure|here|hello|sorry|please)\b", re.IGNORECASE)
@@ -49,6 +52,6 @@ def by_polarity(sentence: str, letters: tuple[str, str]) -> str | None:
         return letters[1]
     if _POSITIVE.search(sentence):
         return letters[0]
-    if not _STATES.search(sentence) or _SMALL_TALK.match(sentence):
+    if sentence.rstrip().endswith("?") or not _STATES.search(sentence) or _SMALL_TALK.match(sentence):
         return None
     return letters[1 if _DENIES.search(sentence) else 0]

@@ -30,14 +30,13 @@ Quantity = tuple[Number, Unit]
 _UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ '][0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 _DECIMAL = re.compile(rf"([+-]? ?)({_UNSIGNED})(?:[eE]([+-]?[0-9]{{1,5}}))?")
-_TIMES = r" ?(?:\\times|\\cdot|[×*·x]) ?"
+_TIMES = r" ?(?:\\times|\\cdot|[×*·xX]) ?"
 _POWER_OF_TEN = re.compile(
     rf"([+-]? ?)(?:({_UNSIGNED}){_TIMES})?10 ?(?:\^|\*\*) ?(?:\{{ ?([+-]?[0-9]{{1,5}}) ?\}}|([+-]?[0-9]{{1,5}}))"
 )
 _RATIO = re.compile(rf"([+-]? ?)(?:([0-9]+) (?:and )?)?([+-]?{_UNSIGNED}) ?/ ?([+-]?{_UNSIGNED})")
-_FRAC = re.compile(
-    rf"([+-]? ?)([0-9]+)? ?\\frac ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9])) ?(?:\{{ ?([+-]?{_UNSIGNED}) ?\}}|([0-9]))"
-)
+_PART_OF_FRAC = r"\{ ?((?:[^{}]|\{[^{}]*\})*?) ?\}"
+_FRAC = re.compile(rf"([+-]? ?)([0-9]+)? ?\\frac ?(?:{_PART_OF_FRAC}|([0-9])) ?(?:{_PART_OF_FRAC}|([0-9]))")
 _REPEATING = re.compile(
     r"([+-]? ?)([0-9]+)\.([0-9]*)(?:\\(?:overline|bar|dot) ?(?:\{ ?([0-9]+) ?\}|([0-9]))|\(([0-9]+)\))"
 )
@@ -68,8 +67,8 @@ def _scaled(sign: str, digits: str, exponent: str | None) -> Fraction | None:
 
 
 def _ratio(sign: str, whole: str | None, top: str, bottom: str) -> Fraction | None:
-    numerator, denominator = (Fraction(re.sub("[, ']", "", part)) for part in (top, bottom))
-    if denominator == 0 or (whole and (numerator < 0 or denominator < 0)):
+    numerator, denominator = _undivided(top), _undivided(bottom)
+    if numerator is None or denominator is None or denominator == 0 or (whole and (numerator < 0 or denominator < 0)):
         return None
     value = int(whole or "0") + numerator / denominator
     return -value if sign.startswith("-") else value
@@ -80,13 +79,19 @@ def _repeating(sign: str, whole: str, fixed: str, period: str) -> Fraction:
     return -value if sign.startswith("-") else value
 
 
-def _value(bare: str) -> Fraction | None:
+def _undivided(bare: str) -> Fraction | None:
     if _PLAIN.fullmatch(bare):
         return Fraction(bare)
     if match := _DECIMAL.fullmatch(bare):
         return _scaled(match[1], match[2], match[3])
     if match := _POWER_OF_TEN.fullmatch(bare):
         return _scaled(match[1], match[2] or "1", match[3] or match[4])
+    return None
+
+
+def _value(bare: str) -> Fraction | None:
+    if (found := _undivided(bare)) is not None:
+        return found
     if match := _RATIO.fullmatch(bare):
         return _ratio(match[1], match[2], match[3], match[4])
     if match := _FRAC.fullmatch(bare):
@@ -104,7 +109,10 @@ def read_number_words(text: str) -> str:
     if match := _SCALED.fullmatch(text):
         return f"{'1' if match[1][0] in 'aA' else match[1]}e{_SCALES[match[2].lower()]}"
     if match := _PART.fullmatch(text):
-        return _read_part(match) or text
+        minus = _MINUS.match(text)
+        return f"-{read_number_words(text[minus.end() :])}" if minus else _read_part(match) or text
+    if text[:2] in ("a ", "A "):
+        text = f"one{text[1:]}"
     if _WORDS.fullmatch(text):
         sign = "-" if text[:1] in "mMnN" and _MINUS.match(text) else ""
         words = (_MINUS.sub("", text, count=1) if sign else text).lower()
@@ -150,7 +158,7 @@ def parse_number(text: str) -> Number | None:
         return None
     if enclosed := _ENCLOSED.fullmatch(text):
         text = enclosed[1].strip()
-    bare = _PERCENT.sub("", text) if text[-1] in "%tTsS." else text
+    bare = _PERCENT.sub("", text) if text[-1] in "%tTsS." else text.removeprefix("百分之")
     percent = bare != text
     if not bare or (bare[0].isalpha() or bare[-1].isalpha()):
         bare = _MINUS.sub("-", read_number_words(bare), count=1)

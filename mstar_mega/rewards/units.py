@@ -32,8 +32,9 @@ _OWN = {
     "lira": "=lira", "฿": "=baht", "thb": "=baht", "baht": "=baht", "₫": "=dong", "vnd": "=dong", "dong": "=dong",
     "₱": "=peso", "php": "=peso", "peso": "=peso", "mxn": "=peso", "₦": "=naira", "ngn": "=naira", "naira": "=naira",
     "r$": "=real", "brl": "=real", "chf": "=franc", "franc": "=franc", "a$": "=australian", "aud": "=australian",
-    "c$": "=canadian", "cad": "=canadian", "hk$": "=hongkong", "hkd": "=hongkong", "s$": "=singapore",
-    "sgd": "=singapore", "sek": "=krona", "krona": "=krona", "zar": "=rand", "rand": "=rand",
+    "c$": "=canadian", "ca$": "=canadian", "cad": "=canadian", "hk$": "=hongkong", "hkd": "=hongkong",
+    "s$": "=singapore", "sgd": "=singapore", "sek": "=krona", "krona": "=krona", "zar": "=rand", "rand": "=rand",
+    "zł": "=zloty", "pln": "=zloty", "zloty": "=zloty", "kr": "=krona",
     "°": "=degree =celsius =fahrenheit", "deg": "=degree =celsius =fahrenheit",
     "degree": "=degree =celsius =fahrenheit", "度": "=degree =celsius =fahrenheit", "°c": "=celsius",
     "degc": "=celsius", "celsius": "=celsius", "centigrade": "=celsius", "摄氏度": "=celsius", "°f": "=fahrenheit",
@@ -42,6 +43,7 @@ _OWN = {
     "b": "", "B": "=byte", "pixel": "=pixel", "px": "=pixel", "ppm": "=ppm", "rpm": "=rpm", "db": "=decibel",
     "decibel": "=decibel", "kilo": "kilogram", "rev": "=revolution", "revolution": "=revolution", "turn": "=revolution",
     "kmph": "kilometer_per_hour", "kmh": "kilometer_per_hour", "nm": "nanometer", "Nm": "newton_meter",
+    "amp": "ampere", "gm": "gram", "bpm": "=bpm",
     "ton": "ton metric_ton", "cal": "calorie", "Cal": "kilocalorie", "gal": "gallon", "micron": "micrometer",
     '"': "inch", "''": "inch", "'": "foot", "ft": "foot", "in": "inch", "cc": "cubic_centimeter", "pc": "parsec",
     "sec": "second", "AU": "astronomical_unit", "au": "astronomical_unit", "ly": "light_year", "pa": "pascal",
@@ -56,13 +58,15 @@ _PRODUCTS = {"newton_meter": ("newton", "meter"), "kilowatt_hour": ("kilowatt", 
              "milliampere_hour": ("milliampere", "hour")}  # fmt: skip
 _LETTERS = frozenset("mgslLthNJWVAKTHΩ")
 """The units of one letter: other letters are more often a variable, or a constant of nature to pint."""
-_PREFIXED_MONEY = re.compile(r"([-+]?) ?((?:[A-Za-z]{0,2}\$|[€£¥₹₩₽₺฿₫₱₦]|[A-Za-z]{2,3}\.?)) ?([-+]?[0-9.].*)")
+_PREFIXED_MONEY = re.compile(r"([-+]?) ?((?:[A-Za-z]{0,2} ?\$|[€£¥₹₩₽₺฿₫₱₦]|[A-Za-z]{2,3}\.?)) ?([-+]?[0-9.].*)")
 
-_WORD = r"(?:[A-Za-zμΩ°\"'$€£¥₹₩¢]+|[\u4e00-\u9fff]{1,4})\.?"
+_WORD = r"(?:[A-Za-zμΩ°\"'$€£¥₹₩¢ł]+|[\u4e00-\u9fff]{1,4})\.?"
 _POWER = r"(?:\^?\{?-?[1-4]\}?| squared| cubed)?"
 _FACTOR = rf"(?:(?:square|sq|cubic|cu)\.? ?|平方|立方)?{_WORD}{_POWER}"
 _UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/] ?\(?| per | )?{_FACTOR}\)?){{0,4}}\)?")
 _BORDER = re.compile(r"(?:(?<=[0-9%.})π…])|(?<=\\pi))( ?)(?=[^0-9%.})…\s*^/+\-=,;_])")
+_GLUED = re.compile("[A-Za-z]|st|nd|rd|th")
+"""Right behind a number: algebra, and orders."""
 _FRACTION = re.compile(r"\\frac ?\{ ?([^{}0-9\\]{1,20}?) ?\} ?\{ ?([^{}0-9\\]{1,20}?) ?\}$")
 _COUNTED = re.compile(
     r"(?:[a-z]+ ){0,2}(?:([a-z]{3,})s|(people|persons?|men|women|children|sheep|fish))(?: (?:old|each|in total|left))?"
@@ -75,6 +79,7 @@ _NOT_COUNTED = frozenset(
     "  thousands millions billions trillions lakhs crores dozens grosses scores tens hundred thousand million"
     " billion dozen".split()
 )
+_TEMPERATURE = re.compile(r"(?:degrees?|deg\.?|°) ?(c(?:elsius|entigrade)?|f(?:ahrenheit)?)\b", re.IGNORECASE)
 _TOKEN = re.compile(rf"(square|sq|cubic|cu)\.? ?|(平方|立方)|([*·/()]| per )|({_WORD})({_POWER})|( )")
 
 
@@ -87,8 +92,9 @@ def split_unit(text: str) -> tuple[str, Unit]:
         return text, NONE
     money = _PREFIXED_MONEY.fullmatch(text)
     if money:
-        meaning = read_unit(money[2])
-        if meaning and all(name.startswith("=") for name in _OWN.get(money[2].rstrip(".").lower(), "").split()):
+        sign = money[2].replace(" ", "")
+        meaning = read_unit(sign)
+        if meaning and all(name.startswith("=") for name in _OWN.get(sign.rstrip(".").lower(), "").split()):
             bare, behind = split_unit(money[1] + money[3])
             return (bare, meaning) if meaning & behind else (money[1] + money[3], meaning)
     plain = _FRACTION.sub(r"\1/\2", text) if "\\frac" in text else text
@@ -96,9 +102,8 @@ def split_unit(text: str) -> tuple[str, Unit]:
         return found
     for border in _BORDER.finditer(text):
         tail = text[border.end() :]
-        glued_letter = not border[1] and len(tail) == 1 and tail.isalpha() and tail.isascii()
-        if len(tail) <= MAX_UNIT_CHARS and not glued_letter:
-            unit = read_unit(tail) or _read_count(tail)
+        if len(tail) <= MAX_UNIT_CHARS and (border[1] or not _GLUED.fullmatch(tail)):
+            unit = read_unit(tail) or _read_count(tail) or _read_rate(tail)
             if unit:
                 return text[: border.start()], unit
     return text, NONE
@@ -107,7 +112,7 @@ def split_unit(text: str) -> tuple[str, Unit]:
 @functools.lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit:
     """The meanings of a unit as people write it: ``m/s²`` (``m/s^2``), ``km per hour``, ``sq. cm``; empty if none."""
-    text = text.removeprefix("US ").removeprefix("U.S. ")
+    text = _TEMPERATURE.sub(lambda match: f"°{match[1][0]}", text.removeprefix("US ").removeprefix("U.S. "))
     if len(text) > MAX_UNIT_CHARS or not _UNIT.fullmatch(text):
         return NONE
     factors: list[list[Meaning]] = []
@@ -144,6 +149,15 @@ def _read_count(text: str) -> Unit:
     if match is None or not _NOT_COUNTED.isdisjoint((*text.lower().split(), text)):
         return NONE
     return frozenset({("1", frozenset({(f"=counted {(match[1] or match[2] or match[3]).lower()}", 1)}))})
+
+
+def _read_rate(text: str) -> Unit:
+    """Something counted in a unit, or the other way round: ``people per square mile``, ``beats/min``."""
+    top, joint, below = text.partition(" per " if " per " in text else "/")
+    if not joint:
+        return NONE
+    above, under = (read_unit(part.strip()) or _read_count(part.strip()) for part in (top, below))
+    return frozenset(_product((one, _raised(other, -1))) for one in above for other in under)
 
 
 def _exponent(power: str) -> int:
