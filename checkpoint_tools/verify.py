@@ -33,6 +33,7 @@ from mstar_mega.models.weights import load_originals
 from mstar_mega.platform import distributed
 from mstar_mega.platform.inputs import must_be_regular, read_object
 from mstar_mega.platform.terminal import say
+from mstar_mega.recipe.directory import check_shared
 from mstar_mega.training.checkpoint import load_checkpoint
 
 FEATURES, LOGITS = 1e-4, 5e-4
@@ -169,7 +170,10 @@ def run(options: argparse.Namespace) -> None:
     """``mstar verify``. Collective. Raises ValueError where a case differs by more than the tolerance."""
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     distributed.initialize(parallel, 0)
+    is_ours = (options.checkpoint / MODEL_FILES).is_dir()
+    check_shared("--checkpoint", options.checkpoint, holds=f"{MODEL_FILES}/config.json" if is_ours else "config.json")
     for file in options.golden:
+        check_shared("--golden", file)
         read_golden(file)
     model, family = open_checkpoint(options.checkpoint, parallel, ModelConfig(precision=options.precision))
     problems = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch.distributed as dist
 from parallel import run_parallel
 
+from mstar_mega.checkpoint_tools import verify
 from mstar_mega.config import Config, DataConfig, ParallelConfig, RunConfig
 from mstar_mega.platform import distributed
 from mstar_mega.recipe.directory import check_shared, run_directory, shared_data
@@ -66,6 +68,34 @@ def test_a_checkpoint_that_one_rank_does_not_see(tmp_path: Path) -> None:
     for said in run_parallel(2, "test_shared_directories:opened", [ours, ours], tmp_path / "run"):
         assert "config.json" in said and "rank 1" not in said, "both see it, and it is no model's"
     assert sorted(path.name for path in ours.rglob("*")) == ["config.json", "model"], "nothing is left in a checkpoint"
+
+
+def verified(checkpoints: list[Path], cases: list[Path]) -> str:
+    """What a rank says that verifies its own idea of a checkpoint."""
+    distributed.initialize(ParallelConfig(), 0)
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    rank = dist.get_rank()
+    try:
+        verify.run(parser.parse_args(["--checkpoint", str(checkpoints[rank]), "--golden", str(cases[rank])]))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_verify_names_the_rank_that_does_not_see_the_checkpoint_or_the_case(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    (ours / "config.json").write_text("{}")
+    (ours / "case.safetensors").write_bytes(b"12")
+    cases = [ours / "case.safetensors", theirs / "case.safetensors"]
+    for said in run_parallel(2, "test_shared_directories:verified", [ours, theirs], cases):
+        assert said.startswith("--checkpoint ") and "rank 1 on " in said and "all nodes share" in said
+    for said in run_parallel(2, "test_shared_directories:verified", [ours, ours], cases):
+        assert said.startswith("--golden ") and "rank 1 on " in said
+    for said in run_parallel(2, "test_shared_directories:verified", [ours, ours], cases[:1] * 2):
+        assert "is not a safetensors file" in said, "all see it, and it is no case"
 
 
 def test_training_files_that_one_rank_does_not_see(tmp_path: Path) -> None:
