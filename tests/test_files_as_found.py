@@ -36,6 +36,7 @@ def test_mmstar_from_the_hub_with_options_under_no_heading(tmp_path: Path) -> No
     for problem in load("mmstar", tmp_path / "val.parquet").problems:
         assert problem.options == {"A": "54", "B": "2.5", "C": "7"} and problem.picture is not None
     assert mmstar.options_inside("Question: Is (A) larger?\n(A) only") == {}
+    assert mmstar.options_inside("What is it?\nA. a cat\nB. a dog") == {"A": "a cat", "B": "a dog"}
 
 
 @pytest.mark.skipif(not MMSTAR.exists(), reason="needs the genuine MMStar texts in ../shared")
@@ -160,6 +161,10 @@ def parsed(value: str, gold: str) -> Question:
         ("Choices:\n(A) f(x) (B) f (C) x", ("f(x)", "f", "x")),
         ("Choices:\n(A) see (B)\n(B) A: the lung", ("see (B)", "A: the lung")),
         ("Choices:\n(A) \n(B) 12", ("", "12")),
+        ("Choices:\n(A) 10, (B) 12, (C) 14", ("10", "12", "14")),
+        ("Choices:\n(A) 1, 2; (B) 2, 3;", ("1, 2", "2, 3")),
+        ("Options:\n(A) 10\n(B) 12", ("10", "12")),
+        ("Options: A. 10 B. 12", ("10", "12")),
     ],
 )
 def test_choices_as_rows_have_them(listed: str, choices: tuple[str, ...]) -> None:
@@ -184,9 +189,16 @@ def test_choices_that_cannot_be_meant(listed: str, gold: str, message: str) -> N
 @pytest.mark.parametrize(
     "gold",
     ["5", "Answer: 5", "**5**", "**5**.", "**5.**", "The answer is **5**.", "**Answer:** 5", "**The answer is 5**",
-     "Final answer: 5", "answer is 5", "The final answer is: 5."],
+     "Final answer: 5", "answer is 5", "The final answer is: 5.", "So the answer is 5", "The correct answer is 5",
+     "答案：5", "答案是5"],
 )  # fmt: skip
 def test_golds_as_rows_have_them(gold: str) -> None:
     assert parsed("How many?", gold).answer == "5"
     assert parsed("How many?\nChoices:\n(A) 4\n(B) 5", gold).answer == "B"
     assert parsed("How many?", "2**3").answer == "2**3"
+    assert parsed("How many?\nOptions: none that I know", gold).choices == ()
+
+
+@pytest.mark.parametrize("gold", ["b", "Option B", "The correct option is (B)", "Choice B.", "The answer is option B"])
+def test_letters_as_rows_name_them(gold: str) -> None:
+    assert parsed("What?\nChoices:\n(A) 4\n(B) 5", gold).answer == "B"

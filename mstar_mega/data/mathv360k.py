@@ -16,13 +16,18 @@ from mstar_mega.data.rows import has_surrogate
 from mstar_mega.data.types import ImageRef, Query
 
 IMAGE_MARK = "<image>"
-_CHOICES = re.compile(r"^[^\S\n]*Choices:[^\S\n]*(?=$|\(A\)|A[.:)])", re.MULTILINE)
+_CHOICES = re.compile(r"^[^\S\n]*(?:Choices:[^\S\n]*(?=$|\(A\)|A[.:)])|Options:\s*(?=\(A\)|A[.:)]))", re.MULTILINE)
 _CHOICE = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.:)])[^\S\n]*", re.MULTILINE)
 _ANYWHERE = re.compile(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.:)])(?:\s+|$)")
 """A choice's mark, also behind another choice on its line."""
 _HINT = re.compile(r"\A\s*(Hint:[^\n]*)\n")
 _QUESTION = re.compile(r"\A\s*Question:[^\S\n]*")
-_ANSWER = re.compile(r"\A\s*(\*\*)?(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)[:\s]*(?(1)\*\*)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"\A\s*(\*\*)?(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?"
+    r"(?:answer|option|choice|答案)(?:\s+is\b|\s*[:：]|是|为)[:\s]*(?(1)\*\*)",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"\A(?:option|choice)\s+(?=\(?[A-Z]\b)", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
 
@@ -118,6 +123,9 @@ def split_question(text: str) -> tuple[str, str, tuple[str, ...]]:
         raise RowProblem("choices", "there is only one")
     ends = [mark.start() for mark in marks[1:]] + [len(listed)]
     choices = tuple(listed[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
+    for separator in ",;":  # (A) 10, (B) 12
+        if all(choice.endswith(separator) for choice in choices[:-1]):
+            choices = tuple(choice.removesuffix(separator).rstrip() for choice in choices)
     return hint, text[: heading.start()].strip(), choices
 
 
@@ -183,6 +191,7 @@ def _gold(text: str, choices: tuple[str, ...]) -> str:
     if not choices:
         return answer
     valid = letters(len(choices))
+    answer = _NAMED.sub("", answer)
     named = _CHOICE.match(answer)
     letter = answer if answer in valid else (named[1] or named[2]) if named else ""
     if letter in valid:
@@ -196,6 +205,8 @@ def _gold(text: str, choices: tuple[str, ...]) -> str:
     same = [name for name, choice in zip(valid, choices, strict=True) if choice.casefold() == answer.casefold()]
     if len(same) == 1:
         return same[0]
+    if answer.upper() in valid:
+        return answer.upper()
     raise RowProblem("answer", f"{answer[:40]!r} is none of the choices {', '.join(valid)}")
 
 

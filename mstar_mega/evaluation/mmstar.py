@@ -15,7 +15,7 @@ from mstar_mega.evaluation.problem import Problem, Reading, Rules
 PERCEPTION = ("coarse perception", "fine-grained perception")
 _OPTIONS_INSIDE = re.compile(r"(?:^|\n)(?:Options|Choices): ?\s*\(?A\)?[:.)]? ")
 _OPTION = re.compile(r"(?:^|, |\n)\(?([A-F])(?:\)|:|\.) ?")
-_LINES = re.compile(r"\n\(A\) [^\n]*\n\(B\) ")
+_LINES = re.compile(r"\n\(?A[).:] [^\n]*\n\(?B[).:] ")
 """Options under no heading: lines at the question's end."""
 _STARTS = ("", "(", "option ", "the answer is ")
 
@@ -45,8 +45,8 @@ def read(cells: Cells) -> Problem:
 
 
 def options_inside(question: str) -> dict[str, str]:
-    """The options that a question's own text lists, as ``Options: A: ..., B: ...`` or lines ``(A) ...``, also under no
-    heading."""
+    """The options that a question's own text lists, as ``Options: A: ..., B: ...`` or as lines ``(A) ...``, ``A. ...``,
+    also under no heading."""
     begin = _OPTIONS_INSIDE.search(question)
     if begin is not None:
         text = question[begin.start() :].lstrip("\n").partition(":")[2].strip()
