@@ -47,9 +47,8 @@ EASY_VQA = "easy-vqa>=1.0,<2"
 LIGER = 'liger-kernel>=0.6; platform_system == "Linux"'
 
 EXTRAS = {
-    # Accelerators. All are detected at run time; each has a reference in plain PyTorch beside it. flash-attn compiles
-    # against the torch that is installed: pip install --no-build-isolation. NVIDIA's apex is not on the package index.
-    "gpu": [TRITON, "flash-attn>=2.7"],
+    # Detected at run time; every kernel has a reference in plain PyTorch beside it.
+    "gpu": [TRITON],
     # What the benchmarks compare with: transformers' generate, and the kernels of Liger.
     "peers": [TRANSFORMERS, TRITON, LIGER],
     # 5,000 real pictures with 48,248 questions: the second demonstration, examples/configs/easy_vqa.yaml.

@@ -1,5 +1,5 @@
 """Does it all work on this GPU, and how fast? Kernels against their definitions, every stage of the recipe in bfloat16,
-and the kernel benchmark, in less than eight minutes (``make gpu-check``).
+a decode step at a published size, and the kernel benchmark, in less than eight minutes (``make gpu-check``).
 
     .venv/bin/python benchmarks/gpu_check.py [--rehearse] [--out DIRECTORY] [arguments of the recipe]
 
@@ -59,13 +59,14 @@ def steps(recipe_arguments: list[str], patience: int = 1) -> list[Step]:
     """The check's commands. Their limits, times ``patience``, add up to less than eight minutes with their starts."""
     tests, speed, run = FOLDER / "tests.xml", FOLDER / "speed", FOLDER / "run"
     suite = [str(ROOT / "tests" / f"test_{name}.py") for name in KERNEL_TESTS]
+    step_file = speed / f"step_speed_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
     speed_file = speed / f"kernels_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
     return [
         Step(
             "kernel tests",
             [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "worksteal", *suite]
             + ["--junitxml", str(tests)],
-            160 * patience,
+            120 * patience,
             lambda: suite_counts(tests),
         ),
         Step(
@@ -73,14 +74,21 @@ def steps(recipe_arguments: list[str], patience: int = 1) -> list[Step]:
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
             + [str(ROOT / "examples/pretrain_mstar.sh"), "--config", str(ROOT / "examples/configs/smoke.yaml")]
             + ["--model.precision", "bfloat16", "--run.dir", str(run), *recipe_arguments],
-            150 * patience,
+            110 * patience,
             lambda: json.loads((run / "summary.json").read_text()),
         ),
         Step(
+            "decode step",
+            [sys.executable, str(ROOT / "benchmarks/step_speed.py"), "--seconds", "70", "--out", str(speed)]
+            + ([] if torch.cuda.is_available() else ["--tiles", "1", "--slots", "16", "--steps", "3"]),
+            110 * patience,
+            lambda: json.loads(step_file.read_text()),
+        ),
+        Step(
             "kernel benchmark",
-            [sys.executable, str(ROOT / "benchmarks/kernels.py"), "--quick", "--compile", "--seconds", "110"]
+            [sys.executable, str(ROOT / "benchmarks/kernels.py"), "--quick", "--compile", "--seconds", "75"]
             + ["--out", str(speed)],
-            150 * patience,
+            110 * patience,
             lambda: json.loads(speed_file.read_text()),
         ),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,13 +121,13 @@ class CacheManager:
         P = plan.prompt_index.size(1)
         entries = [self.entries[i] for i in requests]
         # Found on the host, which knows all lengths: a device would have to be waited for.
-        place = torch.tensor([(e.start, e.capacity, e.length) for e in entries], device="cpu")[:, :, None, None]
-        head, token = torch.arange(self.heads, device="cpu")[:, None], torch.arange(P, device="cpu")
-        to = place[:, 0] * self.heads + head * place[:, 1] + token
-        there = (token < place[:, 2]).expand(to.shape).flatten()
+        place = np.array([(e.start, e.capacity, e.length) for e in entries])[:, :, None, None]
+        head, token = np.arange(self.heads)[:, None], np.arange(P)
+        to = (place[:, 0] * self.heads + head * place[:, 1] + token).ravel()
+        there = np.broadcast_to(token < place[:, 2], (len(entries), self.heads, P)).ravel()
         device = plan.prompt_index.device
-        source = None if bool(there.all()) else to_device(there.nonzero().flatten().tolist(), device)
-        to = to_device(to.flatten()[there].tolist(), device)
+        source = None if there.all() else to_device(np.flatnonzero(there), device)
+        to = to_device(to[there], device)
         for layer, kv in plan.prompts.items():
             slab = self.cache.prefix[layer]
             for cached, new in ((slab.k, kv.k), (slab.v, kv.v)):

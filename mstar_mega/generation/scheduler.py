@@ -345,9 +345,9 @@ class Schedule:
     def _collect(self) -> None:
         """Note what the oldest step under way has drawn, and free the slots whose samples are finished."""
         rows, readback = self.pending.popleft()
-        drawn = readback.result()
+        tokens, log_probs = readback.result()
         finished = []
-        for (slot, running), token, log_prob in zip(rows, drawn[0].long().tolist(), drawn[1].tolist(), strict=True):
+        for (slot, running), token, log_prob in zip(rows, map(int, tokens), log_probs, strict=True):
             if self.running.get(slot) is not running:
                 continue  # it was finished before, which was not known yet when the step began
             running.tokens.append(token)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+def to_device(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of host numbers; on CUDA the host goes on while it is copied."""
     if device.type != "cuda" or not torch.cuda.is_available():  # a rehearsal has CUDA tensors without CUDA
         return torch.tensor(values, dtype=dtype, device=device)
@@ -29,8 +30,9 @@ class Readback:
         self._event = torch.cuda.Event()
         self._event.record()
 
-    def result(self) -> Tensor:
-        """The values on the host, as soon as they are there."""
+    def result(self) -> list[Any]:
+        """The values as (nested) lists, as soon as they are there."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host
+        found: list[Any] = self._host.tolist()
+        return found
