@@ -7,13 +7,14 @@ keeps, for the largest micro-batch and for slots that are all full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, prod
 
 from mstar_mega.checkpoint_tools.maps import ModelMap
 from mstar_mega.checkpoint_tools.megatron_files import stage_of
 from mstar_mega.config import Config
+from mstar_mega.generation.capacity import MOST, slots_within
 from mstar_mega.models.build import DTYPES
 from mstar_mega.models.mapping import score_heads
 from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
@@ -48,10 +49,14 @@ class RankMemory:
     """Activations of the prompts that enter at once, or are scored."""
 
     @property
+    def kept(self) -> int:
+        """What is there in every stage."""
+        return self.weights + self.gradients + self.optimizer + self.prm
+
+    @property
     def total(self) -> int:
         """Stages take turns: PRM training, the policy's training and generation; the largest counts."""
-        kept = self.weights + self.gradients + self.optimizer + self.prm
-        return kept + max(self.prm_training + self.activations, self.cache + self.prefill)
+        return self.kept + max(self.prm_training + self.activations, self.cache + self.prefill)
 
     def parts(self) -> Iterator[tuple[str, int]]:
         """Name and bytes of each part, and the total."""
@@ -101,11 +106,19 @@ def rank_memory(model: ModelMap, config: Config, layout: Layout, outside: ModelM
                 prm=(prm_trained + prm_frozen) * width,
                 prm_training=0 if outside else prm_trained * GRADIENT_BYTES + ceil(prm_trained * moments / copies),
                 activations=_activations(model, config, layout, stage, width),
-                cache=_cache(model, config, layout, width),
+                cache=0,
                 prefill=max(_prefill(one, config, layout, stage, width) for one in (model, scorer)),
             )
         )
+        result[-1] = replace(result[-1], cache=_planned_cache(result[-1], model, config, layout, width))
     return result
+
+
+def auto_slots(model: ModelMap, config: Config, layout: Layout, stages: Sequence[RankMemory], usable: int) -> int:
+    """What ``generation.slots auto`` comes to where a rank has so many bytes: as the engine counts."""
+    per_token = _bytes_per_token(model, layout, DTYPES[config.model.precision].itemsize)
+    free = min(usable - stage.kept for stage in stages)
+    return slots_within(max(0, free), per_token, config.generation.max_new_tokens)
 
 
 def own_prm(model: ModelMap, config: Config) -> ModelMap:
@@ -196,12 +209,24 @@ def _activations(model: ModelMap, config: Config, layout: Layout, stage: int, wi
     return int(total)
 
 
-def _cache(model: ModelMap, config: Config, layout: Layout, width: int) -> int:
-    t, g = model.language, config.generation
-    per_token = 2 * t.kv_heads * t.head_dim // layout.tensor * (t.layers // layout.pipeline) * width
-    prompts = ceil(g.slots / config.evolve.responses)
-    tokens = g.slots * g.max_new_tokens + prompts * longest_prompt(model, config)
-    return tokens * per_token
+def _planned_cache(stage: RankMemory, model: ModelMap, config: Config, layout: Layout, width: int) -> int:
+    """The cache of the settings' slots. ``auto`` takes what is there: at least what training needs anyway."""
+    slots = config.generation.slots
+    if slots != "auto":
+        return _cache(slots, model, config, layout, width)
+    room = stage.prm_training + stage.activations - stage.prefill
+    return max(_cache(1, model, config, layout, width), min(_cache(MOST, model, config, layout, width), room))
+
+
+def _bytes_per_token(model: ModelMap, layout: Layout, width: int) -> int:
+    t = model.language
+    return 2 * t.kv_heads * t.head_dim // layout.tensor * (t.layers // layout.pipeline) * width
+
+
+def _cache(slots: int, model: ModelMap, config: Config, layout: Layout, width: int) -> int:
+    prompts = ceil(slots / config.evolve.responses)
+    tokens = slots * config.generation.max_new_tokens + prompts * longest_prompt(model, config)
+    return tokens * _bytes_per_token(model, layout, width)
 
 
 def _prefill(model: ModelMap, config: Config, layout: Layout, stage: int, width: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mstar_mega import settings
 from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
-from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, is_possible, own_prm, rank_memory
+from mstar_mega.checkpoint_tools.memory import Layout, RankMemory, auto_slots, is_possible, own_prm, rank_memory
 from mstar_mega.checkpoint_tools.published import PUBLISHED
 from mstar_mega.config import Config, ParallelConfig
 from mstar_mega.models.description import MODEL_FILES, read_config
@@ -226,6 +226,9 @@ def report(config: Config, gpus: int, memory: int) -> tuple[str, bool]:
     else:
         optimizer = ", distributed optimizer" if best.parallel.distributed_optimizer else ""
         lines += ["", f"Recommended: {best}{optimizer}", table(best), "", f"  {_arguments(best, config.parallel)}"]
+        if config.generation.slots == "auto":
+            slots = auto_slots(model, config, best.layout, best.stages, int(memory * USABLE))
+            lines += ["", f"generation.slots auto: {slots} slots in this layout"]
     lines += ["", f"All layouts, with micro-batches of {tokens} tokens:"]
     lines += [_row(*ways, memory) for ways in everything]
     if any(shared is not None for _, shared in everything):

@@ -12,8 +12,9 @@ import tiny
 import torch
 from kernel_cases import BACKENDS, needs_interpreter
 from launches import Tape, Watch, kernels_watched
+from parallel import run_parallel
 
-from mstar_mega.config import GenerationConfig, OptimizerConfig
+from mstar_mega.config import GenerationConfig, OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
 from mstar_mega.generation.engine import Engine, Request, SampleSpec
 from mstar_mega.generation.replay import Straight
@@ -144,6 +145,20 @@ def test_recorded_steps_draw_what_plain_pytorch_draws(model: LMM, kernels: None)
         assert draw(model, wanted, lag=1, slots=3) == drawn
     assert 0 < tape.recorded <= len(buckets(4)) and tape.replayed > tape.recorded
     assert len({len(tokens) for samples in drawn for tokens, _ in samples}) > 2
+
+
+def drawn_on_two(parallel: ParallelConfig) -> list[list[Any]]:
+    """By the kernels, on ranks that share a model."""
+    model = tiny.build(parallel)[0]
+    with forced_backend("interpreter"):
+        return draw(model, requests(2), lag=1)
+
+
+@pytest.mark.parametrize("cut", ["tensor", "pipeline"])
+def test_kernels_draw_the_same_on_a_model_that_is_cut(cut: str) -> None:
+    whole = draw(tiny.build()[0], requests(2))
+    for found in run_parallel(2, "test_decode_step:drawn_on_two", ParallelConfig(**{cut: 2})):
+        assert found == whole
 
 
 def test_late_tokens_change_nothing(model: LMM) -> None:

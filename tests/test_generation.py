@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.config import GenerationConfig
-from mstar_mega.generation import scheduler
+from mstar_mega.generation import capacity, scheduler
 from mstar_mega.generation.cache import Slab, group_table
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import counters, key_of
@@ -349,6 +349,29 @@ def test_prompts_wait_for_room_in_the_slab(model: LMM, monkeypatch: pytest.Monke
     for room in (0, 2 * longest):
         monkeypatch.setattr(scheduler, "slab_tokens", lambda *sizes, room=room: room)
         check_same(make_engine(model, slots=9).generate(make_requests(), 1.0), expected)
+
+
+def test_slots_are_as_many_as_memory_holds(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    per_token = capacity.bytes_per_token(model)
+    assert per_token == 2 * model.size.layers * model.size.kv_heads * model.size.head_dim * 4
+    found = [capacity.slots_within(free, per_token, LIMIT) for free in range(0, 10_000_000, 50_000)]
+    assert found == sorted(found) and found[0] == 1 and found[-1] == capacity.MOST
+    for free, slots in zip(range(0, 10_000_000, 50_000), found, strict=True):
+        assert slots == 1 or slots * LIMIT * per_token <= 0.35 * free
+    expected = make_engine(model).generate(make_requests(), 1.0)
+    widths: list[int] = []
+    step = scheduler.Schedule._step
+
+    def spy(self: scheduler.Schedule) -> None:
+        widths.append(len(self.running))
+        step(self)
+
+    monkeypatch.setattr(scheduler.Schedule, "_step", spy)
+    for room, most in ((1, 1), (int(6.5 * LIMIT * per_token / 0.35), 4)):
+        widths.clear()
+        monkeypatch.setattr(capacity, "_CPU_BYTES", room)
+        check_same(make_engine(model, slots="auto").generate(make_requests(), 1.0), expected)
+        assert max(widths) == most
 
 
 def test_the_slab_gives_no_place_twice_and_takes_all_back() -> None:

@@ -16,8 +16,8 @@ class GenerationConfig:
     top_p: float = 1.0
     prefill_tokens: int = 16_384
     """Most prompt tokens in one prefill batch."""
-    slots: int = 512
-    """Responses decoded at once on one rank."""
+    slots: int | Literal["auto"] = "auto"
+    """Responses decoded at once on one rank. auto: as many as the free memory holds, at most 512."""
     queries_per_block: int = 64
     """Queries whose responses are written to disk together: what a killed run loses at most, per rank."""
     log_prob_gap_limit: float | None = None

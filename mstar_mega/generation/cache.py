@@ -61,21 +61,6 @@ class Slab:
         self._free = joined
 
 
-_SHARE = 0.7
-"""Of a GPU's free memory that caches may take; the rest is for prefills."""
-
-
-def slab_tokens(model: LMM, wanted: int, own: int, device: torch.device) -> int:
-    """Tokens of prompts that there is memory for beside ``own`` tokens of samples, at most ``wanted``. On the CPU
-    untouched memory costs nothing."""
-    if device.type != "cuda":
-        return wanted
-    size = model.size
-    layers, heads = len(model.language.decoder.layers), size.kv_heads // model.tensor_group.size()
-    per_token = 2 * layers * heads * size.head_dim * model.config.params_dtype.itemsize
-    return max(0, min(wanted, int(_SHARE * torch.cuda.mem_get_info(device)[0]) // per_token - own))
-
-
 class CacheManager:
     """Keys and values of one ``generate`` call on this pipeline stage."""
 

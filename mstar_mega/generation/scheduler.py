@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mstar_mega.config import GenerationConfig
-from mstar_mega.generation.cache import CacheManager, slab_tokens
+from mstar_mega.generation.cache import CacheManager
+from mstar_mega.generation.capacity import slab_tokens, slots_of
 from mstar_mega.generation.drawing import Drawing
 from mstar_mega.generation.replay import Replay
 from mstar_mega.generation.requests import Request, Sample, SampleSpec
@@ -94,7 +95,8 @@ class Schedule:
         self.limit, self.device = self.config.max_new_tokens, next(model.parameters()).device
         self.rope = self.model.rope
         self.source: Iterator[tuple[int, Request]] | None = enumerate(source)
-        self.capacity = min(self.config.slots, max(1, self.config.slots if samples is None else samples))
+        slots = slots_of(model, self.config, self.device)
+        self.capacity = min(slots, max(1, slots if samples is None else samples))
         self.refill_at, self.filling = max(1, self.capacity // 8), True
         self.longest = longest
         """Tokens of the longest prompt that the cache is made for."""

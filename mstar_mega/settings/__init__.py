@@ -262,6 +262,10 @@ def _type_text(hint: Any) -> str:
     if type(None) in arguments:
         rest = [argument for argument in arguments if argument is not type(None)]
         return " or ".join([*(_type_text(argument) for argument in rest), "null"])
+    if typing.get_origin(hint) is typing.Union:
+        return " or ".join(map(_type_text, arguments))
+    if typing.get_origin(hint) is typing.Literal and len(arguments) == 1:
+        return str(arguments[0])
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if typing.get_origin(hint) is list:

@@ -32,6 +32,7 @@ _COUNT = _Rule("at least 1", lambda x: x >= 1)
 MOST_RESPONSES, MOST_MADE = 1_000_000, 1_000_000
 """Lists of so many are made in memory: a forged file must not ask for all of it."""
 _RESPONSES = _Rule(f"at least 1 and at most {MOST_RESPONSES:,}", lambda x: 1 <= x <= MOST_RESPONSES)
+_SLOTS = _Rule("auto or at least 1", lambda x: x == "auto" or x >= 1)
 _COUNT_OR_ZERO = _Rule("at least 0", lambda x: x >= 0)
 _SEED = _Rule("at least 0 and below 2^63", lambda x: 0 <= x < 2**63)
 _POSITIVE = _Rule("a finite number above 0", lambda x: 0 < x < math.inf)
@@ -62,7 +63,7 @@ _NAMES_OF_RULE = (
         """
         run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
         data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
-        data.max_prompt_tokens generation.max_new_tokens generation.slots
+        data.max_prompt_tokens generation.max_new_tokens
         generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries
         evolve.epochs temperature.every temperature.queries kernels.chunk_mb
@@ -84,6 +85,7 @@ _NAMES_OF_RULE = (
         """,
     ),
     (_SEED, "seed"),
+    (_SLOTS, "generation.slots"),
     (
         _POSITIVE,
         """
