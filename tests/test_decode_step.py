@@ -154,10 +154,10 @@ def drawn_on_two(parallel: ParallelConfig) -> list[list[Any]]:
         return draw(model, requests(2), lag=1)
 
 
-@pytest.mark.parametrize("cut", ["tensor", "pipeline"])
-def test_kernels_draw_the_same_on_a_model_that_is_cut(cut: str) -> None:
+@pytest.mark.parametrize("cut", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)], ids=["tensor", "pipeline"])
+def test_kernels_draw_the_same_on_a_model_that_is_cut(cut: ParallelConfig) -> None:
     whole = draw(tiny.build()[0], requests(2))
-    for found in run_parallel(2, "test_decode_step:drawn_on_two", ParallelConfig(**{cut: 2})):
+    for found in run_parallel(2, "test_decode_step:drawn_on_two", cut):
         assert found == whole
 
 
