@@ -329,3 +329,39 @@ def test_a_whole_job_with_a_function_for_everything(mine: str, tmp_path: Path) -
         file.write("\n# another version\n")
     changed = Job(tmp_path / "run", 1, *given)
     assert changed.wait() == 2 and "is not the file that" in changed.output
+
+
+def test_the_documented_functions_do_what_the_page_says(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "examples" / "own" / "functions.py"
+    page = (file.parents[2] / "docs" / "functions.md").read_text()
+    for setting, contract in functions.CONTRACTS.items():
+        assert f"`{setting}`" in page and contract.signature in page, setting
+
+    def own(setting: str, name: str) -> str:
+        path = f"{file}:{name}"
+        functions.allow([path])
+        assert f"def {name}(" in page and f":{name}" in page
+        functions.load(setting, path)
+        return path
+
+    with AnswerChecker() as checker:
+        config = RewardConfig(own("reward.function", "close_enough"), 0.5)
+        query = Query("q", "?", (), "100")
+        rewards = [judge_response(query, make_response(0, answer=a), config, checker) for a in ("100", "95", "80", "x")]
+    assert [each.reward for each in rewards] == [1.0, 0.5, 0.0, 0.0] and [e.correct for e in rewards][:2] == [True] * 2
+    group = make_group([make_response(0, 0.1, True), make_response(1, 0.9, False), make_response(2, 0.5, True)])
+    group.responses[0].tokens = [1, 2]
+    for name, chosen in (("shortest", [2]), ("everything", [0, 1, 2])):
+        path = f"{file}:{name}"
+        functions.allow([path])
+        (found,) = select([group], SelectionConfig(path, 1), 0)
+        assert [response.index for response in found] == chosen
+    weight = SelectionConfig(weight=own("selection.weight", "good_and_bad"))
+    assert [weight_of(group, response, weight) for response in group.responses] == [1.0, -0.25, 1.0]
+    assert functions.load("prm.reduction", own("prm.reduction", "second_worst"))([0.9, 0.1, 0.4]) == 0.4
+    assert functions.load("temperature.mode", own("temperature.mode", "variety"))(group, None) == pytest.approx(1 / 3)
+    text = render(template_of(own("data.template", "terse")), "What?", {"A": "x", "B": "y"}, instruct=False)
+    assert text == "What?\n(A) x (B) y"
+    counts = {"warmup_examples": 2, "labelled_queries": 12, "validation_queries": 2, "test_queries": 2}
+    data = DataConfig(own("data.name", "halves"), **counts)  # type: ignore[arg-type]
+    assert len(tasks.build(data, tmp_path, 0).labelled) == 2

@@ -30,7 +30,7 @@ SMALL = (
 
 def call(command: Sequence[object], **options: object) -> str:
     """Output of a command that must succeed."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1800, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout)
 
@@ -185,7 +185,7 @@ def test_a_users_mistake_on_several_ranks_is_one_line_and_exit_code_2(start: str
     module = [sys.executable, "-m", "mstar_mega.launch", "--standalone", "--nproc-per-node", "2"]
     command = ["bash", str(launcher)] if start == "bash" else [*module, "-m", "mstar_mega", "evolve"]
     done = subprocess.run(
-        [*command, "--sed", "1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [*command, "--sed", "1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "mstar: error: unknown setting '--sed' on the command line; did you mean '--seed'?\n"
@@ -195,6 +195,6 @@ def test_a_rank_that_breaks_down_is_still_reported(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import sys\nsys.exit(3)\n")
     command = [sys.executable, "-m", "mstar_mega.launch", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
-        [*command, str(tmp_path / "broken.py")], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [*command, str(tmp_path / "broken.py")], cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 1 and "ChildFailedError" in done.stderr and "exitcode: 3" in done.stderr

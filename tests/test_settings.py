@@ -9,7 +9,8 @@ import pytest
 
 from mstar_mega import settings
 from mstar_mega.config import Config, EvolveConfig
-from mstar_mega.recipe.method import METHODS, ResolvedMethod, gold_response, resolve_method
+from mstar_mega.data.written_out import bare_answer
+from mstar_mega.recipe.method import METHODS, ResolvedMethod, resolve_method
 from mstar_mega.settings import rules, tree
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -237,5 +238,5 @@ def test_settings_go_over_the_methods_choices() -> None:
 def test_sft_trains_on_an_answer_block_that_the_extractor_reads() -> None:
     from mstar_mega.rewards.answers import extract_answer
 
-    assert gold_response("3/4") == "# Answer\n\n3/4"
-    assert extract_answer(gold_response("3/4")) == "3/4"
+    assert bare_answer("3/4") == "# Answer\n\n3/4"
+    assert extract_answer(bare_answer("3/4")) == "3/4"

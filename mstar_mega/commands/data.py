@@ -57,9 +57,10 @@ _ACTIONS = {
     "check": (
         "PATH [--data.images DIR] [--against BENCHMARK=FILE ...] [--model.family NAME --model.checkpoint DIR] "
         "[--data.dir INDEX_FOLDER] [--out FILE.json] [--NAME VALUE ...]",
-        """What a training file in MathV360K's shape holds, what is wrong with it, and what it costs.
+        """What a training file holds, what is wrong with it, what it costs, and the arguments of a job that fit it.
 
-  PATH                      the training file: a JSON list or JSON lines
+  PATH                      the training file: rows of {image, question, answer[, choices][, id]}, or in MathV360K's
+                            shape; JSON, JSON lines, CSV, parquet, arrow, or a folder that Hugging Face datasets saved
   --data.images DIR         folder that the image paths begin in (unset: the file's)
   --data.warmup_file FILE   look at the written-out responses too
   --against BENCHMARK=FILE  say what it shares with an evaluation set; may be repeated
@@ -75,7 +76,7 @@ Exit code 1: nothing in the file, or in the warm-up file, is usable; or data.bad
         "[PATH] ID [--data.name NAME] [--model.family NAME --model.size SIZE] [--out TILES.png] [--NAME VALUE ...]",
         """One query, its exact prompt, and the token ids around its images.
 
-  PATH                      a training file in MathV360K's shape; without it, --data.name names the set
+  PATH                      a training file; without it, --data.name names the set
   ID                        the query's id
   --data.images DIR         folder that the image paths begin in (unset: the file's)
   --model.family NAME --model.size SIZE (or --model.checkpoint DIR)

@@ -6,22 +6,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 DataName = Literal["digits", "mathv360k", "easy_vqa"]
-TemplateName = Literal["digits", "mathv360k", "easy_vqa"]
+TemplateName = Literal["digits", "mathv360k", "easy_vqa", "plain"]
 
 
 @dataclass
 class DataConfig:
-    """The queries. ``digits`` is the built-in task, ``mathv360k`` any file in MathV360K's shape (docs/data.md)."""
+    """The queries. ``digits`` is the built-in task, ``mathv360k`` any file of rows (docs/data.md)."""
 
     name: DataName | str = "digits"
     """digits, easy_vqa, mathv360k, or a function of your own that makes the task (docs/functions.md)."""
     path: str | None = None
-    """The training file (mathv360k): a JSON list or JSON lines of {id, image, conversations}."""
+    """The training file (mathv360k): rows of {image, question, answer} or of {id, image, conversations} as a JSON list,
+    JSON lines, CSV, parquet, arrow, or a folder that Hugging Face datasets saved."""
     images: str | None = None
     """Folder that the image paths begin in; None: the folder of ``data.path``."""
     warmup_file: str | None = None
     """Written-out chains of thought for the warm-up, JSON lines of {id, response}: one's own, or the set that
     ``mstar warmup-data`` makes. None: those that come with the data (mathv360k has none)."""
+    warmup_answers: bool = False
+    """Warm up on the labelled queries' bare answers, where nobody has written out any reasoning (docs/data.md)."""
     dir: str | None = None
     """Where images that are made and indices of files are written; None: ``<run.dir>/data``."""
     warmup_examples: int | None = 2000

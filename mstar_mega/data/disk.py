@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.prompts import template_of
 from mstar_mega.data.rows import has_surrogate, read_row, read_rows
 from mstar_mega.data.splits import LEFT_OVER, SplitSettings, fill
+from mstar_mega.data.tables import as_rows, is_table, mark_of
 from mstar_mega.data.types import ImageRef, Query, Skipped, Task
-from mstar_mega.data.written_out import Named, id_of, name_of, problem_of
+from mstar_mega.data.written_out import Named, bare_answer, id_of, name_of, problem_of
 
 ROWS_INDEX, WARMUP_INDEX = "rows.sqlite", "warmup.sqlite"
 LISTED = 100
@@ -165,6 +167,27 @@ class DiskExamples(OnDemand[tuple[Query, str]]):
                 yield Extent(position, number, id, length, _sizes(width, height), response_bytes)
 
 
+class DiskAnswers(OnDemand[tuple[Query, str]]):
+    """Labelled queries with their bare answers, in the place of chains of thought."""
+
+    def __init__(self, labelled: DiskQueries, limit: int | None = None) -> None:
+        self._labelled, self.whole = labelled, len(labelled)
+        self._size = self.whole if limit is None else min(self.whole, limit)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _item(self, place: int) -> tuple[Query, str]:
+        query = self._labelled[place]
+        assert query.answer is not None, "it is labelled"
+        return query, bare_answer(query.answer)
+
+    def extents(self) -> Iterator[Extent]:
+        """How large each example and its row are, in order."""
+        for extent in islice(self._labelled.extents(), self._size):
+            yield replace(extent, response_bytes=extent.bytes + len(bare_answer("")))
+
+
 def _sizes(width: int | None, height: int | None) -> tuple[tuple[int, int], ...]:
     return () if width is None or height is None else ((width, height),)
 
@@ -182,7 +205,7 @@ def build(config: DataConfig, dir: Path, seed: int) -> Task:
     refuse_unusable(config, bad)
     sets = {name: DiskQueries(source, name, getattr(config, f"{name}_queries")) for name in ("labelled", "unlabelled")}
     cut = {f"data.{name}_queries": (len(queries), source.size(name)) for name, queries in sets.items()}
-    if isinstance(warmup, DiskExamples):
+    if isinstance(warmup, DiskExamples | DiskAnswers):
         cut["data.warmup_examples"] = (len(warmup), warmup.whole)
     return Task(
         warmup=warmup,
@@ -209,8 +232,11 @@ def open_source(config: DataConfig, dir: Path) -> Source:
     """The training file of the settings with its index, made below ``dir`` where it is missing or outdated."""
     if not config.path:
         raise ValueError(f"data.path is not set: data.name '{config.name}' needs the training file (docs/data.md)")
-    path = existing(config.path, "data.path")
+    path = existing(config.path, "data.path", folders=True)
     images = Path(config.images) if config.images else path.parent
+    if is_table(path):
+        path, held = as_rows(path, dir)
+        images = held or images
     if not images.is_dir():
         raise ValueError(f"data.images {images} is no folder: give the one that the rows' image paths begin in")
     file = IndexedFile(dir / ROWS_INDEX, path)
@@ -228,23 +254,35 @@ def open_source(config: DataConfig, dir: Path) -> Source:
 
 def file_marks(config: DataConfig, dir: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the files that the settings train on, by setting. Raises ValueError where one is missing."""
-    path = config.path if config.name == "mathv360k" else None
-    files = {"data.path": (path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
-    return {name: file_mark(existing(path, name), dir / index) for name, (path, index) in files.items() if path}
+    files = {"data.path": (config.path, ROWS_INDEX), "data.warmup_file": (config.warmup_file, WARMUP_INDEX)}
+    marks: dict[str, dict[str, Any]] = {}
+    for name, (path, index) in files.items():
+        if not path or (name == "data.path" and config.name != "mathv360k"):
+            continue
+        file = existing(path, name, folders=name == "data.path")
+        marks[name] = mark_of(file) if is_table(file) else file_mark(file, dir / index)
+    return marks
 
 
 def examples(config: DataConfig, source: Source, dir: Path) -> tuple[Sequence[tuple[Query, str]], list[Skipped]]:
     """The written-out chains of thought, and the rows of their file that cannot be used."""
+    if config.warmup_answers:
+        labelled = DiskQueries(source, "labelled")
+        return DiskAnswers(labelled, config.warmup_examples), []
     if not config.warmup_file:
-        return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md)")]
+        return (), [Skipped("the warm-up set", "data.warmup_file", "it is not set (docs/data.md: a start without it)")]
     file = IndexedFile(dir / WARMUP_INDEX, existing(config.warmup_file, "data.warmup_file"))
     stamp = source.file.index.stat().st_mtime_ns  # the row numbers are this index's
     build_index(file.index, file.source, {"rows": stamp}, lambda index: _fill_examples(index, file, source))
     return DiskExamples(source, file, config.warmup_examples), _skipped(file, "examples_skipped", config.warmup_file)
 
 
-def existing(path: str, setting: str) -> Path:
-    """Raises ValueError, naming the setting, where there is no such file."""
+def existing(path: str, setting: str, folders: bool = False) -> Path:
+    """Raises ValueError, naming the setting, where there is no such file. ``folders``: a folder will do."""
+    if Path(path).is_dir():
+        if folders:
+            return Path(path)
+        raise ValueError(f"{setting} {path} is a folder: name the file")
     if not Path(path).is_file():
         raise ValueError(f"{setting} {path}: there is no such file")
     return Path(path)

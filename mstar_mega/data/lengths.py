@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from mstar_mega.config import Config
-from mstar_mega.data.disk import LISTED, DiskExamples, DiskQueries, Extent, refuse_unusable
+from mstar_mega.data.disk import LISTED, DiskAnswers, DiskExamples, DiskQueries, Extent, refuse_unusable
 from mstar_mega.data.order import Without
 from mstar_mega.data.types import Query, Skipped, Task
 
@@ -64,7 +64,7 @@ def limits_of(config: Config, context: int | None) -> Limits:
     return Limits(context - new, context, f"the model's context of {context} less generation.max_new_tokens, {new}")
 
 
-def too_long(rows: DiskQueries | DiskExamples, measure: Measure, limits: Limits) -> Iterator[TooLong]:
+def too_long(rows: DiskQueries | DiskExamples | DiskAnswers, measure: Measure, limits: Limits) -> Iterator[TooLong]:
     """The rows beyond the limits, in order."""
 
     @lru_cache(maxsize=4096)
@@ -89,7 +89,7 @@ def without_too_long(task: Task, measure: Measure, config: Config, context: int 
 
     Raises ValueError for the first where ``data.bad_rows`` refuses unusable rows, and as :func:`limits_of`.
     """
-    on_disk = (DiskQueries, DiskExamples)
+    on_disk = (DiskQueries, DiskExamples, DiskAnswers)
     sets = {
         name: rows
         for name in ("warmup", "labelled", "unlabelled", "validation", "test")

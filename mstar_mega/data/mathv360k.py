@@ -1,7 +1,8 @@
 """One row in MathV360K's shape: ``{id, image, conversations: [{from: human, value}, {from: gpt, value}]}``.
 
-The human's text holds ``<image>``, a hint line, ``Question: ...`` and, for multiple choice, ``Choices:`` with a line
-``(A) ...`` for each; the answer reads ``The answer is B``. The image path begins with the name of the source.
+A row of ``{image, question, answer}`` is read as well (``simple.py``). The human's text holds ``<image>``, a hint line,
+``Question: ...`` and, for multiple choice, ``Choices:`` with a line ``(A) ...`` for each; the answer reads ``The answer
+is B``. The image path begins with the name of the source.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from mstar_mega.data.prompts import Template, lettered, letters, render
 from mstar_mega.data.rows import has_surrogate
+from mstar_mega.data.simple import RIGHT_SHAPE, SimpleRowProblem, is_simple, texts_of
 from mstar_mega.data.types import ImageRef, Query
 
 IMAGE_MARK = "<image>"
@@ -64,6 +66,8 @@ def parse_row(row: Any) -> Question:
     """Understand a row. Raises RowProblem for what is missing, malformed or contradictory."""
     if not isinstance(row, dict):
         raise RowProblem("row", f"it is {_kind_of(row)}, not an object")
+    if is_simple(row):
+        return _simple(row)
     id = row.get("id")
     if isinstance(id, int) and not isinstance(id, bool):
         id = str(id)
@@ -71,7 +75,10 @@ def parse_row(row: Any) -> Question:
         raise RowProblem("id", "it is missing or empty")
     image = _image(row.get("image"))
     if "conversations" not in row:
-        raise RowProblem("conversations", f"there is no such field (the row has {', '.join(map(str, row))[:100]})")
+        fields = ", ".join(map(str, row))[:100]
+        raise RowProblem(
+            "conversations", f"there is no such field (the row has {fields}); a row in the right shape is {RIGHT_SHAPE}"
+        )
     human, answer = _turns(row["conversations"])
     marks = human.count(IMAGE_MARK)
     if marks > 1 or (marks == 1) != (image is not None):
@@ -81,6 +88,19 @@ def parse_row(row: Any) -> Question:
     if not question:
         raise RowProblem("question", "it is empty")
     return Question(id, image, source_of(image), hint, question, choices, _gold(answer, choices))
+
+
+def _simple(row: dict[str, Any]) -> Question:
+    """A row of ``{image, question, answer[, choices][, id]}``."""
+    try:
+        id, question, answer, choices = texts_of(row)
+    except SimpleRowProblem as problem:
+        raise RowProblem(problem.field, problem.reason) from None
+    for name, text in (("id", id), ("question", question), ("answer", answer), ("choices", "".join(choices))):
+        if has_surrogate(text):
+            raise RowProblem(name, "it has a lone surrogate")
+    image = _image(row["image"]) if row.get("image") not in (None, "") else None
+    return Question(id, image, source_of(image), "", question, choices, _gold(answer, choices))
 
 
 def to_query(question: Question, template: Template, images: tuple[ImageRef, ...], instruct: bool, hide: bool) -> Query:

@@ -61,14 +61,17 @@ MATHV360K = Template(
     instruction=REASON_STEP_BY_STEP,
 )
 
+PLAIN = Template(("{question}", "{choices}"))
+"""Nothing but what the row says: for a policy that is trained from scratch."""
+
 TRAINING_SETS = {"digits": DIGITS, "easy_vqa": EASY_VQA, "mathv360k": MATHV360K}
 """Template by ``data.name``."""
 
 
 def template_of(name: str) -> Template:
     """The template of a named training set, or one whose text a function of the user's makes (``data.template``)."""
-    if name in TRAINING_SETS:
-        return TRAINING_SETS[name]
+    if name in TRAINING_SETS or name == "plain":
+        return PLAIN if name == "plain" else TRAINING_SETS[name]
     return Template((), make=load("data.template", name))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mstar_mega.config import DataConfig
@@ -11,7 +12,7 @@ from mstar_mega.data.digits import task as digits
 from mstar_mega.data.prompts import template_of
 from mstar_mega.data.screen import screen_task
 from mstar_mega.data.types import Task
-from mstar_mega.data.written_out import with_written_out
+from mstar_mega.data.written_out import bare_answer, with_written_out
 from mstar_mega.functions import is_path, load
 
 Builder = Callable[[DataConfig, Path, int], Task]
@@ -40,6 +41,9 @@ def _easy_vqa(config: DataConfig, dir: Path, seed: int) -> Task:
 
 def _in_memory(config: DataConfig, task: Task) -> Task:
     task = screen_task(task)
+    if config.warmup_answers:
+        labelled = task.labelled[: config.warmup_examples]
+        return replace(task, warmup=[(query, bare_answer(query.answer or "")) for query in labelled])
     if not config.warmup_file:
         return task
     path = disk.existing(config.warmup_file, "data.warmup_file")

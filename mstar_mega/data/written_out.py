@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mstar_mega.data.prompts import Template
+from mstar_mega.data.prompts import ANSWER_MARKER, Template
 from mstar_mega.data.rows import Row, has_surrogate, read_rows
 from mstar_mega.data.types import Query, Skipped, Task
 from mstar_mega.platform.files import write_text_atomic
@@ -20,6 +20,11 @@ class Named:
     split: str
     images: tuple[str, ...]
     """Digests."""
+
+
+def bare_answer(answer: str) -> str:
+    """The response that holds the answer in the answer block, and no reasoning."""
+    return f"{ANSWER_MARKER}\n\n{answer}"
 
 
 def write(path: Path, examples: Iterable[tuple[Query, str]]) -> None:

@@ -13,6 +13,7 @@ from mstar_mega.config import SelectionConfig, SelectionRule
 from mstar_mega.data.pictures import file_size
 from mstar_mega.data.records import write_selected
 from mstar_mega.data.types import CheckReasoning, Group, Query
+from mstar_mega.data.written_out import bare_answer
 from mstar_mega.evaluation.prm_quality import judge_reasoning
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import all_gather_objects, sum_over_data
@@ -20,7 +21,6 @@ from mstar_mega.recipe.blocks import Blocks, Place
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.generate import iteration_directory
 from mstar_mega.recipe.intervals import Interval
-from mstar_mega.recipe.method import gold_response
 from mstar_mega.rewards.selection import CEILING, SCORED_RULES, choose_responses, select, weight_of
 from mstar_mega.training.batches import Examples, TrainGroup
 
@@ -155,7 +155,7 @@ def gold_examples(job: Job, now: Interval) -> Examples:
     def read(i: int) -> TrainGroup:
         query = now.labelled[i]
         assert query.answer is not None, "it is labelled"
-        return TrainGroup(query, [job.family.response_tokens(gold_response(query.answer))])
+        return TrainGroup(query, [job.family.response_tokens(bare_answer(query.answer))])
 
     ids = [query.id for query in now.labelled]
     return Examples(ids, array("i", [1]) * len(ids), read)

@@ -144,6 +144,7 @@ def check(config: Config, against: Sequence[str], out: str | None) -> tuple[str,
         source, note = open_any(config.data, Path(config.data.dir or work))
         reading = PictureReading.of(config.data)
         report = report_on(source, [item for each in against for item in _evaluation_items(each)], reading)
+        report.path = str(config.data.path)  # of a table: not the lines that were made of it
         models = _models(config.model) if report.usable else ()
         costs = [_cost(source, replace(config, model=model)) for model in models]
         published = _published_costs(source, config, costs[0].characters * costs[0].queries) if costs else []
@@ -161,7 +162,28 @@ def check(config: Config, against: Sequence[str], out: str | None) -> tuple[str,
         ]
         lines += [cost.to_text() for cost in published]
     refusals = [*_refusals(config.data, report, warmup)]
+    if report.usable and not refusals:
+        lines += ["arguments for a job on this set:", f"  {fitting_arguments(config.data, report, bool(note))}"]
     return "\n".join([*lines, *(f"FAILED: {each}" for each in refusals)]), not refusals
+
+
+SMALL = 5000
+"""Below so many usable questions every one is labelled."""
+
+
+def fitting_arguments(config: DataConfig, report: FileReport, is_too_small: bool) -> str:
+    """The settings that fit the set: its own where they do, else a tenth each for validation and test."""
+    usable = report.usable + report.left_over
+    share, validation, test = config.labelled_share, config.validation_queries, config.test_queries
+    if is_too_small:
+        share, validation, test = (1.0 if usable < SMALL else share), max(1, usable // 10), max(1, usable // 10)
+    named = {"path": config.path, "images": config.images, "warmup_file": config.warmup_file}
+    given = [f"--data.{name} {value}" for name, value in named.items() if value]
+    if not config.warmup_file:
+        given.append("--data.warmup_answers true")
+    counts = {"labelled_share": f"{share:g}", "validation_queries": validation, "test_queries": test}
+    counts |= dict.fromkeys(("warmup_examples", "labelled_queries", "unlabelled_queries"), "null")
+    return " ".join(["--data.name mathv360k", *given, *(f"--data.{name} {value}" for name, value in counts.items())])
 
 
 def _refusals(config: DataConfig, report: FileReport, warmup: WarmupReport | None) -> Iterator[str]:

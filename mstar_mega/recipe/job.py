@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
-from mstar_mega import functions, kernels
 from mstar_mega.config import Config
-from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
-from mstar_mega.data.types import ImageRef, Query, Task, image_digest
-from mstar_mega.generation.engine import Request
-from mstar_mega.models.build import build_family, build_model, check_divisible
-from mstar_mega.models.description import MODEL_FILES
-from mstar_mega.models.families.base import Family
-from mstar_mega.models.lmm import LMM
-from mstar_mega.models.packing import prompt_bytes
-from mstar_mega.platform import distributed
+from mstar_mega.data.types import ImageRef, Query, image_digest
+from mstar_mega.models.build import build_model
 from mstar_mega.platform.distributed import barrier, broadcast_object
 from mstar_mega.platform.inputs import read_input
-from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.directory import build_task, check_shared, on_main, run_directory, same_files, shared_data
+from mstar_mega.recipe.directory import build_task, on_main
 from mstar_mega.recipe.evaluate import exploration_in_words, measure_exploration, measure_greedy
-from mstar_mega.recipe.evolve import evolve
-from mstar_mega.recipe.fit import STAGES, Position, Standing, find_standing, load_start, restore_weights
+from mstar_mega.recipe.fit import STAGES, Standing, find_standing, load_start
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import needs_prm, resolve_method
-from mstar_mega.recipe.outside_prm import find_outside_prm
-from mstar_mega.recipe.prm import load_prm, train_prm
-from mstar_mega.recipe.rollouts import Actors, sample_specs, to_response
-from mstar_mega.recipe.warmup import warmup, warmup_batches
+from mstar_mega.recipe.opening import newest_policy, open_job
+from mstar_mega.recipe.prm import load_prm
+from mstar_mega.recipe.rollouts import Actors, gather_groups
+from mstar_mega.recipe.session import Session
 from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.report.accounting import generated, in_words
 from mstar_mega.report.html import write_report
-from mstar_mega.report.metrics import METRICS_FILE, MetricsLog, NullMetrics, comparable, read_metrics
-from mstar_mega.report.progress import Progress
+from mstar_mega.report.metrics import METRICS_FILE, comparable, read_metrics
 from mstar_mega.report.run import load_run
 from mstar_mega.report.summary import write_summary
-from mstar_mega.report.tensorboard import TensorBoardLog
-from mstar_mega.rewards.checker import AnswerChecker
 from mstar_mega.settings import differences, load
 from mstar_mega.training.checkpoint import find_checkpoints
-from mstar_mega.training.trainer import Trainer
 
 
 def run(config: Config, until: str | None = None) -> None:
@@ -84,40 +68,25 @@ def _is_done(job: Job, standing: Standing, until: str | None) -> bool:
 
 def run_stages(job: Job, standing: Standing, until: str | None) -> None:
     """The recipe's stages in order; those before the resumed one pass quietly."""
-    reached = STAGES.index(standing.stage)
-    from_outside = job.config.prm.checkpoint is not None and (until is not None or needs_prm(job.config))
-    batches = warmup_batches(job)
+    session = Session(job, standing)
     if until is None:
-        _check_budget(job.config.evolve.max_steps, len(batches))
-    model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
-    cut = job.config.parallel.distributed_optimizer
-    policy = Trainer(model, job.config.warmup.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
-    with job.quiet(reached > 0):
-        steps = warmup(job, policy, batches).total_steps
+        _check_budget(job.config.evolve.max_steps, session.warmup_steps)
+    session.warmup()
     if until == "warmup":
         return
-    if from_outside:
-        with job.quiet(reached > 1):
+    if session.from_outside and (until is not None or needs_prm(job.config)):
+        with job.quiet(session.reached > 1):
             job.say(f"   the PRM is {job.config.prm.checkpoint}: nothing is annotated, and no PRM is trained")
         if until is not None:
             return
-    actors = Actors(job, policy.model, None)
-    refreshed = standing.position.refreshed if standing.position is not None else 0
-    if needs_prm(job.config) and (from_outside or reached > 1):
-        actors.use_prm(load_prm(job, policy.model, refreshed))
-    if actors.prm is None and (needs_prm(job.config) or until in ("annotate", "prm")):
-        with job.quiet(reached > 0):
-            groups = annotate(job, actors)
+    if not session.find_prm() and (needs_prm(job.config) or until in ("annotate", "prm")):
+        groups = session.annotate()
         if until == "annotate":
             return
-        with job.quiet(reached > 1):
-            actors.use_prm(train_prm(job, policy.model, groups))
+        session.train_prm(groups)
     if until == "prm":
         return
-    with job.stage("evolve"):
-        budget = job.config.evolve.max_steps  # includes the warm-up's steps
-        policy.reconfigure(job.config.evolve.optimizer, max(0, budget - steps))
-        evolve(job, policy, actors, steps)
+    session.evolve()
 
 
 def _check_budget(budget: int, steps: int) -> None:
@@ -175,14 +144,14 @@ def generate(config: Config, question: str, images: Sequence[str], responses: in
     """Print sampled responses of a run's newest policy to a question about images."""
     refs = tuple(map(_given_image, images))
     with open_job(config, trains=False) as job, job.quiet(True):
-        policy, _ = newest_policy(job)
-        actors = Actors(job, policy, None)
+        session = Session.of_newest(job)
         query = Query("question", question, refs, None)
-        request = Request(job.prompt(query), sample_specs("generate", query, responses))
-        for index, sample in enumerate(actors.engine.generate([request], temperature)[0]):
-            response = to_response(job, index, sample)
+        if not refs:
+            job.progress.say("NOTE: there is no image (--image FILE): the policy answers from the question alone")
+        (group,) = gather_groups(session.generate([query], responses, temperature, "generate"))
+        for response in group.responses:
             cut = " (cut at the length limit)" if response.truncated else ""
-            job.progress.say(f"--- response {index + 1}{cut}\n{response.text}")
+            job.progress.say(f"--- response {response.index + 1}{cut}\n{response.text}")
 
 
 def _given_image(path: str) -> ImageRef:
@@ -191,53 +160,6 @@ def _given_image(path: str) -> ImageRef:
     if problem := problem_of(lambda: readable_image(content)):
         raise ValueError(f"--image {path}: {problem}")
     return ImageRef(path, image_digest(content))
-
-
-@contextmanager
-def open_job(
-    config: Config, make_task: Callable[[Config, Path, Family], Task] = build_task, trains: bool = True
-) -> Iterator[Job]:
-    """Join the process group, take the run directory and prepare the queries; close everything in the end.
-
-    ``trains``: see :func:`run_directory`.
-    """
-    functions.check(config)  # on every rank: objects of the user's classes travel between them
-    distributed.initialize(config.parallel, config.seed)
-    kernels.configure(config.kernels)
-    place = distributed.layout()
-    if config.model.checkpoint is not None:
-        check_shared("model.checkpoint", Path(config.model.checkpoint), holds=f"{MODEL_FILES}/config.json")
-    family = build_family(config)
-    check_divisible(config, family.vision, family.language)
-    if trains and config.prm.checkpoint is not None:
-        find_outside_prm(config)  # what is wrong with it is told before any work begins
-    with ExitStack() as stack:
-        directory = stack.enter_context(run_directory(config, place.is_main, trains))
-        metrics: MetricsLog | NullMetrics = NullMetrics()
-
-        def open_log() -> None:
-            nonlocal metrics
-            metrics = MetricsLog(directory / METRICS_FILE, TensorBoardLog(directory / "tensorboard"))
-
-        on_main(place.is_main, open_log)
-        stack.callback(metrics.close)
-        damage = metrics.damage if isinstance(metrics, MetricsLog) else []
-
-        def find_queries() -> Task:
-            with same_files(config, directory) if trains else nullcontext():
-                return make_task(config, directory, family)
-
-        task = on_main(place.is_main, find_queries)
-        for name, path in shared_data(config).items():
-            check_shared(name, path, writes=name == "data.dir")
-        progress = stack.enter_context(Progress(place.is_main))
-        checker = stack.enter_context(AnswerChecker())
-        prompt = Ahead(family.prompt, prompt_bytes, config.data.workers, config.data.prefetch_mb << 20)
-        stack.callback(prompt.close)
-        for problem in damage[:3]:
-            progress.say(f"WARNING: DAMAGED LOG, that event is lost: {problem}. The log as it was is beside it")
-        yield Job(config, directory, place, family, prompt, task, metrics, progress, checker)
-    distributed.shutdown()
 
 
 def _log_start(job: Job) -> None:
@@ -266,12 +188,3 @@ def _log_start(job: Job) -> None:
 
 def _layout_words(parallel: Mapping[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in parallel.items())
-
-
-def newest_policy(job: Job) -> tuple[LMM, Position]:
-    """The most advanced policy of the run directory, and how far it is (the warm-up policy is before iteration 1)."""
-    model = build_model(job.config, job.family, draw=False)
-    position = restore_weights(job, model, "evolve")
-    if position is None and restore_weights(job, model, "warmup") is None:
-        raise ValueError(f"{job.dir} has no policy yet: run `mstar warmup` or `mstar evolve` with this run.dir first")
-    return model, position or Position(iteration=1)

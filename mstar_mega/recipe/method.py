@@ -46,11 +46,6 @@ def resolve_method(evolve: EvolveConfig) -> ResolvedMethod:
     )
 
 
-def gold_response(answer: str) -> str:
-    """The response that SFT trains on: the gold answer in the answer block, without a rationale."""
-    return f"# Answer\n\n{answer}"
-
-
 def needs_prm(config: Config) -> bool:
     """Whether any setting uses process scores."""
     return config.evolve.method != "sft" and (

@@ -149,6 +149,8 @@ def _validate_pairs(config: Config) -> None:
         wanted = getattr(config.data, name)
         if config.data.name == "digits" and wanted is not None and wanted > MOST_MADE:
             raise ValueError(f"data.{name} is {wanted}: the built-in task makes at most {MOST_MADE:,} of a kind")
+    if config.data.warmup_answers and config.data.warmup_file is not None:
+        raise ValueError("data.warmup_answers is true and data.warmup_file is given: the warm-up takes one of them")
     if config.data.name == "digits" and config.data.template is not None:
         raise ValueError("data.template is set, and the questions of data.name digits come ready: leave it out")
     if config.parallel.sequence and config.parallel.tensor == 1:
