@@ -56,6 +56,7 @@ _TABLE = (
         "data:data",
     ),
     ("report", "Rebuild report.html of a run directory.", "report:report"),
+    ("compare", "Runs and seeds side by side: curves, settings that differ, paired tests, CSV.", "compare:compare"),
     ("convert", "Weights from Hugging Face to a checkpoint, or back.", "tools:convert"),
     ("verify", "Compare a checkpoint with recorded outputs of the original model.", "tools:verify"),
     ("plan", "Predict memory by part and recommend a layout.", "tools:plan"),

@@ -67,7 +67,7 @@ def render(run: Run) -> str:
         "facts": safe.make("the facts", lambda: _facts(run, summary)),
         "tiles": safe.make("the headline numbers", lambda: _tiles(run, summary)),
         "story": safe.make("the story", lambda: escape(" ".join(_story(run, summary)))),
-        "plots": "".join(_figure(plot) for plot in all_plots(run, problems)) or _empty("No measurements yet."),
+        "plots": "".join(figure(plot) for plot in all_plots(run, problems)) or _empty("No measurements yet."),
         "prm": safe.make("the process reward model", lambda: prm_section(run))
         or _empty("No process reward model has been measured yet."),
         "iterations": safe.make("the table of iterations", lambda: _iteration_table(run)),
@@ -291,7 +291,8 @@ def _test_error(run: Run, stage: str) -> float:
     return (number(events[-1], "standard_error") or 0.0) if events else 0.0
 
 
-def _figure(plot: Plot) -> str:
+def figure(plot: Plot) -> str:
+    """A plot with its title and caption."""
     return (
         f'<figure id="plot-{escape(plot.name)}"><h3>{escape(plot.title)}</h3><div role="img" '
         f'aria-label="{escape(plot.title)}">{plot.svg}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'

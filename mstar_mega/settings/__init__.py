@@ -110,8 +110,13 @@ def differences(old: Config, new: Config) -> list[str]:
     return [
         f"{name}: {before[name]} -> {after[name]}"
         for name in before
-        if before[name] != after[name] and not name.startswith(_FREE_TO_CHANGE)
+        if before[name] != after[name] and not is_free_to_change(name)
     ]
+
+
+def is_free_to_change(name: str) -> bool:
+    """Whether a setting may change between two starts of a run without changing its results."""
+    return name.startswith(_FREE_TO_CHANGE)
 
 
 def _parser(prog: str, description: str | None) -> jsonargparse.ArgumentParser:
