@@ -27,6 +27,7 @@ from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
 from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
+from mstar_mega.checkpoint_tools.native_files import REPLACED, native_files
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
 from mstar_mega.models.copying import copy_model_files, model_files
@@ -159,6 +160,7 @@ def _to_hf(
         config[HEAD_KEY] = model.head
     if files.parent != checkpoint:
         _note_dtype(config, weights)
+    extra = native_files(files, dict(config)) if export is to_native else {}
     if export is not None:
         config, model = export(config, model, files)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -180,6 +182,10 @@ def _to_hf(
     def complete() -> None:
         finish_shards(temporary, shards)
         copy_model_files(files, temporary)
+        for name in REPLACED if extra else ():
+            (temporary / name).unlink(missing_ok=True)
+        for name, text in extra.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         if config != read_config(files):
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (temporary / "config.json").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import Config
-from mstar_mega.models.families.internvl2 import InternVL2
+from mstar_mega.models.families.internvl2 import PLAIN_PROMPT, InternVL2
 
 _CONTROLS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
@@ -16,7 +16,7 @@ _CONTROLS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 def write_model_files(config: Config, folder: Path) -> None:
     """config.json and the tokenizer's files of the settings' named size, as InternVL2 has them.
 
-    The chat template is not among them: a named size may leave out InternVL2's system message.
+    config.json says where the prompt is not InternVL2's: a named size may leave out its system message.
     """
     family = InternVL2(config.model.size)
     tokenizer = Path(family.size.tokenizer)
@@ -37,7 +37,7 @@ def _config(config: Config, family: InternVL2) -> dict[str, Any]:
         "model_type": "internvl_chat", "torch_dtype": config.model.precision, "force_image_size": v.image_size,
         "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "template": "internlm2-chat",
         "min_dynamic_patch": 1, "max_dynamic_patch": family.size.max_tiles, "dynamic_image_size": True,
-        "use_thumbnail": family.size.thumbnail,
+        "use_thumbnail": family.size.thumbnail, PLAIN_PROMPT: not family.size.system and not family.size.begin,
         "llm_config": {
             "model_type": "internlm2", "hidden_size": t.hidden, "intermediate_size": t.ffn,
             "num_hidden_layers": t.layers, "num_attention_heads": t.heads, "num_key_value_heads": t.kv_heads,

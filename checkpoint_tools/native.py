@@ -53,6 +53,9 @@ def to_native(config: dict[str, Any], model: ModelMap, files: Path) -> tuple[dic
             f"--layout native exists for InternVL2 policies, not for {model.family} with {model.head} head"
         )
     text, vision = config["llm_config"], config["vision_config"]
+    missing = [key for key in ("num_attention_heads", "num_key_value_heads") if key not in text]
+    if missing or "num_attention_heads" not in vision:
+        raise ValueError(f"--layout native: config.json has no llm_config.{(missing or ['num_attention_heads'])[0]}")
     if config.get("select_layer", -1) != -1 or vision.get("qk_normalization") or config.get("ps_version") != "v2":
         raise ValueError("--layout native: needs select_layer -1, ps_version v2 and no qk_normalization in config.json")
     groups = (text["num_key_value_heads"], vision["num_attention_heads"])

@@ -54,6 +54,8 @@ def test_runs_of_one_setting_are_one_entry_whatever_their_seed_and_layout(runs: 
     entries = read_entries(runs)
     assert [(entry.label, entry.seeds) for entry in entries] == [("k 2", "0, 1"), ("k 4", "0, 1")]
     assert differing_settings([entry.runs[0] for entry in entries]) == {"selection.k": [2, 4]}
+    (together,) = read_entries(runs, ["selection."])
+    assert together.seeds == "0, 1, 0, 1"
     points, errors = curve(entries[0], "test", "greedy_accuracy")
     assert points == {0: 0.4, 1: pytest.approx(0.55), 2: 0.5} and errors[0] == 0.0
     assert errors[2] == pytest.approx(0.25) and errors[1] == pytest.approx(0.05)
@@ -86,7 +88,7 @@ def test_the_page_and_the_table(runs: list[Path], tmp_path: Path, capsys: pytest
     for part in (
         "selection.k",
         "37.5 points",
-        "within two standard errors",
+        "<td>clear</td>",
         'aria-label="Test accuracy"',
         "50.0 ± 25.0%",
     ):

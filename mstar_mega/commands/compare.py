@@ -15,13 +15,17 @@ def compare(command: Command, arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs, also of running jobs")
     parser.add_argument("--out", default="compare.html", metavar="PAGE.html", help="the page (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="every measurement of every run as CSV, too")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="SETTING",
+        help="a setting (or a group's name and a dot) that sets no runs apart, as prm.checkpoint; may be repeated",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if not is_main():
         return
     from mstar_mega.report.compare import all_pairs, estimate, read_entries
     from mstar_mega.report.compare_page import write_comparison
 
-    entries = read_entries(options.runs)
+    entries = read_entries(options.runs, options.ignore)
     for entry in entries:
         final = estimate(entry, "evolve", "test", "greedy_accuracy")
         if final is None:

@@ -75,8 +75,8 @@ class Paired:
         return bool(errors) and abs(self.difference) > 2 * max(errors)
 
 
-def read_entries(directories: Sequence[str | Path]) -> list[Entry]:
-    """The runs as entries, in their order. Raises ValueError for fewer than two runs, one named twice, or one that has
+def read_entries(directories: Sequence[str | Path], ignored: Sequence[str] = ()) -> list[Entry]:
+    """The runs as entries, in their order; settings that begin with one of ``ignored`` set none apart. Raises ValueError for fewer than two runs, one named twice, or one that has
     neither settings nor events."""
     if len(directories) < 2:
         raise ValueError("give at least two run directories to compare")
@@ -91,18 +91,18 @@ def read_entries(directories: Sequence[str | Path]) -> list[Entry]:
         run = load_run(directory)
         if not run.settings and not run.events:
             raise ValueError(f"{directory} is not the directory of a run: it has neither settings nor a log")
-        entries.setdefault(repr(sorted(_deciding(run).items(), key=repr)), []).append(run)
+        entries.setdefault(repr(sorted(_deciding(run, ignored).items(), key=repr)), []).append(run)
     grouped = list(entries.values())
-    differing = differing_settings([runs[0] for runs in grouped])
+    differing = differing_settings([runs[0] for runs in grouped], ignored)
     return [Entry(_label(runs, differing), runs) for runs in grouped]
 
 
-def _deciding(run: Run) -> dict[str, Any]:
+def _deciding(run: Run, ignored: Sequence[str] = ()) -> dict[str, Any]:
     """The settings that may change results, but for the seed."""
     return {
         name: value
         for name, value in flat_settings(run.settings).items()
-        if name != "seed" and not is_free_to_change(name)
+        if name != "seed" and not is_free_to_change(name) and not name.startswith(tuple(ignored))
     }
 
 
@@ -117,9 +117,9 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing_settings(runs: Sequence[Run], ignored: Sequence[str] = ()) -> dict[str, list[Any]]:
     """Setting -> its value in each run, for those that are not the same in all."""
-    flat = [_deciding(run) for run in runs]
+    flat = [_deciding(run, ignored) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = {name: [settings.get(name) for settings in flat] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}

@@ -92,7 +92,8 @@ def _summary(entries: Sequence[Entry]) -> str:
         ]
         rows.append(
             [
-                f'<span class="key" style="background: var(--series-{i % len(SERIES) + 1})"></span>{escape(entry.label)}',
+                f'<span class="key" style="background: var(--series-{i % len(SERIES) + 1})"></span>'
+                f"{escape(entry.label)}",
                 escape(entry.seeds),
                 _shown(estimate(entry, "warmup", "test", "greedy_accuracy")),
                 _shown(estimate(entry, "evolve", "test", "greedy_accuracy")),

@@ -120,7 +120,7 @@ class InternVL2(Family):
         tiles = int(config.get("max_dynamic_patch", 12)) if config.get("dynamic_image_size", True) else 1
         size = Size(
             vision, language, max_tiles=tiles, min_tiles=int(config.get("min_dynamic_patch", 1)),
-            thumbnail=bool(config.get("use_thumbnail", True)), system=SYSTEM, begin=True,
+            thumbnail=bool(config.get("use_thumbnail", True)), **_prompt_of(config),
         )  # fmt: skip
         return cls(size, tokenizer)
 
@@ -255,6 +255,14 @@ class InternVL2(Family):
         if len(tiles) > 1 and self.size.thumbnail:
             tiles.append(picture.resize((S, S), Image.Resampling.BICUBIC))
         return tiles
+
+
+PLAIN_PROMPT = "mstar_plain_prompt"
+"""In config.json of a policy that was trained without the original's system message and begin mark."""
+
+
+def _prompt_of(config: dict[str, Any]) -> dict[str, Any]:
+    return {"system": "", "begin": False} if config.get(PLAIN_PROMPT) is True else {"system": SYSTEM, "begin": True}
 
 
 def tile_grid(width: int, height: int, max_tiles: int, tile: int, min_tiles: int = 1) -> tuple[int, int]:
