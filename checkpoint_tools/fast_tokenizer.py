@@ -17,8 +17,8 @@ from mstar_mega.platform.inputs import MOST_JSON, read_input
 AWKWARD = (
     "What is the sum of the digits?", " leading and  double   spaces ", "tab\there\n\nnew lines\n", "", " ", "\n",
     "3.14159 × 10⁻⁷ = −12 %", "naïve Ångström Łódź", "数学と画像、由上海人工智能", "🙂👩‍👩‍👧", "x^2+y_{1}=\\frac{a}{b}",
-    "</s><s> <unk> <|im_end|> <img>", "AAAAAAAAAAAAAAAAAAA bbbbbbbbbbbbb", "#Answer\n\n# Answer\n\n(B)", "\u00a0\u200b\ufeff",
-    "def f(x):\n    return x  # two", "http://a.b/c?d=e&f=g", "0123456789 98765 43210",
+    "</s><s> <unk> <|im_end|> <img>", "AAAAAAAAAAAAAAAAAAA bbbbbbbbbbbbb", "#Answer\n\n# Answer\n\n(B)",
+    "\u00a0\u200b\ufeff", "def f(x):\n    return x  # two", "http://a.b/c?d=e&f=g", "0123456789 98765 43210",
 )  # fmt: skip
 """Texts whose ids have to be equal."""
 

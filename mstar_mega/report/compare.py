@@ -76,8 +76,10 @@ class Paired:
 
 
 def read_entries(directories: Sequence[str | Path], ignored: Sequence[str] = ()) -> list[Entry]:
-    """The runs as entries, in their order; settings that begin with one of ``ignored`` set none apart. Raises ValueError for fewer than two runs, one named twice, or one that has
-    neither settings nor events."""
+    """The runs as entries, in their order; settings that begin with one of ``ignored`` set none apart.
+
+    Raises ValueError for fewer than two runs, one named twice, or one that has neither settings nor events.
+    """
     if len(directories) < 2:
         raise ValueError("give at least two run directories to compare")
     places = [Path(directory).resolve() for directory in directories]
