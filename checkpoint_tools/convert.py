@@ -25,6 +25,7 @@ from torch import Tensor
 from mstar_mega.checkpoint_tools.hf_files import HFWeights, HFWriter, TensorInfo, finish_shards
 from mstar_mega.checkpoint_tools.maps import ModelMap, map_of
 from mstar_mega.checkpoint_tools.megatron_files import MegatronWeights, MegatronWriter, Parameter, write_index
+from mstar_mega.checkpoint_tools.model_card import CARD, ORIGINAL, model_card
 from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.native_files import REPLACED, native_files
@@ -186,6 +187,12 @@ def _to_hf(
             (temporary / name).unlink(missing_ok=True)
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        trained = run_config(checkpoint)
+        if trained is not None and model.head == "vocabulary":
+            if (temporary / CARD).exists():
+                (temporary / CARD).rename(temporary / ORIGINAL)
+            card = model_card(checkpoint, trained, "native" if export is to_native else "original")
+            (temporary / CARD).write_text(card, encoding="utf-8")
         if config != read_config(files):
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (temporary / "config.json").write_text(text, encoding="utf-8")

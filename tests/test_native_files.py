@@ -61,6 +61,9 @@ def test_the_exported_policy_answers_in_transformers_as_it_does_here(tmp_path: P
     out = tmp_path / "native"
     megatron_to_hf(run, out, export=convert.to_native)
 
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and "mstar evolve" in card and "not measured" in card
+    assert str(tmp_path) not in card, "folders are nobody else's business"
     tokenizer = AutoTokenizer.from_pretrained(out)
     for text in ("What is the sum of the digits?", " two  spaces\n\nand lines"):
         assert tokenizer.encode(text, add_special_tokens=False) == family.tokenizer.encode(text)
