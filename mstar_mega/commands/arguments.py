@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mstar_mega import settings
 from mstar_mega.commands import Command
@@ -20,15 +20,23 @@ SETTINGS_OF_RUN = "The settings are those of the run; --NAME VALUE changes one (
 """Last line of the help of commands on a run."""
 
 
-class Parser(argparse.ArgumentParser):
+class _Reporting(argparse.ArgumentParser):
     """argparse that leaves the reporting of a mistake to ``cli.main``, which prints it on one rank only."""
-
-    def __init__(self, command: Command, usage: str | None = None, epilog: str | None = None) -> None:
-        super().__init__(command.prog, usage, command.what, epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(f"{message} ('{self.prog} --help' shows how it is used)")
+
+
+class Parser(_Reporting):
+    """The arguments of one command."""
+
+    def __init__(self, command: Command, usage: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(command.prog, usage, command.what, epilog, allow_abbrev=False)
+
+    def add_subparsers(self, **given: Any) -> Any:
+        """As argparse's; a command's ways are no commands."""
+        return super().add_subparsers(**{"parser_class": _Reporting, **given})
 
     def parse_own(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The command's own options, and the arguments that are left. Raises ValueError for a mistyped option."""

@@ -63,7 +63,8 @@ def resolve_choice(answer: str, choices: Sequence[str]) -> str | None:
         index = ord(lettered[0]) - ord("A") if lettered else len(choices)
         if lettered and index < len(choices) and (not lettered[1] or _RIGHT.fullmatch(lettered[1])):
             return lettered[0]
-        behind = _LETTER_BEHIND.fullmatch(text) if len(text) <= 400 else None
+        ends = text[-1:] == ")" or text[-2:-1] in (" ", "(")
+        behind = _LETTER_BEHIND.fullmatch(text) if ends and len(text) <= 400 else None
         if behind and not lettered and not any(same_text(text, form) for form in _cleaned(tuple(choices))):
             letter, said = (behind[2] or behind[3]).upper(), _matching(clean(behind[1]), choices)
             if said:

@@ -48,21 +48,25 @@ _FORMULA_DIGIT = re.compile(r"(?<=[a-z)])_\{?([0-9]{1,3}|[a-z])\}?(?![0-9])")
 
 
 @functools.lru_cache(maxsize=4096)
+def _text_keys(cleaned: str) -> tuple[str, str]:
+    """As it stands, and without an article. White space counts between digits only, also behind a comma (``1, 000``);
+    ``H_2O`` is ``H2O``."""
+    article = _ARTICLE.match(cleaned)
+    key = _text_key(cleaned)
+    return key, _text_key(cleaned[article.end() :]) if article else key
+
+
 def _text_key(cleaned: str) -> str:
-    """White space counts between digits only, also behind a comma (``1, 000``); ``H_2O`` is ``H2O``."""
     key = squeeze(_LIST_COMMA.sub(r"\1\n", cleaned))
     if "_" in key or "^" in key:
         key = _FORMULA_DIGIT.sub(r"\1", _ONE_CHAR_SCRIPT.sub(r"\1\2", key))
     return _INNER_SPACE.sub("", key)
 
 
-def _without_article(cleaned: str) -> str:
-    return _text_key(_ARTICLE.sub("", cleaned, count=1) if _ARTICLE.match(cleaned) else cleaned)
-
-
 def same_text(first: str, second: str) -> bool:
     """Equal but for case, white space, the spelling of subscripts, and an article."""
-    return _text_key(first) == _text_key(second) or _without_article(first) == _without_article(second)
+    one, other = _text_keys(first), _text_keys(second)
+    return one[0] == other[0] or one[1] == other[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- LaTeX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -67,7 +68,7 @@ def find_option(text: str, options: Mapping[str, str]) -> str:
         if letter is not None:
             return letter
     whole, text = text, _without_lists(text)
-    called = set(_CALLED.findall(text)) & set(options)
+    called = set(_CALLED.findall(text)) & set(options) if "correct" in text or "right" in text else set()
     stated = statements(_CALLED.sub(" ", text) if called else text)
     for statement in stated:
         found = _of_statement(statement, options)
@@ -201,6 +202,7 @@ def _contained(text: str, options: Mapping[str, str]) -> str | None:
     return longest[0] if len(longest) == 1 else None
 
 
+@functools.lru_cache(maxsize=1024)
 def _signed(text: str) -> str:
     """Normalised, but a number's sign stays apart from the word before it."""
     return normalize(_SIGN.sub("\ue001", text))
