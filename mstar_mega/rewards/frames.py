@@ -15,7 +15,7 @@ _LEADS = (
     rf"(?: (?:to|for|of) [^:=.]{{1,60}}?)? ?(?:is|are|would be|should be|must be|:|=)[: ]*{_NAMED}",
     rf"(?:it is|it's|it must be|that is|that's|there (?:are|is)|a total of|equals|is|(?:(?:it|this|that|which) )?gives)"
     rf"[: ]+{_NAMED}",
-    r"(?:it|this|that|the answer) (?=can(?:not|'t| not)\b)|ans\. |at (?=[0-9])",
+    r"(?:it|this|that|the answer) (?=can(?:not|'t| not)\b)|ans\. |(?:at|in) (?=[0-9])",
     rf"(?:i|we)(?: would|'d)? (?:choose|pick|select|go with|think|get|have)(?: it is| it's| that)?[: ]+{_NAMED}",
     "(?:因此|所以|因而|综上所述|综上|故)[,:]? ?",
     "(?:正确|最终|最后)?的?(?:答案|选项|结果)(?:应该|应)?(?:是|为|选)?:? ?|(?:本题|应该|应|我)?选择?:? ?|等于 ?",
