@@ -7,8 +7,9 @@
 # Without --config it takes configs/digits.yaml beside it. The first line is a no-op for bash and opens a string for
 # Python; the string ends after exec, where bash no longer reads. So no backslash and no triple quote in between.
 #
-# Environment (bash only): NPROC, processes on this node (all GPUs, or else 2 where there are 2 cores); TORCHRUN, the
-# torchrun to use. torchrun takes options from PET_* too: PET_NNODES, PET_RDZV_ENDPOINT ... make it one node of many.
+# Environment (bash only): NPROC, processes on this node (all GPUs, or else 2 where there are 2 cores); TORCHRUN, a
+# torchrun to use in place of mstar_mega.launch. Both take options from PET_* too: PET_NNODES, PET_NODE_RANK,
+# PET_MASTER_ADDR and PET_MASTER_PORT make it one node of many.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 torchrun=${TORCHRUN:-}
@@ -46,7 +47,8 @@ if [ "${PET_NPROC_PER_NODE:-${NPROC:-}}" != 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
 fi
-# The package's own launcher is torchrun that is quiet about mistakes of the user's; it lies beside its Python.
+# The package's own launcher is torchrun that passes signals on and ends with the job's exit code (75: saved, to be
+# continued); it lies beside its Python.
 if [ -z "${TORCHRUN:-}" ]; then
     python=$(dirname "$(command -v "$torchrun")")/python
     if [ -x "$python" ] && "$python" -c "import mstar_mega" 2> /dev/null; then

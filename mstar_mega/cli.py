@@ -6,6 +6,7 @@ import difflib
 import errno
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -13,16 +14,10 @@ from pathlib import Path
 
 from mstar_mega import __version__
 from mstar_mega.commands import COMMANDS
+from mstar_mega.platform.exits import BROKEN_PIPE, CONTINUED, INTERRUPTED, USER_ERROR
 from mstar_mega.platform.files import DISK_FULL
+from mstar_mega.platform.orphans import die_with_parent
 from mstar_mega.platform.terminal import is_main, say, tame_logging, visible
-
-USER_ERROR = 2
-"""Exit code of a mistake that the user can mend."""
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it."""
-BROKEN_PIPE = 141
-"""Exit code when what read the output has ended (``| head``), as shells give it."""
 
 _USER_OS_ERRORS = (
     *DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -41,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     tame_logging()
     try:
+        _join_launcher()
         code = _dispatch(arguments)
         sys.stdout.flush()
         return code
@@ -55,9 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(_one_line(error))
         return USER_ERROR
+    except Exception as error:
+        if type(error).__name__ != "Stopped":  # not imported where there is nothing to stop
+            raise
+        _report(str(error), problem=False)
+        return CONTINUED
     except KeyboardInterrupt:
         _report("interrupted. The same command goes on from what is finished")
         return INTERRUPTED
+
+
+def _join_launcher() -> None:
+    """What a rank has to do with the torchrun that started it. Raises ValueError where that was told to restart it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    die_with_parent()
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts:
+        raise ValueError(
+            f"--max-restarts {restarts}: ranks that are started again one by one cannot go on with each other. Leave "
+            "it at 0 and give the whole command again: it goes on from what is finished"
+        )
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -90,10 +104,15 @@ def _nearest(name: str) -> str:
     return f"did you mean '{near[0]}'? If not, " if near else ""
 
 
-def _report(message: str) -> None:
-    """Print on rank 0; on every rank leave the message where torchrun looks for the cause of a failure."""
+def _report(message: str, problem: bool = True) -> None:
+    """Print on rank 0, and elsewhere what rank 0 does not know; leave it where torchrun looks for a failure's cause."""
     if is_main():
-        say(f"mstar: error: {message}", sys.stderr)
+        say(f"mstar: {'error: ' if problem else ''}{message}", sys.stderr)
+    if problem and "torch" in sys.modules and "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        from mstar_mega.platform.distributed import is_news
+
+        if is_news(message, is_main()):
+            say(f"mstar: error: rank {os.environ.get('RANK')} on {socket.gethostname()}: {message}", sys.stderr)
     # When one rank alone fails, its line in torchrun's closing table is the only place that says why.
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

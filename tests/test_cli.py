@@ -233,39 +233,71 @@ def test_the_launcher_says_what_to_do_without_an_environment(tmp_path: Path) -> 
     assert done.returncode == 2 and "run 'make setup' first" in done.stderr
 
 
-@pytest.mark.parametrize("task", [None, "2"])
-def test_the_slurm_script_starts_torchrun_on_every_node(task: str | None, tmp_path: Path) -> None:
-    """SLURM runs a copy of it, in place of srun a stub that shows its arguments; %a is an array task's number."""
-    stubs = {"srun": 'printf "%s\\n" "$@"', "scontrol": 'printf "node%s\\n" $(seq 7 5000)'}
-    for name, body in stubs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = tmp_path / "slurm_script"
-    script.write_text((LAUNCHER.parent / "slurm" / "mstar.sbatch").read_text())
-    (tmp_path / "env/bin").mkdir(parents=True)
-    (tmp_path / "env/bin/torchrun").touch(mode=0o755)
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPO), "MSTAR_ENV": str(tmp_path / "env"),
+SBATCH = LAUNCHER.parent / "slurm" / "mstar.sbatch"
+STUBS = {
+    # In place of srun: its options, then what it would start on the first node; python shows what it is given.
+    "srun": 'printf "%s\\n" "$@"; while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 SLURM_NNODES=4994 exec "$@"',
+    "scontrol": 'case $2 in job) echo "JobId=7 JobState=RUNNING";; hostnames) printf "node%s\\n" $(seq 7 5000);;'
+    ' *) echo "scontrol $*";; esac',
+    "env/bin/python": 'printf "%s\\n" python "$@"; exit "${CODE:-0}"',
+    "env/bin/torchrun": "",
+}
+
+
+def batch(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """SLURM runs a copy of the script, with stubs for its commands."""
+    for name, body in STUBS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "slurm_script").write_text(SBATCH.read_text())
+    of_slurm = {
+        "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPO), "MSTAR_ENV": str(folder / "env"),
         "SLURM_JOB_NODELIST": "node[7-5000]", "SLURM_JOB_NUM_NODES": "4994", "SLURM_JOB_ID": "41234",
-        "SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "1", **({"SLURM_ARRAY_TASK_ID": task} if task else {}),
+        "SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "1",
     }  # fmt: skip
-    command = ["bash", str(script), "--seed", "%a", "--run.dir", "a b/%a"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = ["bash", str(folder / "slurm_script"), *arguments]
+    return subprocess.run(command, env=of_slurm | environment, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("task", [None, "2"])
+def test_the_slurm_script_starts_one_launcher_on_every_node(task: str | None, tmp_path: Path) -> None:
+    """%a is an array task's number."""
+    array = {"SLURM_ARRAY_TASK_ID": task} if task else {}
+    more = {"MSTAR_SRUN": "--container-image=a.sqsh --mpi=none", **array}
+    done = batch(tmp_path, "--seed", "%a", "--run.dir", "a b/%a", **more)
     assert done.returncode == 0, done.stderr
-    arguments = done.stdout.splitlines()
-    of_torchrun = arguments[arguments.index("torchrun") + 1 :]
-    assert of_torchrun == [
-        "--nnodes", "4994", "--nproc-per-node", "8", "--max-restarts", "0", "--rdzv-id", "41234-1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "node7:21234", str(LAUNCHER),
+    said = done.stdout.splitlines()
+    options = said[: said.index("bash")]
+    assert {"--nodes=4994", "--ntasks=4994", "--ntasks-per-node=1", "--gres=gpu:8", "--mpi=none"} <= set(options)
+    assert said[said.index("python") + 1 :] == [
+        "-m", "mstar_mega.launch", "--nnodes", "4994", "--node-rank", "0", "--master-addr", "node7",
+        "--master-port", str(20000 + 41234 % 12000), "--nproc-per-node", "8", "--max-restarts", "0", str(LAUNCHER),
         "--seed", task or "%a", "--run.dir", f"a b/{task or '%a'}",
     ]  # fmt: skip
-    assert arguments[0] == "mstar.sbatch: 4994 nodes x 8 processes"
-    elsewhere = environment | {"MSTAR_ENV": str(tmp_path)}
-    refused = subprocess.run(command, env=elsewhere, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "4994 nodes, 8 processes on" in done.stderr
+    assert "--gres" not in batch(tmp_path, SLURM_GPUS_PER_NODE="8").stdout, "they were asked for"
+
+
+def test_the_slurm_script_says_what_is_missing_on_a_node(tmp_path: Path) -> None:
+    refused = batch(tmp_path, MSTAR_ENV=str(tmp_path))
     assert refused.returncode == 2 and "run make setup in" in refused.stderr
-    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
-    refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    refused = batch(tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
     assert refused.returncode == 2 and "submit from there or set MSTAR_REPO" in refused.stderr
+    (tmp_path / "modules.sh").write_text("export CODE=3\n")
+    assert batch(tmp_path, MSTAR_SETUP=str(tmp_path / "modules.sh")).returncode == 3
+    assert batch(tmp_path, MSTAR_SETUP="none.sh").returncode == 2
+
+
+def test_the_slurm_script_goes_back_into_the_queue_when_there_is_more_to_do(tmp_path: Path) -> None:
+    again = batch(tmp_path, CODE="75")
+    assert again.returncode == 75 and "scontrol requeue 41234" in again.stdout
+    often = ({"SLURM_RESTART_COUNT": "20"}, {"MSTAR_REQUEUE": "1"})
+    cases: list[tuple[str, dict[str, str]]] = [("2", {}), ("1", {}), ("0", {}), *(("75", each) for each in often)]
+    for code, more in cases:
+        ended = batch(tmp_path, CODE=code, **more)
+        assert ended.returncode == int(code) and "requeue" not in ended.stdout
+        assert ("submit the same command to go on" in ended.stderr) == (code == "75")
 
 
 def test_top_level_rooms_import_under_the_packages_name() -> None:

@@ -46,6 +46,17 @@ class RunConfig:
     """Optimizer steps between checkpoints inside a stage; every stage and iteration also ends with one."""
     keep_checkpoints: int = 2
     """Checkpoints kept per stage; older ones are deleted after a newer one is complete."""
+    stale_seconds: float = 60.0
+    """A job that holds the run directory on another machine and has shown no sign of life for so long is taken for dead
+    and displaced; one that cannot reach the directory for so long ends."""
+    wait_seconds: float = 0.0
+    """So long a start waits for a living job to leave the run directory; a requeued one waits five minutes at least."""
+    hang_minutes: float = 20.0
+    """A rank that has shown no sign of life, or a job without any progress, for so long is ended with a line that says
+    which rank, where, and what it was doing."""
+    grace_seconds: float = 20.0
+    """So long a block of queries may still take after a signal (SIGTERM, SIGUSR1, Ctrl-C) has asked the job to stop; an
+    unfinished one is sampled again by the next start. Below what the batch system grants (SLURM's KillWait: 30 s)."""
 
 
 @dataclass

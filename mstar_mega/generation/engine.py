@@ -8,7 +8,7 @@ tensor ranks, and broadcast to the other stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from mstar_mega.config import GenerationConfig
@@ -18,7 +18,7 @@ from mstar_mega.generation.scheduler import Schedule, Terms
 from mstar_mega.models.inference import inference
 from mstar_mega.models.lmm import LMM
 
-__all__ = ["Engine", "Request", "Sample", "SampleSpec", "Vocabulary"]
+__all__ = ["Engine", "Request", "Sample", "SampleSpec", "SamplingAbandoned", "Vocabulary"]
 
 
 class Vocabulary(Protocol):
@@ -26,6 +26,10 @@ class Vocabulary(Protocol):
 
     stop_tokens: frozenset[int]
     banned_tokens: list[int]
+
+
+class SamplingAbandoned(Exception):
+    """What :attr:`Engine.between_steps` raises to end sampling; what was drawn is lost."""
 
 
 class Engine:
@@ -38,6 +42,8 @@ class Engine:
         self.lag = 1 if self.device.type == "cuda" else 0
         """Steps under way while the host reads an earlier one's tokens: the device need not wait for it."""
         self.replay = replay_for(self.device)
+        self.between_steps: Callable[[], None] = lambda: None
+        """Called before every prefill and decode step, on every rank of the model copy alike."""
         self.tokens_decoded = 0
         """Tokens drawn since construction, for rates."""
 
@@ -65,6 +71,7 @@ class Engine:
             self.config, temperature, self.stop_tokens, self.banned_tokens, self.seed, self.lag, self.replay
         )  # fmt: skip
         schedule = Schedule(self.model, terms, iter(requests), samples, longest)
+        schedule.between_steps = self.between_steps
         while True:
             before = schedule.tokens_decoded
             with inference(self.model):

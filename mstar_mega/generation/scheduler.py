@@ -7,7 +7,7 @@ arrive while the next one is under way (``Terms.lag``): what a finished sample d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
@@ -93,6 +93,7 @@ class Schedule:
         """See ``Engine.stream``."""
         self.model, self.terms, self.config = model, terms, terms.config
         self.limit, self.device = self.config.max_new_tokens, next(model.parameters()).device
+        self.between_steps: Callable[[], None] = lambda: None
         self.rope = self.model.rope
         self.source: Iterator[tuple[int, Request]] | None = enumerate(source)
         slots = slots_of(model, self.config, self.device)
@@ -123,6 +124,7 @@ class Schedule:
     def advance(self) -> list[tuple[int, list[Sample]]] | None:
         """Work until some request is finished; None when there is no more to do."""
         while not self.done:
+            self.between_steps()
             self._pull()
             if not (self.queue or self.running or self.pending):
                 break

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mstar_mega.config import ParallelConfig
+from mstar_mega.platform import watch
 from mstar_mega.platform.cpu import apply_cpu_platform
 from mstar_mega.platform.memory import keep_freed_memory
 
@@ -75,6 +82,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 def _join(world_size: int) -> None:
     on_cuda = torch.cuda.is_available()
+    _check_gpus(on_cuda)
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Full float32: reduced precision would differ with the batch, and generation from training.
@@ -89,6 +97,33 @@ def _join(world_size: int) -> None:
     else:
         # In-memory store: no port that another job could hold.
         dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _check_gpus(on_cuda: bool) -> None:
+    """Raise ValueError where SLURM gave the job GPUs that torch does not see: nobody wants a silent run on the CPU.
+
+    ``MSTAR_DEVICE=cpu`` allows it.
+    """
+    granted = os.environ.get("SLURM_GPUS_ON_NODE", "0") if "SLURM_STEP_ID" in os.environ else "0"
+    if granted not in ("", "0") and not on_cuda and os.environ.get("MSTAR_DEVICE") != "cpu":
+        raise ValueError(
+            f"SLURM gives this job {granted} GPUs on {socket.gethostname()}, and PyTorch sees none: a build for the "
+            "CPU, another driver, or a container without --nv. MSTAR_DEVICE=cpu runs on the CPU all the same"
+        )
+
+
+def devices_in_words() -> str:
+    """Which devices, where, and in which layout: the first line of a job's log. Collective."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found = together("devices", lambda: (name, socket.gethostname()))
+    counts = Counter(device for device, _ in found)
+    hosts = list(dict.fromkeys(host for _, host in found))
+    shown = ", ".join(hosts[:_HOSTS]) + (f" and {len(hosts) - _HOSTS} more" if len(hosts) > _HOSTS else "")
+    place = layout()
+    return (
+        f"{' + '.join(f'{count} x {device}' for device, count in counts.items())} ({dist.get_backend()}) on {shown}; "
+        f"tensor {place.tensor_size} x pipeline {place.pipeline_size} x data {place.data_size}"
+    )
 
 
 def reset_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -158,6 +193,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def model_copy() -> dist.ProcessGroup:
+    """The ranks that hold this rank's copy of the model together. Needs :func:`initialize`."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup = parallel_state.get_model_parallel_group()
+    return group
+
+
 def all_gather_objects(obj: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's picklable object, in group-rank order; ``group`` None: the data-parallel group. Collective."""
     from megatron.core import parallel_state
@@ -209,6 +252,54 @@ def sum_over_data(values: Mapping[str, float]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+_HOSTS = 8
+"""So many nodes are named."""
+_NEWS_S = 3.0
+"""Seconds that a rank waits for rank 0 to say the same, before it speaks itself."""
+
+
+def own_store(seconds: float) -> dist.Store:
+    """A connection of one's own to the job's store, for another thread or a last word. Raises where there is none."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=seconds)
+    return dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+@contextmanager
+def watched(limit: float) -> Iterator[None]:
+    """A rank that hangs for so many seconds ends the job while the context lasts (``platform/watch.py``)."""
+    world_size = dist.get_world_size()
+    store: watch.Store | None = watch.LocalStore()
+    if world_size > 1:
+        store = None
+        with contextlib.suppress(RuntimeError, KeyError):  # a group that was not made from torchrun's environment
+            store = own_store(60.0)
+    if store is None:
+        yield
+        return
+    cpu_counts = not torch.cuda.is_available()
+    running = watch.Watch(store, dist.get_rank(), world_size, limit, watch.end_job, cpu_counts)
+    try:
+        yield
+    finally:
+        running.close()
+
+
+def is_news(message: str, is_main: bool) -> bool:
+    """Whether a rank must say itself why it fails: rank 0, which speaks for all, does not fail for the same reason."""
+    key = f"mstar/failed/{sha256(message.encode()).hexdigest()}"
+    try:
+        store = own_store(_NEWS_S)
+        if is_main:
+            store.set(key, b"1")
+            time.sleep(0.2)  # with this process the store may end
+        else:
+            store.wait([key], timedelta(seconds=_NEWS_S))
+    except (RuntimeError, ValueError):  # nobody there, or nothing said
+        return not is_main
+    return False
 
 
 def barrier() -> None:

@@ -23,7 +23,9 @@ from mstar_mega.data.records import (
     write_groups,
 )
 from mstar_mega.data.types import Group, Query
-from mstar_mega.platform.distributed import barrier, broadcast_object, taken
+from mstar_mega.generation.engine import SamplingAbandoned
+from mstar_mega.platform import stopping, watch
+from mstar_mega.platform.distributed import broadcast_object, model_copy, taken
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.context import Job, Timer
@@ -87,6 +89,7 @@ def in_blocks(
 ) -> Blocks:
     """Run ``make`` on each of this rank's blocks of queries that is not finished on disk. Collective.
 
+    Asked to stop, a model copy finishes what it has in hand, if ``run.grace_seconds`` suffice, and begins no other.
     ``origin`` (plain data) is what the responses depend on besides the queries: blocks of another origin are made anew.
     """
     blocks = cut(job, queries, directory)
@@ -95,19 +98,32 @@ def in_blocks(
     finished = broadcast_object(_finished(job, blocks) if job.layout.is_main else set())
     waiting = [block for block in blocks.mine if block not in finished]
     _count_time(job, blocks, finished)
-    done = len(blocks.mine) - len(waiting)
+    done, stopped = len(blocks.mine) - len(waiting), False
     with job.progress.task(description, len(blocks.mine), "blocks", done=done) as task:
         for i, block in enumerate(waiting):
             for soon in waiting[i : i + 2]:  # images of the next block are decoded while this one is sampled
                 job.prompt.expect(blocks.of(soon))
             timer, score_seconds = Timer(job), job.score_seconds
-            made = make(list(blocks.of(block)))
+            watch.beat(f"{description}, block {block + 1} of {blocks.count}")
+            if stopped := stopping.agreed(model_copy()):
+                break
+            try:
+                made = make(list(blocks.of(block)))
+            except SamplingAbandoned:
+                stopped = True
+                break
             if job.writes_files:
                 seconds = {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)}
                 write_groups(blocks.path(block), made, seconds)
             task.advance(1)
-    barrier()  # from here on every rank may read every block
+    _meet(description, stopped)
     return blocks
+
+
+def _meet(description: str, stopped: bool) -> None:
+    """From here on every rank may read every block; raises :class:`stopping.Stopped` where one of them was stopped."""
+    watch.beat(f"{description}: waiting for the other ranks")
+    stopping.leave_if(stopped)
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,8 @@ def stream_blocks(
     done_before = len([block for block in first.mine if block in whole])
     with job.progress.task(description, len(first.mine), "blocks", done=done_before) as task:
         timer, score_seconds = Timer(job), job.score_seconds
-        for block, made in make(_taken(job, first, missing)):
+        source = _Source(job, first, missing, description)
+        for block, made in source.until_abandoned(make(iter(source))):
             if job.writes_files:
                 share = len(wanted)
                 seconds = {"all": timer.seconds / share, "score": (job.score_seconds - score_seconds) / share}
@@ -156,21 +173,44 @@ def stream_blocks(
                     write_groups(blocks.path(block), groups, {name: round(s, 3) for name, s in seconds.items()})
             timer, score_seconds = Timer(job), job.score_seconds
             task.advance(1)
-    barrier()  # from here on every rank may read every block
+    _meet(description, source.stopped)
     return rollouts
 
 
-def _taken(job: Job, blocks: Blocks, missing: list[int]) -> Iterator[tuple[int, Sequence[Query]]]:
-    """The missing blocks that this model copy gets to, images decoded a block ahead."""
-    job.streams_begun += 1
-    ahead: list[int] = []
-    for block in taken(missing, f"blocks {job.streams_begun}", job.layout):
-        job.prompt.expect(blocks.of(block))
-        ahead.append(block)
-        if len(ahead) > 1:
-            yield ahead[0], blocks.of(ahead.pop(0))
-    for block in ahead:
-        yield block, blocks.of(block)
+class _Source:
+    """The missing blocks that this model copy gets to, images decoded a block ahead; none after a request to stop."""
+
+    def __init__(self, job: Job, blocks: Blocks, missing: list[int], description: str) -> None:
+        job.streams_begun += 1
+        self._job, self._blocks, self._description = job, blocks, description
+        self._taken = taken(missing, f"blocks {job.streams_begun}", job.layout)
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Query]]]:
+        ahead: list[int] = []
+        for block in self._taken:
+            self._job.prompt.expect(self._blocks.of(block))
+            ahead.append(block)
+            if len(ahead) > 1:
+                if self._stops():
+                    return
+                yield ahead[0], self._blocks.of(ahead.pop(0))
+        for block in ahead:
+            if self._stops():
+                return
+            yield block, self._blocks.of(block)
+
+    def _stops(self) -> bool:
+        watch.beat(self._description)
+        self.stopped = stopping.agreed(model_copy())
+        return self.stopped
+
+    def until_abandoned(self, made: Iterator[Made]) -> Iterator[Made]:
+        """What is made, until the time that there is after a request to stop is over."""
+        try:
+            yield from made
+        except SamplingAbandoned:
+            self.stopped = True
 
 
 def cut(job: Job, queries: Sequence[Query], directory: Path) -> Blocks:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +29,17 @@ from mstar_mega.data.splits import LEFT_OVER
 from mstar_mega.data.task import build
 from mstar_mega.data.types import Skipped, Task
 from mstar_mega.models.families.base import Family
+from mstar_mega.platform import watch
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.holder import Hold, take
 from mstar_mega.platform.inputs import checked, read_object
 from mstar_mega.rewards.selection import CEILING, require_check
 
 FILES_FILE = "files.json"
 """Size and SHA-256 of the files that the run is trained on, by setting."""
 LOCK_FILE = ".lock"
+_AFTER_REQUEUE_S = 300.0
 SHOWN = 6
 """So many changed settings are named; where there are more, a forgotten --config is behind them."""
 REASONS = 3
@@ -50,7 +54,8 @@ def on_main(is_main: bool, action: Callable[[], T]) -> T:
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_main:
         try:
-            outcome = (action(), None)
+            with watch.computing("working for all ranks"):
+                outcome = (action(), None)
         except (ValueError, OSError) as error:
             outcome = (None, error)
     result, problem = broadcast_object(outcome)
@@ -75,23 +80,47 @@ def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterato
     """The run directory, made or checked, and held against other jobs while the context lasts. Collective.
 
     ``trains``: the job goes on with the run, so its settings must be the run's, and are noted; a job that only looks at
-    the policy may have others. Raises ValueError, on every rank, when the directory cannot be used, is in use, or was
-    made with other settings.
+    the policy may have others, and where the directory may not be written to it works in a folder beside it, for the
+    time being, that shows its checkpoints. Raises ValueError, on every rank, when the directory cannot be used, is in
+    use, or was made with other settings.
     """
     directory = Path(config.run.dir)
-    descriptor = -1
+    hold: Hold | None = None
 
-    def take() -> None:
-        nonlocal descriptor
-        descriptor = _take(config, directory, trains)
+    view: Path | None = None
+
+    def take() -> Path | None:
+        nonlocal hold, view
+        try:
+            hold = _take(config, directory, trains)
+        except PermissionError as error:
+            if trains:
+                raise ValueError(_unusable(directory, error)) from error
+            view = _view_of(directory)
+        return view
 
     try:
-        on_main(is_main, take)
+        directory = on_main(is_main, take) or directory
         check_shared("run.dir", directory, writes=True)
         yield directory
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        if hold is not None:
+            hold.release()
+        if view is not None:
+            shutil.rmtree(view, ignore_errors=True)
+
+
+def _unusable(directory: Path, error: OSError) -> str:
+    return f"run.dir {directory} cannot be used: {error.strerror}. Choose another --run.dir"
+
+
+def _view_of(directory: Path) -> Path:
+    """A folder that can be written to, with a run's settings and links to what is only read."""
+    view = Path(tempfile.mkdtemp(prefix="mstar-look-"))
+    shutil.copyfile(directory / settings.CONFIG_FILE, view / settings.CONFIG_FILE)
+    (view / "checkpoints").symlink_to((directory / "checkpoints").resolve())
+    logger.warning("%s cannot be written to: it is looked at, and what is sampled is not kept", directory)
+    return view
 
 
 def check_shared(name: str, path: Path, writes: bool = False, holds: str = "") -> None:
@@ -140,38 +169,25 @@ def _sees(path: Path, size: int | None) -> bool:
     return False
 
 
-def _take(config: Config, directory: Path, trains: bool) -> int:
+def _take(config: Config, directory: Path, trains: bool) -> Hold:
+    patience = config.run.wait_seconds
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # the start before may still be on its way out
+        patience = max(patience, _AFTER_REQUEUE_S)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        hold = take(directory / LOCK_FILE, config.run.stale_seconds, patience, logger.warning)
     except OSError as error:
-        raise ValueError(f"run.dir {directory} cannot be used: {error.strerror}. Choose another --run.dir") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise PermissionError(error.errno, error.strerror) from error
+        raise ValueError(_unusable(directory, error)) from error
     try:
-        _lock(directory, descriptor)
         if trains:
             _check_settings(config, directory)
         _remove_leftovers(directory)
     except BaseException:
-        os.close(descriptor)
+        hold.release()
         raise
-    return descriptor
-
-
-def _lock(directory: Path, descriptor: int) -> None:
-    """A record lock: it ends with this process, however that dies, and no child inherits it."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            logger.warning("%s: this file system has no locks; see that no other job uses it", directory)
-            return
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        raise ValueError(
-            f"{directory} is in use by another job ({holder or 'unknown'}). Wait for its end or stop it, or choose "
-            "another --run.dir"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return hold
 
 
 def _check_settings(config: Config, directory: Path) -> None:
@@ -199,7 +215,7 @@ def _check_settings(config: Config, directory: Path) -> None:
 def _remove_leftovers(directory: Path) -> None:
     """Half-written files of killed processes: nothing reads them, and nobody else is writing now."""
     for path in directory.rglob(".*.tmp"):
-        if path.is_file():
+        if path.is_file() and not path.name.startswith(f".{LOCK_FILE}"):
             path.unlink()
 
 

@@ -42,6 +42,8 @@ def evolve(job: Job, policy: Trainer, actors: Actors, warmup_steps: int) -> Posi
             examples = generate_and_select(job, policy, actors, now, position)
             start_over(policy, method, start, now, position, examples)
         improve(job, policy, examples, position)
+        if position.step and _has_measures(job, position.iteration):
+            save(job, policy, "evolve", position)  # training done is not lost with the measuring
         measure(job, actors, position.iteration)
         position.begin_next_iteration()
         save(job, policy, "evolve", position)
@@ -119,6 +121,11 @@ def measure(job: Job, actors: Actors, iteration: int, due: bool = True) -> None:
         measure_exploration(job, actors, "evolve", iteration)
     if _is_due(settings.test_every, iteration) == due:
         measure_greedy(job, actors, "evolve", iteration, "test")
+
+
+def _has_measures(job: Job, iteration: int) -> bool:
+    settings = job.config.evaluation
+    return _is_due(settings.every, iteration) or _is_due(settings.test_every, iteration)
 
 
 def _is_due(every: int, iteration: int) -> bool:

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from mstar_mega.models.build import build_model
 from mstar_mega.models.lmm import LMM
+from mstar_mega.platform import stopping, watch
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.inputs import checked
 from mstar_mega.recipe.context import Job, Timer
@@ -82,6 +83,7 @@ def save(job: Job, trainer: Trainer, stage: str, position: Position) -> None:
         "metrics": broadcast_object(_logged(job, stage, position)),
     }
     name, folder = _name(position.iteration, position.step), checkpoint_folder(job, stage, position.iteration)
+    watch.beat(f"saving checkpoint {name} of {stage}")
     save_checkpoint(folder, name, trainer.sharded_state(), common)
     # A checkpoint inside an iteration is good only as long as the responses are; without them its start is needed.
     prune(folder, job.config.run.keep_checkpoints, needed=[_name(position.iteration, 0)])
@@ -305,13 +307,15 @@ def fit(
     """Train on ``batches`` from ``position.step`` on; returns the mean loss of all their steps (None: no step).
 
     Counts in ``position``, logs each step and writes a checkpoint every ``run.checkpoint_every_steps`` steps. A loss
-    that is not finite stops the run with the state before that step saved.
+    that is not finite stops the run with the state before that step saved. Asked to stop, it saves after the step in
+    hand.
     """
     every = job.config.run.checkpoint_every_steps
     with job.progress.task(f"train {stage}", len(batches), "steps", done=position.step) as task:
         following: Sequence[TrainGroup] | None = None
         for step in range(position.step, len(batches)):
             timer = Timer(job)
+            watch.beat(f"{stage} training, step {step + 1} of {len(batches)}")
             batch = following or batches[step]
             following = batches[step + 1] if step + 1 < len(batches) else None
             for soon in (batch, following or ()):  # images of the next step are decoded during this one
@@ -335,6 +339,8 @@ def fit(
             fields = {"iteration": position.iteration or None, "step": position.total_steps, **asdict(stats)}
             job.log("step", stage=stage, **fields, seconds=timer.seconds)
             task.advance(1, loss=round(stats.loss, 3))
-            if position.step % every == 0 and position.step < len(batches):
+            stops = stopping.agreed()
+            if stops or (position.step % every == 0 and position.step < len(batches)):
                 save(job, trainer, stage, position)
+            stopping.leave_if(stops)
     return position.loss_sum / position.step if position.step else None

@@ -10,7 +10,7 @@ from mstar_mega.config import Config
 from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
 from mstar_mega.data.types import ImageRef, Query, image_digest
 from mstar_mega.models.build import build_model
-from mstar_mega.platform.distributed import barrier, broadcast_object
+from mstar_mega.platform.distributed import barrier, broadcast_object, devices_in_words
 from mstar_mega.platform.inputs import read_input
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main
@@ -36,6 +36,7 @@ from mstar_mega.training.checkpoint import find_checkpoints
 def run(config: Config, until: str | None = None) -> None:
     """Run the recipe up to and including a stage (``warmup``, ``annotate``, ``prm``), or all of it and the report."""
     with open_job(config) as job:
+        job.say(devices_in_words())
         standing = find_standing(job, lambda position: can_resume(job, position))
         if _is_done(job, standing, until):
             job.say(f"{job.dir}: {until or 'everything'} is done already")

@@ -15,7 +15,7 @@ from mstar_mega.models.description import MODEL_FILES
 from mstar_mega.models.families.base import Family
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import prompt_bytes
-from mstar_mega.platform import distributed
+from mstar_mega.platform import distributed, stopping
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import build_task, check_shared, on_main, run_directory, same_files, shared_data
 from mstar_mega.recipe.fit import Position, restore_weights
@@ -45,6 +45,8 @@ def open_job(
     if trains and config.prm.checkpoint is not None:
         find_outside_prm(config)  # what is wrong with it is told before any work begins
     with ExitStack() as stack:
+        stack.enter_context(stopping.listening())
+        stack.enter_context(distributed.watched(60 * config.run.hang_minutes))
         directory = stack.enter_context(run_directory(config, place.is_main, trains))
         metrics: MetricsLog | NullMetrics = NullMetrics()
 

@@ -13,12 +13,13 @@ from megatron.core import parallel_state
 
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.functions import is_path
-from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
+from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec, SamplingAbandoned
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.models.fingerprint import fingerprint
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import cut_by_size
-from mstar_mega.platform.distributed import all_gather_objects
+from mstar_mega.platform import stopping, watch
+from mstar_mega.platform.distributed import all_gather_objects, model_copy
 from mstar_mega.recipe.blocks import Blocks, Made, Wanted, all_finished, cut, stream_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import extract_answer
@@ -46,11 +47,29 @@ class Sampling:
     """Names the random numbers, with the query id and the sample index; empty: ``name`` does."""
 
 
+LOOK_EVERY = 32
+"""Decode steps between two looks at whether the time to finish a block is over."""
+
+
+class _Patience:
+    """Abandons a block that is not finished so many seconds after the job was asked to stop."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._steps = seconds, 0
+
+    def __call__(self) -> None:
+        self._steps += 1
+        watch.beat()
+        if self._steps % LOOK_EVERY == 0 and stopping.agreed(model_copy(), after=self._seconds):
+            raise SamplingAbandoned
+
+
 class Actors:
     """The policy's engine and the PRM (None where the settings need none)."""
 
     def __init__(self, job: Job, policy: LMM, prm: PRM | None) -> None:
         self.engine = Engine(policy, job.family, job.config.generation, job.config.seed)
+        self.engine.between_steps = _Patience(job.config.run.grace_seconds)
         self.policy = policy
         self.use_prm(prm)
 

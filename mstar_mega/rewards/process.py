@@ -16,6 +16,7 @@ from mstar_mega.kernels.dispatch import is_on
 from mstar_mega.kernels.process_scores import reduce_steps
 from mstar_mega.models.inference import from_last_stage, inference, run_packed
 from mstar_mega.models.packing import Prompt, cut_by_size, pack, step_index
+from mstar_mega.platform import watch
 from mstar_mega.platform.devices import to_device
 from mstar_mega.platform.distributed import device
 from mstar_mega.rewards.reader import PRM, Reading
@@ -48,6 +49,7 @@ def score_groups(prm: PRM, groups: Sequence[Group], reduction: Reduction | str, 
     with inference(prm.model):
         for part in cut_by_size(read, lambda each: each.tokens, max_tokens):
             too_long += _score(prm, part)
+            watch.beat()
     reduce_groups(groups, reduction)
     return too_long
 

@@ -89,15 +89,16 @@ _NAMES_OF_RULE = (
     (
         _POSITIVE,
         """
-        generation.log_prob_gap_limit optimizer.eps warmup.epochs warmup.temperature annotate.temperature prm.epochs
+        run.stale_seconds run.hang_minutes generation.log_prob_gap_limit optimizer.eps warmup.epochs warmup.temperature
+        annotate.temperature prm.epochs
         temperature.value
         """,
     ),
     (
         _NOT_NEGATIVE,
         """
-        optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad evolve.passes temperature.tolerance
-        prompts.ratio
+        run.grace_seconds run.wait_seconds optimizer.lr optimizer.min_lr optimizer.weight_decay optimizer.clip_grad
+        evolve.passes temperature.tolerance prompts.ratio
         """,
     ),
     (_SHARE, "reward.threshold generation.top_p evolve.interval optimizer.decay_share data.labelled_share"),

@@ -8,6 +8,7 @@ finished, so a killed or failed save leaves nothing that looks good.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, 
 from torch.distributed.checkpoint import save as torch_dist_save
 from torch.distributed.checkpoint.storage import WriteResult
 
+from mstar_mega.platform import watch
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import free_bytes, is_full, sync
 from mstar_mega.platform.inputs import open_input
@@ -85,8 +87,9 @@ def write_checkpoint(final: Path, write: Callable[[Path], None], common: dict[st
     digests: dict[str, list[Any]] = {}
     try:
         together("prepare", on_main(make_room))
-        write(temporary)
-        digests.update(digest_files(temporary, broadcast_object(files_in(temporary))))
+        with watch.computing(f"writing checkpoint {name}"):
+            write(temporary)
+        digests.update(digest_files(temporary, broadcast_object(files_in(temporary)), must_exist=True))
         together("finish", on_main(lambda: _finish(temporary, final, digests, common)))
     except FailedTogether as error:
         # torch's writer hides that the disk is full: a file as large as this rank's part tells.
@@ -273,7 +276,7 @@ def _bytes_of(state: Any) -> int:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    if not directory.is_dir():
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
         return
     for old in [path for path in directory.iterdir() if path.is_dir() and path.name.endswith(".old")]:
         name = old.name[1:].removesuffix(".old")

@@ -8,6 +8,7 @@ checksum over itself.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -113,13 +114,20 @@ def files_in(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def digest_files(directory: Path, names: list[str]) -> dict[str, list[Any]]:
-    """Size and SHA-256 of each file, the files dealt out over the ranks; a missing file has size -1. Collective."""
+def digest_files(directory: Path, names: list[str], must_exist: bool = False) -> dict[str, list[Any]]:
+    """Size and SHA-256 of each file, the files dealt out over the ranks; a missing file has size -1. Collective.
+
+    ``must_exist``: raises FailedTogether where a rank does not see a file.
+    """
 
     def mine() -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
         for name in names[dist.get_rank() :: dist.get_world_size()]:
             path = directory / name
+            if must_exist and not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is not seen on {socket.gethostname()}: do all nodes share the directory?"
+                )
             found[name] = [path.stat().st_size, sha256_file(path)] if path.is_file() else [-1, ""]
         return found
 

@@ -22,6 +22,7 @@ from mstar_mega.config import OptimizerConfig
 from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
+from mstar_mega.platform import watch
 from mstar_mega.platform.distributed import device, layout
 from mstar_mega.training.batches import Batch, Microbatch, TrainGroup, dealt, microbatches
 from mstar_mega.training.optimizer_state import full_precision_weights, restore_training_state, sharded_training_state
@@ -208,6 +209,7 @@ def weights_of(model: LMM) -> dict[str, Tensor]:
 
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    watch.beat()
     batch = next(data)
     return model(batch.packed), partial(_loss, batch, model)
 
