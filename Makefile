@@ -3,6 +3,8 @@
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
 # make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
 # make fuzz   mutated files of every kind at every command, ten minutes; seeds nobody tried (ARGS="--seconds 3600")
+# make cluster-test  the SLURM script on a SLURM of this machine's own (Debian, root; installs its packages), all checks
+# make kill-test  kills, signals, lost and full disks, flipped bytes: counted  (ARGS="--rounds 50")
 # make clean  remove the environment and caches; runs/ stays
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ STAMP := $(VENV)/.setup-done
 OMP_NUM_THREADS ?= 1
 TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m mstar_mega.launch --standalone --nproc-per-node
 
-.PHONY: setup run smoke test lint fuzz kernel-report gpu-check clean
+.PHONY: setup run smoke test lint fuzz cluster-test kill-test kernel-report gpu-check clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -47,6 +49,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cluster-test: $(STAMP)
+	bash tests/cluster/install.sh
+	MSTAR_CLUSTER=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/cluster $(ARGS)
+
+kill-test: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m kills $(ARGS)
 
 kernel-report: $(STAMP)
 	TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m mstar_mega.kernels.report --out docs/kernel_report.md

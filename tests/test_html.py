@@ -251,3 +251,15 @@ def test_the_room_opens_without_torch_and_matplotlib() -> None:
     code = f"import sys, {imports}; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_lost_selection_is_told_and_the_page_may_be_written_elsewhere(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    events = {event["iteration"] for event in load_run(run_dir).of("selection")}
+    assert events and "selected.json is missing" not in Page(write_report(run_dir)).text
+    lost = next(run_dir.glob("rollouts/iteration_0001/selected.json"))
+    lost.unlink()
+    (run_dir / "report.html").unlink()
+    page = Page(write_report(run_dir, tmp_path / "elsewhere.html"))
+    assert "iteration_0001/selected.json is missing" in page.text
+    assert not (run_dir / "report.html").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from jobs import Job, events_of
 from mstar_mega import cli
 from mstar_mega.data.records import read_groups
 from mstar_mega.platform import distributed
+from mstar_mega.recipe import directory
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +93,24 @@ def test_generate_shows_responses_to_a_question_of_ones_own(run_dir: Path, capsy
     assert len(greedy) == 2 and greedy[0] == greedy[1] != ""
     assert len(responses("--responses", "1")) == 1, "without an image"
     assert files_of(run_dir) == before
+
+
+def test_a_run_that_cannot_be_written_to_is_looked_at_all_the_same(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the file system's answer is played."""
+
+    def refuse(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    before = files_of(run_dir)
+    monkeypatch.setattr(directory, "take", refuse)
+    assert cli.main(["evaluate", str(run_dir)]) == 0
+    assert "test: greedy accuracy" in shares(capsys.readouterr().out)
+    assert cli.main(["generate", str(run_dir), "--question", "What is the sum?", "--responses", "1"]) == 0
+    assert files_of(run_dir) == before
+    assert cli.main(["warmup", "--config", str(run_dir / "config.yaml"), "--run.dir", str(run_dir)]) == 2
+    assert "cannot be used: Read-only file system" in capsys.readouterr().err
+    monkeypatch.setattr("mstar_mega.report.html.write_text_atomic", refuse)
+    assert cli.main(["report", str(run_dir)]) == 2
+    assert "give the page a place by --out FILE" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from mstar_mega.commands import Command
@@ -11,10 +12,12 @@ from mstar_mega.settings import CONFIG_FILE
 
 
 def report(command: Command, arguments: list[str]) -> None:
-    """``mstar report RUN_DIR``. Raises ValueError where the directory is not that of a run."""
+    """``mstar report RUN_DIR [--out FILE]``. Raises ValueError where the directory is not that of a run."""
     parser = Parser(command)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run, also of a running job")
-    run_dir = parser.parse_args(arguments).run_dir
+    parser.add_argument("--out", metavar="FILE", help="where the page is written (default: report.html in RUN_DIR)")
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir
     if not is_main():
         return
     from mstar_mega.report.html import write_report
@@ -25,4 +28,11 @@ def report(command: Command, arguments: list[str]) -> None:
             f"{run_dir} is not the directory of a run: it has neither {CONFIG_FILE} nor {METRICS_FILE}. Give the "
             "run.dir of a started run"
         )
-    say(write_report(run_dir))
+    try:
+        say(write_report(run_dir, options.out))
+    except OSError as error:
+        if options.out is not None or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise ValueError(
+            f"{run_dir} cannot be written to ({error.strerror}): give the page a place by --out FILE"
+        ) from None

@@ -39,8 +39,8 @@ MOST_SKIPPED = 200
 """Skipped items listed one by one."""
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run directory (atomically) and return its path.
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write ``report.html`` into a run directory, or the page as ``out``, atomically; returns its path.
 
     Works on a directory of any state: what is missing is left out, what is damaged is named in a notice on the page.
     Raises ValueError where there is no such directory.
@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path) -> Path:
     directory = Path(run_dir)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: give the run directory (run.dir) of a started run.")
-    path = directory / REPORT_FILE
+    path = directory / REPORT_FILE if out is None else Path(out)
     write_text_atomic(path, render(load_run(directory)))
     return path
 

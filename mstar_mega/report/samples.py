@@ -17,7 +17,7 @@ from typing import Any
 
 from mstar_mega.config import ReportConfig
 from mstar_mega.data.pictures import DEFAULT, PictureReading
-from mstar_mega.data.records import DamagedFileError, read_groups, read_selected
+from mstar_mega.data.records import SELECTED, DamagedFileError, read_groups, read_selected
 from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.types import Group, ImageRef, Response, image_digest
 from mstar_mega.platform.inputs import read_input
@@ -57,11 +57,15 @@ def collect_samples(run: Run) -> Samples:
     samples = Samples()
     reading = PictureReading.of_settings(run.setting("data"))
     chosen: dict[int, list[Group]] = {}
+    selected = {event.get("iteration") for event in run.events if event.get("event") == "selection"}
     for directory in sorted((run.directory / "rollouts").glob("iteration_*")):
         match = re.fullmatch(r"iteration_(\d+)", directory.name)
         if match is not None:
             iteration = int(match[1])
             chosen[iteration] = choose_groups(directory, iteration, wanted, samples.problems)
+            if iteration in selected and not (directory / SELECTED).exists():
+                lost = "is missing: which responses were selected cannot be shown"
+                samples.problems.append(f"{directory / SELECTED} {lost}")
     shown: dict[int, list[dict[str, Any]]] = {iteration: [] for iteration in sorted(chosen)}
     size = 0
     # One query of each iteration after the other, so that a full page still has every iteration.
