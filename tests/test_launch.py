@@ -42,7 +42,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_ranks(folder: Path) -> list[psutil.Process]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not all((folder / rank).exists() and (folder / rank).read_text() for rank in "01"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -52,9 +52,9 @@ def wait_for_ranks(folder: Path) -> list[psutil.Process]:
 def test_the_exit_code_is_the_ranks_and_no_traceback_is_added(tmp_path: Path) -> None:
     for code in (0, USER_ERROR, CONTINUED):
         process = start(tmp_path, "exit", str(code))
-        assert process.communicate(timeout=120) == ("", "") and process.returncode == code
+        assert process.communicate(timeout=900) == ("", "") and process.returncode == code
     process = start(tmp_path, "kill")
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 1 and said.count("\n") == 1
     assert f"rank 1 on {socket.gethostname()} was killed by SIGKILL" in said
 
@@ -64,14 +64,14 @@ def test_a_signal_goes_on_to_the_ranks_and_they_decide(tmp_path: Path, number: i
     process = start(tmp_path, "wait", str(tmp_path))
     wait_for_ranks(tmp_path)
     process.send_signal(number)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == CONTINUED
+    assert process.communicate(timeout=900) == ("", "") and process.returncode == CONTINUED
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     process = start(tmp_path, "wait", str(tmp_path))
     ranks = wait_for_ranks(tmp_path)
     process.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=20)
+    _, alive = psutil.wait_procs(ranks, timeout=300)
     assert not alive
     process.communicate()
 
@@ -87,7 +87,7 @@ def test_restarts_and_a_taken_port_are_refused_in_words(capsys: pytest.CaptureFi
             port = str(taken.getsockname()[1])
             options = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "localhost", "--master-port", port, "x.py"]
             begun = time.monotonic()
-            assert launch.main(options) == USER_ERROR and time.monotonic() - begun < 10
+            assert launch.main(options) == USER_ERROR and time.monotonic() - begun < 60
         said = capsys.readouterr().err
         assert f"port {port} on {socket.gethostname()}" in said and said.count("\n") == 1
     finally:

@@ -293,7 +293,7 @@ def is_news(message: str, is_main: bool) -> bool:
     try:
         store = own_store(_NEWS_S)
         if is_main:
-            store.set(key, b"1")
+            store.set(key, "1")
             time.sleep(0.2)  # with this process the store may end
         else:
             store.wait([key], timedelta(seconds=_NEWS_S))

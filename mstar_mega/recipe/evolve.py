@@ -42,8 +42,6 @@ def evolve(job: Job, policy: Trainer, actors: Actors, warmup_steps: int) -> Posi
             examples = generate_and_select(job, policy, actors, now, position)
             start_over(policy, method, start, now, position, examples)
         improve(job, policy, examples, position)
-        if position.step and _has_measures(job, position.iteration):
-            save(job, policy, "evolve", position)  # training done is not lost with the measuring
         measure(job, actors, position.iteration)
         position.begin_next_iteration()
         save(job, policy, "evolve", position)
@@ -102,7 +100,10 @@ def improve(job: Job, policy: Trainer, examples: Examples, position: Position) -
     batches = split_into_epochs(examples, settings.optimizer, settings.epochs, key)
     if not resolve_method(settings).inherit_optimizer:  # the schedule has started over, and ends with the iteration
         policy.set_total_steps(len(batches))
+    before = position.step
     loss = fit(job, policy, "evolve", batches, position)
+    if position.step > before and _has_measures(job, position.iteration):
+        save(job, policy, "evolve", position)  # training done is not lost with the measuring
     position.barren = 0 if examples else position.barren + 1
     job.log(
         "improve",
