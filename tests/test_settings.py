@@ -240,3 +240,30 @@ def test_sft_trains_on_an_answer_block_that_the_extractor_reads() -> None:
 
     assert bare_answer("3/4") == "# Answer\n\n3/4"
     assert extract_answer(bare_answer("3/4")) == "3/4"
+
+    assert gold_response("3/4") == "# Answer\n\n3/4"
+    assert extract_answer(gold_response("3/4")) == "3/4"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annotate.responses", "annotate.rollouts", "warmup.responses", "warmup.keep", "evolve.responses", "selection.k",
+        "evaluation.k", "evaluation.reward_k", "temperature.k", "temperature.responses", "temperature.queries",
+    ],
+)  # fmt: skip
+def test_lists_in_memory_are_bounded(name: str) -> None:
+    most = rules.MOST_RESPONSES
+    wide = ["--temperature.responses", str(most), "--evaluation.k", str(most)]  # what two of them must not exceed
+    rules.validate(settings.parse([*wide, f"--{name}", str(most)]))
+    with pytest.raises(ValueError, match=f"{name} is {most + 1}: it must be at least 1 and at most 1,000,000"):
+        rules.validate(settings.parse([*wide, f"--{name}", str(most + 1)]))
+
+
+@pytest.mark.parametrize("name", ["warmup_examples", "labelled_queries", "unlabelled_queries", "test_queries"])
+def test_the_built_in_task_makes_a_bounded_number(name: str) -> None:
+    most = rules.MOST_MADE
+    rules.validate(settings.parse([f"--data.{name}", str(most)]))
+    with pytest.raises(ValueError, match=f"data.{name} is {most + 1}: the built-in task makes at most 1,000,000"):
+        rules.validate(settings.parse([f"--data.{name}", str(most + 1)]))
+    rules.validate(settings.parse([f"--data.{name}", str(most + 1), "--data.name", "easy_vqa"]))

@@ -90,7 +90,7 @@ def test_a_request_to_stop_goes_from_one_rank_to_all(ended: list[str]) -> None:
 def test_a_stopped_rank_ends_the_job_within_the_limit(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", 2, "--run.hang_minutes", "0.25")
     assert job.run_until(lambda run_dir: any(event["event"] == "step" for event in events_of(run_dir))), job.output
-    stopped = job.processes[1].pid
+    stopped = job.processes[1].pid or 0
     os.kill(stopped, signal.SIGSTOP)
     begun = time.monotonic()
     while job.processes[0].is_alive() and time.monotonic() - begun < 120:

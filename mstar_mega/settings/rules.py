@@ -66,14 +66,14 @@ _NAMES_OF_RULE = (
         data.max_prompt_tokens generation.max_new_tokens
         generation.prefill_tokens generation.queries_per_block
         optimizer.batch_size optimizer.microbatch_tokens annotate.queries
-        evolve.epochs temperature.every temperature.queries kernels.chunk_mb
+        evolve.epochs temperature.every kernels.chunk_mb
         """,
     ),
     (
         _RESPONSES,
         """
         annotate.responses annotate.rollouts warmup.responses warmup.keep evolve.responses selection.k evaluation.k
-        evaluation.reward_k temperature.k temperature.responses
+        evaluation.reward_k temperature.k temperature.responses temperature.queries
         """,
     ),
     (
