@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in _FORWARDED:
         signal.signal(number, forward)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not every host without a name in reverse
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -37,6 +37,21 @@ SMALLER = [
     *("--evolve.epochs", "3", "--evolve.optimizer.batch_size", "1", "--report.samples_per_iteration", "1"),
 ]
 """The smoke config, smaller; all checkpoints are kept, so that a test can go back to any of them."""
+BRIEF = [
+    *(
+        "--evolve.method",
+        "sft",
+        "--evolve.interval",
+        "0.5",
+        "--evolve.epochs",
+        "1",
+        "--evolve.optimizer.batch_size",
+        "2",
+    ),
+    *("--warmup.epochs", "1", "--data.warmup_examples", "64", "--data.labelled_queries", "12"),
+    *("--evaluation.k", "2", "--generation.max_new_tokens", "6", "--generation.queries_per_block", "2"),
+]
+"""Over :data:`SMALLER`: a job of seconds that learns nothing, trained on gold answers."""
 _counter = itertools.count()
 TIMEOUT_S = 900.0
 """Far beyond what a quiet machine needs (seconds): a busy one must not fail a test."""

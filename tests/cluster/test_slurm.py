@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, SMALLER, events_of, outcome
+from jobs import BRIEF, ROOT, SMALLER, events_of, outcome
 from slurm import Cluster, cluster, missing
 
 _reason = missing()
@@ -76,8 +76,8 @@ def test_warned_before_its_limit_a_job_saves_goes_back_into_the_queue_and_ends_t
     slurm: Cluster, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submit(slurm, run_dir)
-    slurm.until(logged(run_dir, event="step", stage="warmup", step=5), "training", 600, job)
+    job = submit(slurm, run_dir, *BRIEF)
+    slurm.until(logged(run_dir, event="step", stage="warmup", step=1), "training", 600, job)
     slurm.login("scancel", "--signal=USR1", "--batch", job)
     seconds = slurm.until_state(job, "PENDING", seconds=120)
     said = slurm.log(job)
@@ -87,7 +87,7 @@ def test_warned_before_its_limit_a_job_saves_goes_back_into_the_queue_and_ends_t
     completed(slurm, job)
     assert slurm.field(job, "Restarts") == "1" and "Resuming" in slurm.log(job)
     assert "TCPStore" not in slurm.log(job), "no stack trace after success"
-    assert_same(run_dir, alone(2))
+    assert_same(run_dir, alone(2, *BRIEF))
     print(f"saved and left {seconds:.1f} s after the warning")
 
 
@@ -104,7 +104,7 @@ def test_a_taken_port_is_one_line_within_seconds(slurm: Cluster, tmp_path: Path)
     slurm.on("node1", "bash", "-c", f'setsid {sys.executable} -c "{program}" > /dev/null 2>&1 &')
     try:
         job = submit(slurm, tmp_path / "run", options=("--nodelist", "node1,node2"), RDZV_PORT="23456")
-        slurm.until_state(job, "FAILED", seconds=120)
+        slurm.until_state(job, "FAILED", seconds=60)
         assert slurm.field(job, "ExitCode") == "2:0", slurm.log(job)
         assert slurm.log(job).count("port 23456 on node1") == 1 and "Traceback" not in slurm.log(job)
     finally:
