@@ -209,7 +209,7 @@ def test_continuous_training_goes_on_and_sweeps_every_second_iteration(
 
     def iteration(number: int, temperature: float) -> list[str]:
         return [
-            f"generate {number} at {temperature}", "check_log_probs", "choose", "fit 2",
+            f"generate {number} at {temperature}", "check_log_probs", "choose", "fit 2", "save evolve",
             f"measure_exploration evolve {number}", f"measure_greedy evolve {number} test", "save evolve",
         ]  # fmt: skip
 
