@@ -290,7 +290,7 @@ def test_the_slurm_script_says_what_is_missing_on_a_node(tmp_path: Path) -> None
 
 
 def test_the_slurm_script_goes_back_into_the_queue_when_there_is_more_to_do(tmp_path: Path) -> None:
-    again = batch(tmp_path, CODE="75")
+    again = batch(tmp_path, CODE="75", MSTAR_ENDED="0")
     assert again.returncode == 75 and "scontrol requeue 41234" in again.stdout
     often = ({"SLURM_RESTART_COUNT": "20"}, {"MSTAR_REQUEUE": "1"})
     cases: list[tuple[str, dict[str, str]]] = [("2", {}), ("1", {}), ("0", {}), *(("75", each) for each in often)]
