@@ -241,9 +241,6 @@ def test_sft_trains_on_an_answer_block_that_the_extractor_reads() -> None:
     assert bare_answer("3/4") == "# Answer\n\n3/4"
     assert extract_answer(bare_answer("3/4")) == "3/4"
 
-    assert gold_response("3/4") == "# Answer\n\n3/4"
-    assert extract_answer(gold_response("3/4")) == "3/4"
-
 
 @pytest.mark.parametrize(
     "name",
