@@ -15,12 +15,12 @@ _BOTH = re.compile(r"\W*(?:yes (?:or|and) no|no (?:or|and) yes)\b", re.IGNORECAS
 _FIRMLY = "(?:absolutely|certainly|definitely|of course)"
 _NEGATIVE = re.compile(
     rf"\W*(?:(?:{_FIRMLY} )?not?|nope|nah|(?:(?:that|this|it)(?: is|'s) )?(?:false|incorrect|wrong))\b"
-    r"|\W*(?:不|否|没|无|错|非)",
+    r"|\W*(?:不|否|没(?!错)|无|错|非)",
     re.IGNORECASE,
 )
 _POSITIVE = re.compile(
     rf"\b(?:yes|yeah|yep|yup)\b|^\W*(?:correct|true|right|indeed|i think so|{_FIRMLY})\b"
-    r"|^\W*(?:是|对|正确|有|可以|能|会|当然)",
+    r"|^\W*(?:是(?!否)|对|正确|没错|有|可以|能|会|当然)",
     re.IGNORECASE,
 )
 _SMALL_TALK = re.compile(r"(?:sure|here|hello|sorry|please)\b", re.IGNORECASE)

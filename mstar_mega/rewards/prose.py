@@ -31,7 +31,7 @@ _DECLINED = re.compile(
     r"|(?:\bnot|n't) (?:provide|show|contain|specify|give|include)\b|\bno (?:information|data|context)\b"
     r"|\bwithout (?:\w{1,30} ){0,5}(?:information|context|details|data|image)|\bplease provide"
     r"|\bneed (?:\w{1,30} ){0,3}more |\bundefined|\bnone of the|\bno (?:\w{1,30} )?(?:correct )?(?:answer|option)"
-    r"|(?:\bnot|n't) (?:know|sure)\b",
+    r"|(?:\bnot|n't) (?:know|sure)\b|无法(?:确定|判断|得出|回答)|不能确定|信息不足",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
