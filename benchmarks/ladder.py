@@ -8,8 +8,8 @@ A run is an ordinary run directory under ``--dir``. Runs of one seed start from 
 labels and one PRM (the run ``base``), sample the same number of training responses (but for those that say otherwise)
 and are measured on the same test questions, which no training and no setting has seen. Work goes seed by seed, the most
 telling rows first. After every run the results are written, and what came of it is kept in
-``benchmarks/results/ladder_runs.json``: with that the ladder goes on where the runs themselves are gone. A run that fails
-is named and left; the others go on.
+``benchmarks/results/ladder_runs.json``: with that the ladder goes on where the runs themselves are gone. A run that
+fails is named and left; the others go on.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ COMMON = ("--data.validation_queries=1500", "--data.test_queries=100", "--evalua
 RATES = {
     "iterative_rft": (1e-5, 4e-5, 1e-4, 3e-4, 1e-3),
     "rest_em": (1e-5, 4e-5, 1e-4, 3e-4, 1e-3),
-    "sft_warmup": (1e-5, 4e-5, 3e-4),
+    "sft_warmup": (1e-5, 4e-5, 3e-4, 1e-3),
     "sft": (3e-4, 1.2e-3),
     "continuous_25": (1e-5, 4e-5, 1e-4),
     "random_2": (1e-5, 4e-5, 1e-4),
     "top_2": (1e-5, 4e-5, 1e-4),
 }
-PASSES = {"sft_warmup": (2, 8), "sft": (8, 24)}
+PASSES = {"sft_warmup": (2, 8, 24), "sft": (8, 24)}
 """Passes over the labelled queries, of methods that generate nothing; the others' number is the budget."""
 
 
