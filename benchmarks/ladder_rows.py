@@ -40,6 +40,15 @@ NO_PRM = ("--selection.rule=all_correct", "--temperature.mode=fixed")
 TOP = ("--selection.rule=top_k", "--temperature.mode=fixed")
 RANDOM = (*NO_PRM, "--selection.rule=random_k")
 SFT = ("--evolve.method=sft",)
+OWN: dict[str, tuple[str, ...]] = {
+    "continuous_25": ("--evolve.optimizer.lr=4e-5",),
+    "iterative_rft": ("--evolve.optimizer.lr=3e-4",),
+    "rest_em": ("--evolve.optimizer.lr=3e-4",),
+    "sft": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=24"),
+    "sft_warmup": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=8"),
+}
+"""By method, the settings of step size and length at which it does best on validation questions of another seed, as
+benchmarks/ladder_rates.py measures; SFT, which generates nothing, may train for longer."""
 VOTING = ("--prompts.unlabelled=voting", *TOP)
 
 
@@ -62,9 +71,16 @@ ROWS = (
     Row("pass_at_2", "PRM top-2, temperature by Pass@K", "top_2", (42.8, 58.0), 5, ("--temperature.mode=pass_at_k",)),
     Row("right_reasoning_2", "ceiling: 2 whose reasoning is right, by the task's own program", "top_2", None, 3,
         (*NO_PRM, "--selection.rule=right_reasoning")),
-    Row("sft", "SFT on the answers, from the base model", "warmup", (44.3, 54.8), 5, SFT),
+    Row("sft", "SFT on the answers, from the base model", "warmup", (44.3, 54.8), 5,
+        (*SFT, *OWN["sft"])),
     Row("sft_warmup", "SFT on the answers, from the warm-up policy", "warmup", None, 5,
-        (*SFT, "--evolve.start_from=warmup")),
+        (*SFT, "--evolve.start_from=warmup", *OWN["sft_warmup"])),
+    Row("continuous_25_own", "continuous, all correct, at its own learning rate", "iterative_rft_own", None, 5,
+        (*NO_PRM, *OWN["continuous_25"])),
+    Row("iterative_rft_own", "Iterative RFT at its own learning rate", "warmup", None, 5,
+        (*NO_PRM, "--evolve.method=iterative_rft", *OWN["iterative_rft"])),
+    Row("rest_em_own", "ReST-EM at its own learning rate", "warmup", None, 5,
+        (*NO_PRM, "--evolve.method=rest_em", *OWN["rest_em"])),
     Row("temperature_0.7", "PRM top-2 at temperature 0.7", "top_2", None, 3, (*TOP, "--temperature.value=0.7")),
     Row("temperature_1.3", "PRM top-2 at temperature 1.3", "top_2", None, 3, (*TOP, "--temperature.value=1.3")),
     Row("top_2_above", "PRM top-2 of those above 0.5", "top_2", None, 3, (*TOP, "--selection.rule=top_k_above")),
@@ -95,6 +111,8 @@ DEFAULT_SEEDS = [1, 2, 3, 4, 5]
 QUESTIONS = (
     Question("continuous or Iterative RFT?", "continuous_25", "iterative_rft", "above"),
     Question("continuous or ReST-EM?", "continuous_25", "rest_em", "above"),
+    Question("continuous or Iterative RFT, each at its own rate?", "continuous_25_own", "iterative_rft_own", "above"),
+    Question("continuous or ReST-EM, each at its own rate?", "continuous_25_own", "rest_em_own", "above"),
     Question("the PRM's 2 or random 2?", "top_2", "random_2", "above"),
     Question("the PRM's 2 or all correct?", "top_2", "continuous_25", "not below"),
     Question("the PRM's 2 or the policy's own likeliest 2?", "top_2", "likelihood_2", "above"),
@@ -111,7 +129,9 @@ QUESTIONS = (
     Question("is a threshold on top of it better?", "top_2_above", "top_2"),
     Question("at equal tokens generated: the PRM's 2 or random 2?", "top_2", "random_2_more", "above"),
     Question("at equal tokens generated: the PRM's 2 or all correct?", "top_2", "continuous_25_more", "not below"),
-    Question("evolving or SFT from the warm-up policy?", "continuous_25", "sft_warmup", "above"),
+    Question(
+        "evolving or SFT from the warm-up policy, each at its own rate?", "continuous_25_own", "sft_warmup", "above"
+    ),
     Question("the whole recipe or its warm-up policy?", "reward_pass_at_2", "warmup", "above"),
     Question("unlabelled prompts late or at the start?", "voting_75", "voting_0", "above"),
     Question("unlabelled prompts late or never?", "voting_75", "top_2"),
