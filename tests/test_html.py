@@ -263,3 +263,17 @@ def test_a_lost_selection_is_told_and_the_page_may_be_written_elsewhere(tmp_path
     page = Page(write_report(run_dir, tmp_path / "elsewhere.html"))
     assert "iteration_0001/selected.json is missing" in page.text
     assert not (run_dir / "report.html").exists()
+
+
+def test_a_change_has_a_colour_only_beyond_two_standard_errors() -> None:
+    from mstar_mega.report.html import _change_tile
+    from mstar_mega.report.summary import share_error
+
+    assert share_error(0.5, 100) == 0.05 and share_error(None, 9) is share_error(0.5, None) is None
+    for start, end, queries, kind in (
+        (0.5, 0.7, 100, "up"),
+        (0.5, 0.6, 100, ""),
+        (0.7, 0.5, 100, "down"),
+        (0.5, 0.7, 9, ""),
+    ):
+        assert f'class="note {kind}"' in _change_tile("a", start, end, queries), (start, end, queries)

@@ -27,7 +27,7 @@ from mstar_mega.report.prm import prm_section, quality_in_short
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run, load_run
 from mstar_mega.report.samples import Samples, collect_samples
-from mstar_mega.report.summary import summarize
+from mstar_mega.report.summary import share_error, summarize
 
 T = TypeVar("T")
 
@@ -192,12 +192,15 @@ def _tiles(run: Run, summary: dict[str, Any]) -> str:
     share = f" ({percent(selected / generated)})" if generated and selected else ""
     of_all = "none generated yet" if generated is None else f"of {count(generated)} generated{share}"
     tiles = [
-        _change_tile("Test accuracy, greedy", accuracy["warmup"], accuracy["final"]),
-        _change_tile(f"Pass@{ks[0]}", summary["pass_at_k"]["start"], summary["pass_at_k"]["end"]),
+        _change_tile("Test accuracy, greedy", accuracy["warmup"], accuracy["final"], _queries(run, "test")),
+        _change_tile(
+            f"Pass@{ks[0]}", summary["pass_at_k"]["start"], summary["pass_at_k"]["end"], _queries(run, "validation")
+        ),
         _change_tile(
             f"Reward-Pass@{ks[1]}",
             summary["reward_pass_at_k"]["start"],
             summary["reward_pass_at_k"]["end"],
+            _queries(run, "validation"),
             f"; {ks[1]} at random {percent(_newest(summary['pass_at_reward_k']))}",
         ),
         _tile("PRM, AUC within a query", *quality_in_short(prm["end"] or prm["start"] or prm["held_out"])),
@@ -218,7 +221,14 @@ def _newest(values: dict[str, float | None]) -> float | None:
     return values["start"] if values["end"] is None else values["end"]
 
 
-def _change_tile(label: str, start: float | None, end: float | None, beside: str = "") -> str:
+def _queries(run: Run, split: str) -> float | None:
+    """How many queries the newest measurement of a split had."""
+    events = run.of("evaluation", split=split)
+    return number(events[-1], "queries") if events else None
+
+
+def _change_tile(label: str, start: float | None, end: float | None, queries: float | None, beside: str = "") -> str:
+    """A figure and how it has changed; the arrow has a colour where the change is more than two standard errors."""
     if start is None and end is None:
         return _tile(label, percent(None), "")
     if start is None or end is None:
@@ -227,6 +237,9 @@ def _change_tile(label: str, start: float | None, end: float | None, beside: str
         )
     points = 100 * (end - start)
     arrow, kind = ("▲", "up") if points > 0 else ("▼", "down") if points < 0 else ("=", "")
+    errors = [share_error(share, queries) for share in (start, end)]
+    if abs(end - start) <= 2 * math.hypot(*(error or 0.0 for error in errors)):
+        kind = ""
     return _tile(label, percent(end), f"{arrow} {abs(points):.1f} from {percent(start)}{beside}", kind)
 
 

@@ -26,7 +26,7 @@ from mstar_mega.report.drawing import (
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run
-from mstar_mega.report.summary import seconds_by_phase
+from mstar_mega.report.summary import seconds_by_phase, share_error
 from mstar_mega.report.temperature_plots import by_temperature_plot, sweep_plot, temperature_plot
 
 if TYPE_CHECKING:
@@ -79,6 +79,13 @@ def accuracy_plot(run: Run) -> Plot | None:
     return iterations_plot("accuracy", "Accuracy", caption, "greedy accuracy (%)", lines)
 
 
+def at_most(points: dict[int, float], events: Sequence[Event]) -> dict[int, float]:
+    """Standard errors of shares of queries by iteration, as if each query either had it or not: a mean over several
+    samples of a query has less."""
+    queries = latest_per_iteration(events, "queries")
+    return {i: share_error(share, queries.get(i)) or 0.0 for i, share in points.items()}
+
+
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K, Reward-Pass@K and greedy accuracy per iteration."""
     lines = []
@@ -89,14 +96,16 @@ def exploration_plot(run: Run) -> Plot | None:
     ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
         if events:
-            lines.append((f"{label}{events[-1].get(k_key, 'K')}", latest_per_iteration(events, key), None))
-    greedy = latest_per_iteration(run.of("evaluation", split="validation"), "greedy_accuracy")
+            points = latest_per_iteration(events, key)
+            lines.append((f"{label}{events[-1].get(k_key, 'K')}", points, at_most(points, events)))
+    every = run.of("evaluation", split="validation")
+    greedy = latest_per_iteration(every, "greedy_accuracy")
     if lines and greedy:
-        lines.append(("greedy", greedy, None))
+        lines.append(("greedy", greedy, at_most(greedy, every)))
     caption = (
         "Share of validation queries with a correct response among K samples at temperature 1 (Pass@K), among the K of "
         "all that the PRM scores highest (Reward-Pass@K; Pass@K of as many is what it has to beat), and of the greedy "
-        "response alone: from there to Pass@K is what exploring still offers."
+        "response alone: from there to Pass@K is what exploring still offers. Bars: at most one standard error."
     )
     gains = [event for event in run.of("evaluation", split="validation") if number(event, "reward_gain") is not None]
     if gains:
@@ -118,10 +127,11 @@ def answering_plot(run: Run) -> Plot | None:
         for event in run.of("evaluation", split="validation")
         if any(number(event, key) is not None for key in _WAYS if key != "greedy_accuracy")
     ]
-    lines = [(label, latest_per_iteration(events, key), None) for key, label in _WAYS.items()]
+    measured = [(label, latest_per_iteration(events, key)) for key, label in _WAYS.items()]
+    lines = [(label, points, at_most(points, events)) for label, points in measured]
     caption = (
         "Accuracy on validation queries when the answer is the greedy one, the majority's, the PRM-weighted "
-        "majority's, or that of the response with the best process score."
+        "majority's, or that of the response with the best process score. Bars: at most one standard error."
     )
     shown = [line for line in lines if line[1]]
     return iterations_plot("answering", "Ways to answer", caption, "accuracy (%)", shown)

@@ -77,6 +77,13 @@ def write_summary(run_dir: str | Path) -> Path:
     return path
 
 
+def share_error(share: float | None, queries: float | None) -> float | None:
+    """Standard error of a share of so many queries; None where it is not known."""
+    if share is None or not queries or not 0 <= share <= 1:
+        return None
+    return math.sqrt(share * (1 - share) / queries)
+
+
 def measured(run: Run, stage: str, split: str, name: str) -> float | None:
     """The newest measurement of one kind."""
     values = [number(event, name) for event in run.of("evaluation", stage=stage, split=split)]
