@@ -19,6 +19,8 @@ from mstar_mega.platform.files import DISK_FULL
 from mstar_mega.platform.orphans import die_with_parent
 from mstar_mega.platform.terminal import is_main, say, tame_logging, visible
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says where the process at the other end has ended."""
 _USER_OS_ERRORS = (
     *DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENXIO,
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(_one_line(error))
         return USER_ERROR
     except Exception as error:
+        if os.environ.get("MSTAR_TRACEBACK") != "1" and any(end in str(error) for end in _LOST_PEER):
+            _report("the connection to another rank is lost: its node says why it has ended")
+            return 1
         if type(error).__name__ != "Stopped":  # not imported where there is nothing to stop
             raise
         _report(str(error), problem=False)

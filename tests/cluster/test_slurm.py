@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(bool(_reason), reason=f"no SLURM on this machine
 whole = pytest.mark.skipif(os.environ.get("MSTAR_CLUSTER") != "all", reason="minutes: make cluster-test runs it")
 
 SCRIPT = str(ROOT / "examples/slurm/mstar.sbatch")
-RANKS = "python.*pretrain_mstar.sh"
+RANKS = "python -u .*pretrain_mstar.sh"
+"""In the commands of ranks; :data:`JOB` is in the launchers' too."""
+JOB = "python.*pretrain_mstar.sh"
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +173,8 @@ def _idle(slurm: Cluster) -> int:
 @whole
 def test_a_first_node_that_is_cut_off_is_displaced(slurm: Cluster, alone: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = submit(slurm, run_dir, "--run.stale_seconds", "20")
-    slurm.until(seen(run_dir, "rollouts/iteration_0001/block_*"), "generation", 600, job)
+    job = submit(slurm, run_dir, *BRIEF, "--run.stale_seconds", "20")
+    slurm.until(logged(run_dir, event="step", stage="warmup", step=1), "training", 600, job)
     first = slurm.login("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()[0]
     slurm.plug(first, False)
     try:
@@ -180,8 +182,8 @@ def test_a_first_node_that_is_cut_off_is_displaced(slurm: Cluster, alone: Callab
         slurm.start_now(job)
         completed(slurm, job)
         assert "is an earlier start of this job: taken over" in slurm.log(job)
-        assert_same(run_dir, alone(2))
-        assert not slurm.on(first, "pgrep", "-f", RANKS, check=False), "the displaced one has ended"
+        assert_same(run_dir, alone(2, *BRIEF))
+        assert not slurm.on(first, "pgrep", "-f", JOB, check=False), "the displaced one has ended"
     finally:
         slurm.power_off(first)
         slurm.power_on(first)
@@ -198,7 +200,7 @@ def test_requeued_resubmitted_and_on_fewer_nodes(slurm: Cluster, alone: Callable
     slurm.until(seen(run_dir, "rollouts/iteration_0001/block_*"), "generation", 600, job)
     slurm.login("scancel", job)
     slurm.until_state(job, "CANCELLED", seconds=60)
-    slurm.until(lambda: not slurm.processes(RANKS), "the end of all ranks", 60, job)
+    slurm.until(lambda: not slurm.processes(JOB), "the end of all ranks", 60, job)
     assert "stopped by SIGTERM" in slurm.log(job) and "back into the queue" not in slurm.log(job), slurm.log(job)
     shutil.copytree(run_dir, tmp_path / "smaller")
     again = submit(slurm, run_dir)
@@ -212,17 +214,17 @@ def test_requeued_resubmitted_and_on_fewer_nodes(slurm: Cluster, alone: Callable
 @whole
 def test_a_killed_rank_fails_the_job_at_once_and_a_stopped_one_within_the_limit(slurm: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = submit(slurm, run_dir)
-    slurm.until(logged(run_dir, event="step", stage="warmup", step=3), "training", 600, job)
-    _, pid = next(each for each in slurm.processes(RANKS) if each[0] == "node2")
+    job = submit(slurm, run_dir, *BRIEF)
+    slurm.until(logged(run_dir, event="step", stage="warmup", step=1), "training", 600, job)
     slurm.on("node2", "pkill", "-KILL", "-f", RANKS)
     seconds = slurm.until_state(job, "FAILED", seconds=60)
-    assert "on node2 was killed by SIGKILL" in slurm.log(job), slurm.log(job)
-    slurm.until(lambda: not slurm.processes(RANKS), "the end of all ranks", 60, job)
+    said = slurm.log(job)
+    assert "rank 1 on node2 was killed by SIGKILL" in said and "Traceback" not in said, said
+    slurm.until(lambda: not slurm.processes(JOB), "the end of all ranks", 60, job)
     print(f"failed {seconds:.1f} s after a rank was killed")
-    job = submit(slurm, run_dir, "--run.hang_minutes", "0.5")
-    slurm.until(seen(run_dir, "rollouts/annotate/block_*"), "annotation", 600, job)
-    slurm.on("node2", "pkill", "-STOP", "-f", f"{RANKS}")
+    job = submit(slurm, run_dir, *BRIEF, "--run.hang_minutes", "0.5")
+    slurm.until(seen(run_dir, "rollouts/evaluation_0000_*/block_*"), "measuring", 600, job)
+    slurm.on("node2", "pkill", "-STOP", "-f", RANKS)
     seconds = slurm.until_state(job, "FAILED", seconds=120)
     assert "no sign of life for 30 s from rank 1 on node2 (" in slurm.log(job), slurm.log(job)
     print(f"failed {seconds:.1f} s after a rank was stopped")
