@@ -84,7 +84,7 @@ def build(layers: int) -> LMM:
 
 def started(model: LMM, slots: int) -> Schedule:
     """A stream whose slots all run and never end."""
-    terms = Terms(GenerationConfig(max_new_tokens=4096, slots=slots), 1.0, frozenset(), [5, 6], 0, 0, Straight())
+    terms = Terms(GenerationConfig(max_new_tokens=4096, slots=slots), 1.0, frozenset(), [5, 6], 0, 0, Straight)
     requests = [
         Request(Prompt([10] * PROMPT, [], None), [SampleSpec(key_of(i, j)) for j in range(SAMPLES)])
         for i in range(max(1, slots // SAMPLES))

@@ -52,7 +52,7 @@ def build(size: LanguageSize) -> LMM:
 def started(model: LMM, slots: int, prompt: int) -> Schedule:
     """A stream whose slots all run, none of whose samples ends by itself."""
     config = GenerationConfig(max_new_tokens=LIMIT, slots=slots)
-    terms = Terms(config, 1.0, frozenset(), [5, 6], 0, 1, replay_for(distributed.device()))
+    terms = Terms(config, 1.0, frozenset(), [5, 6], 0, 1, lambda: replay_for(distributed.device()))
     requests = [
         Request(Prompt([10 + i] * prompt, [], None), [SampleSpec(key_of(i, j)) for j in range(SAMPLES)])
         for i in range(slots // SAMPLES)

@@ -59,14 +59,14 @@ def settings(**more: Any) -> GenerationConfig:
 
 def draw(model: LMM, wanted: list[Request], replay: Any = None, lag: int = 0, **more: Any) -> list[list[Any]]:
     engine = Engine(model, VOCABULARY, settings(**more), 3)
-    engine.replay, engine.lag = replay or Straight(), lag
+    engine.replay, engine.lag = (lambda: replay or Straight()), lag
     return [[(s.tokens, s.truncated) for s in samples] for samples in engine.generate(wanted, 1.0)]
 
 
 def started(model: LMM, wanted: list[Request], slots: int = 4) -> Schedule:
     """A stream whose first samples run."""
     config = settings(slots=slots)
-    terms = Terms(config, 1.0, frozenset(), VOCABULARY.banned_tokens, 3, 0, Straight())
+    terms = Terms(config, 1.0, frozenset(), VOCABULARY.banned_tokens, 3, 0, Straight)
     schedule = Schedule(model, terms, iter(wanted), slots, 0)
     schedule._pull()
     with inference(model):

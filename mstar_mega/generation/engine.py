@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from mstar_mega.config import GenerationConfig
-from mstar_mega.generation.replay import replay_for
+from mstar_mega.generation.replay import Replay, replay_for
 from mstar_mega.generation.requests import Request, Sample, SampleSpec
 from mstar_mega.generation.scheduler import Schedule, Terms
 from mstar_mega.models.inference import inference
@@ -41,7 +41,8 @@ class Engine:
         self.stop_tokens, self.banned_tokens = vocabulary.stop_tokens, vocabulary.banned_tokens
         self.lag = 1 if self.device.type == "cuda" else 0
         """Steps under way while the host reads an earlier one's tokens: the device need not wait for it."""
-        self.replay = replay_for(self.device)
+        self.replay: Callable[[], Replay] = lambda: replay_for(self.device)
+        """How steps are run; asked anew for each cache, for recorded steps go with it."""
         self.between_steps: Callable[[], None] = lambda: None
         """Called before every prefill and decode step, on every rank of the model copy alike."""
         self.tokens_decoded = 0

@@ -29,7 +29,10 @@ class Straight:
 
 
 class CudaGraphs:
-    """One graph for each recorded step; they share one pool of memory, for only one runs at a time."""
+    """One graph for each recorded step; they share one pool of memory, for only one runs at a time.
+
+    The pool goes with its last graph: make another object for other steps.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None

@@ -41,7 +41,7 @@ class Terms:
     seed: int
     lag: int
     """Steps under way while the host reads an earlier one's tokens."""
-    replay: Replay
+    replay: Callable[[], Replay]
 
 
 @dataclass
@@ -243,7 +243,7 @@ class Schedule:
         self.cache = CacheManager(self.model, self.capacity, self.limit, tokens, granule, self.device)
         how = Drawing(self.config.top_k, self.config.top_p, self.terms.banned_tokens, self.terms.seed)
         positions = self.longest + self.limit
-        self.runner = Runner(self.model, self.cache, self.capacity, positions, how, self.terms.replay)
+        self.runner = Runner(self.model, self.cache, self.capacity, positions, how, self.terms.replay())
 
     def _take(self) -> tuple[list[_Waiting], list[int]]:
         """Waiting samples for the free slots, in order, and the requests among them that are to be prefilled: as many
