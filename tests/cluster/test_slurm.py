@@ -183,7 +183,7 @@ def test_a_first_node_that_is_cut_off_is_displaced(slurm: Cluster, alone: Callab
         completed(slurm, job)
         assert "is an earlier start of this job: taken over" in slurm.log(job)
         assert_same(run_dir, alone(2, *BRIEF))
-        assert not slurm.on(first, "pgrep", "-f", JOB, check=False), "the displaced one has ended"
+        assert not slurm.on(first, "pgrep", "-f", RANKS, check=False), "the displaced one has ended"
     finally:
         slurm.power_off(first)
         slurm.power_on(first)
