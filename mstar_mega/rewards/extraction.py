@@ -99,7 +99,8 @@ def _value(statement: str, kind: Kind) -> str | None:
     if quantity is None or quantity[0].percent:
         return None
     value = quantity[0].value
-    if [Fraction(number) for number in numbers(statement)] == [value]:
+    written = numbers(statement)
+    if len(written) == 1 and (written[0] == str(value) or Fraction(written[0]) == value):
         return None  # as it is written
     if value.denominator == 1 and kind == "integer":
         return str(int(value))
