@@ -1,4 +1,4 @@
-"""The shipped batch script on a real SLURM. ``make cluster-test`` runs the checks, MSTAR_CLUSTER=quick the quick ones."""
+"""The shipped batch script on a real SLURM: ``make cluster-test``; MSTAR_CLUSTER=quick runs the quick checks alone."""
 
 from __future__ import annotations
 
