@@ -6,7 +6,7 @@ with mstar.open_session(config) as session:
     groups = session.generate(session.task.labelled[:8], responses=8, temperature=1.0)
     session.reward(groups)
     session.train(session.select(groups))
-    print(session.evaluate("validation"))
+    accuracy = session.evaluate("validation")
     session.save()
 """
 

@@ -299,8 +299,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
 
 
 def test_the_settings_name_exactly_the_sets_that_can_be_built() -> None:
-    named = typing.get_args(typing.get_type_hints(DataConfig)["name"])
-    assert set(named) == set(task.BUILDERS) == set(TRAINING_SETS)
+    names, other = typing.get_args(typing.get_type_hints(DataConfig)["name"])
+    assert other is str, "or a reader of the user's own"
+    assert set(typing.get_args(names)) == set(task.BUILDERS) == set(TRAINING_SETS)
 
 
 def test_the_digits_task_has_no_end(tmp_path: Path) -> None:
