@@ -47,13 +47,10 @@ def candidates() -> dict[Row, tuple[str, float, int | None]]:
             for passes in PASSES.get(method, (None,)):
                 name = f"{method}_{rate:g}" + ("" if passes is None else f"_{passes}")
                 settings = [f"--evolve.optimizer.lr={rate}", *([] if passes is None else [f"--evolve.passes={passes}"])]
-                base = replace(BY_NAME[method], name=name, seeds=len(SEEDS))
-                found[replace(base, settings=(*_without_rate(BY_NAME[method]), *settings))] = (method, rate, passes)
+                row = BY_NAME[method]  # whose own rate and passes, earlier on the command line, do not count
+                row = replace(row, name=name, seeds=len(SEEDS), settings=(*row.settings, *settings))
+                found[row] = (method, rate, passes)
     return found
-
-
-def _without_rate(row: Row) -> list[str]:
-    return [item for item in row.settings if not item.startswith(("--evolve.optimizer.lr=", "--evolve.passes="))]
 
 
 def collect(ladder: Ladder) -> dict[str, Any]:
@@ -78,9 +75,11 @@ def collect(ladder: Ladder) -> dict[str, Any]:
     return {"commits": commits(starts), "common": COMMON, "chosen": chosen, "runs": found}
 
 
-def write(ladder: Ladder) -> None:
+def write(ladder: Ladder) -> dict[str, Any]:
     """Results of everything that is finished."""
-    write_text_atomic(RESULTS / "ladder_rates.json", json.dumps(collect(ladder), indent=1) + "\n")
+    results = collect(ladder)
+    write_text_atomic(RESULTS / "ladder_rates.json", json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def main() -> int:
@@ -93,8 +92,7 @@ def main() -> int:
     ladder = Ladder(Path(options.dir).resolve(), options.config, Path(options.dir) / "outcomes.json", COMMON)
     ladder.directory.mkdir(parents=True, exist_ok=True)
     failures = work(ladder, list(candidates()), SEEDS, options.jobs, write)
-    write(ladder)
-    for item in collect(ladder)["runs"]:
+    for item in write(ladder)["runs"]:
         passes = "" if item["passes"] is None else f", {item['passes']} passes"
         print(f"{item['method']} at {item['rate']:g}{passes}: {item['accuracy']['mean']:.1f}")
     if failures:

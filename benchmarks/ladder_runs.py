@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -17,33 +15,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ladder_rows import BY_NAME, Row
 
 from mstar_mega import settings
 from mstar_mega.config import Config
 from mstar_mega.data.records import read_groups
 from mstar_mega.platform.files import write_text_atomic
+from mstar_mega.platform.orphans import die_with_parent
 from mstar_mega.recipe.intervals import iterations_per_pass
 from mstar_mega.recipe.method import needs_prm, resolve_method
 from mstar_mega.report.accounting import generated
 from mstar_mega.report.run import load_run
 from mstar_mega.settings.shipped import config_file
+from mstar_mega.settings.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = "made_by.json"
 """In a run directory: the code that each of its starts was made with."""
 CODE = ("mstar_mega", "kernels", "checkpoint_tools", "examples", "setup.py", "constraints.txt", "benchmarks/ladder*.py")
 """What a run depends on; results and pages are not among it."""
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """In a new process: the kernel kills it when the ladder is gone, however that ends (Linux only)."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_child(command: list[str], log: Path) -> None:
@@ -54,7 +44,7 @@ def run_child(command: list[str], log: Path) -> None:
     with log.open("a") as output:
         subprocess.run(
             command, cwd=ROOT, check=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            preexec_fn=_die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
 
@@ -237,8 +227,7 @@ class Ladder:
 
         A later version's defaults are not among it: the commits of a run tell those.
         """
-        content = yaml.safe_load(config_file(self.config).read_text())
-        del content["run"]
+        content = _read_config(self.config)
         return digest(json.dumps([content, self.common, row.settings, row.mixin, row.tokens_of], sort_keys=True))
 
     def finished_seeds(self, row: Row) -> list[int]:
@@ -278,6 +267,12 @@ def _read_outcome(run: Path, is_warmup: bool, settings_digest: str) -> Outcome:
     bits = "".join("01"[right] for right in answers.values())
     questions = digest("\n".join(answers))
     return Outcome(settings_digest, questions, len(bits), f"{int(bits, 2):x}", read_costs(run, is_warmup), [])
+
+
+@cache
+def _read_config(name: str) -> dict[str, Any]:
+    content = read_yaml(config_file(name))
+    return {group: values for group, values in content.items() if group != "run"}
 
 
 @cache

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mstar_mega import __version__
 from mstar_mega.commands import COMMANDS
-from mstar_mega.platform.exits import BROKEN_PIPE, CONTINUED, INTERRUPTED, USER_ERROR
+from mstar_mega.launch import no_restarts
+from mstar_mega.platform.exits import BROKEN_PIPE, CONTINUED, INTERRUPTED, USER_ERROR, Stopped
 from mstar_mega.platform.files import DISK_FULL
 from mstar_mega.platform.orphans import die_with_parent
 from mstar_mega.platform.terminal import is_main, say, tame_logging, visible
@@ -53,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(_one_line(error))
         return USER_ERROR
-    except Exception as error:
-        if os.environ.get("MSTAR_TRACEBACK") != "1" and any(end in str(error) for end in _LOST_PEER):
-            _report("the connection to another rank is lost: its node says why it has ended")
-            return 1
-        if type(error).__name__ != "Stopped":  # not imported where there is nothing to stop
-            raise
+    except Stopped as error:
         _report(str(error), problem=False)
         return CONTINUED
+    except Exception as error:
+        if os.environ.get("MSTAR_TRACEBACK") == "1" or not any(end in str(error) for end in _LOST_PEER):
+            raise
+        _report("the connection to another rank is lost: its node says why it has ended")
+        return 1
     except KeyboardInterrupt:
         _report("interrupted. The same command goes on from what is finished")
         return INTERRUPTED
@@ -73,10 +74,7 @@ def _join_launcher() -> None:
     die_with_parent()
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts:
-        raise ValueError(
-            f"--max-restarts {restarts}: ranks that are started again one by one cannot go on with each other. Leave "
-            "it at 0 and give the whole command again: it goes on from what is finished"
-        )
+        raise ValueError(no_restarts(restarts))
 
 
 def _dispatch(arguments: list[str]) -> int:

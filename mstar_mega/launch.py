@@ -82,10 +82,7 @@ def _nodes(options: Any) -> int:
 def _problem(options: Any) -> str:
     """What is wrong with the options that can be told before anything starts; empty: nothing."""
     if options.max_restarts:
-        return (
-            f"--max-restarts {options.max_restarts}: ranks that are started again one by one cannot go on with each "
-            "other. Leave it at 0 and give the whole command again: it goes on from what is finished"
-        )
+        return no_restarts(options.max_restarts)
     here = options.node_rank == 0 and _nodes(options) > 1 and options.rdzv_backend == "static"
     if here and options.master_port and _taken(options.master_port):
         return (
@@ -93,6 +90,14 @@ def _problem(options: Any) -> str:
             "program: choose another (RDZV_PORT for the SLURM script, --master-port for torchrun)"
         )
     return ""
+
+
+def no_restarts(number: int) -> str:
+    """Why ranks are not started again, in words."""
+    return (
+        f"--max-restarts {number}: ranks that are started again one by one cannot go on with each other. Leave it at 0 "
+        "and give the whole command again: it goes on from what is finished"
+    )
 
 
 def _taken(port: int) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from mstar_mega.data import rows
-from mstar_mega.data.mathv360k import RowProblem, parse_row, source_of, to_query
+from mstar_mega.data.mathv360k import parse_row, source_of, to_query
 from mstar_mega.data.prompts import LETTER_HINT, TRAINING_SETS
-from mstar_mega.data.rows import read_row, read_rows
+from mstar_mega.data.rows import RowProblem, read_row, read_rows
 from mstar_mega.data.types import ImageRef
 
 

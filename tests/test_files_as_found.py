@@ -12,8 +12,8 @@ import pytest
 from benchmark_rows import load
 from pyarrow import parquet
 
-from mstar_mega.data.mathv360k import Question, RowProblem, parse_row
-from mstar_mega.data.rows import read_rows
+from mstar_mega.data.mathv360k import Question, parse_row
+from mstar_mega.data.rows import RowProblem, read_rows
 from mstar_mega.evaluation import mmstar
 from mstar_mega.evaluation.files import read_cells
 from mstar_mega.evaluation.predictions import Prediction, read_predictions

@@ -15,7 +15,8 @@ from test_data_sets import picture
 from mstar_mega import cli
 from mstar_mega.config import DataConfig
 from mstar_mega.data import disk, tables
-from mstar_mega.data.mathv360k import RowProblem, parse_row
+from mstar_mega.data.mathv360k import parse_row
+from mstar_mega.data.rows import RowProblem
 from mstar_mega.data.types import image_digest
 from mstar_mega.settings import parse
 from mstar_mega.settings.rules import validate

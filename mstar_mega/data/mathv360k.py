@@ -13,11 +13,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mstar_mega.data.prompts import Template, lettered, letters, render
-from mstar_mega.data.rows import has_surrogate
-from mstar_mega.data.simple import RIGHT_SHAPE, SimpleRowProblem, is_simple, texts_of
+from mstar_mega.data.rows import RowProblem, has_surrogate
+from mstar_mega.data.simple import IMAGE_MARK, RIGHT_SHAPE, is_simple, texts_of
 from mstar_mega.data.types import ImageRef, Query
 
-IMAGE_MARK = "<image>"
 _CHOICES = re.compile(r"^[^\S\n]*(?:Choices:[^\S\n]*(?=$|\(A\)|A[.:)])|Options:\s*(?=\(A\)|A[.:)]))", re.MULTILINE)
 _CHOICE = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.:)])[^\S\n]*", re.MULTILINE)
 _ANYWHERE = re.compile(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.:)])(?:\s+|$)")
@@ -31,14 +30,6 @@ _ANSWER = re.compile(
 )
 _NAMED = re.compile(r"\A(?:option|choice)\s+(?=\(?[A-Z]\b)", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
-
-
-class RowProblem(ValueError):
-    """What makes a row unusable; ``field`` says which part of it."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)
@@ -92,10 +83,7 @@ def parse_row(row: Any) -> Question:
 
 def _simple(row: dict[str, Any]) -> Question:
     """A row of ``{image, question, answer[, choices][, id]}``."""
-    try:
-        id, question, answer, choices = texts_of(row)
-    except SimpleRowProblem as problem:
-        raise RowProblem(problem.field, problem.reason) from None
+    id, question, answer, choices = texts_of(row)
     for name, text in (("id", id), ("question", question), ("answer", answer), ("choices", "".join(choices))):
         if has_surrogate(text):
             raise RowProblem(name, "it has a lone surrogate")

@@ -25,6 +25,14 @@ class DuplicateKeyError(ValueError):
     """An object of JSON has a key twice, so nobody knows which value is meant."""
 
 
+class RowProblem(ValueError):
+    """What makes a row unusable; ``field`` says which part of it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
 @dataclass(frozen=True)
 class Row:
     """One row and where it stands."""

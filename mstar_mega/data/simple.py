@@ -8,18 +8,12 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+from mstar_mega.data.rows import RowProblem
+
 RIGHT_SHAPE = '{"image": "charts/7.png", "question": "How many bars?", "answer": "4"}'
 """The answer to a row in a wrong shape."""
 WITH_CHOICES = '{"image": "charts/7.png", "question": "Which?", "choices": ["red", "blue"], "answer": "blue"}'
 IMAGE_MARK = "<image>"
-
-
-class SimpleRowProblem(ValueError):
-    """What makes a row unusable; ``field`` says which part of it."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 def is_simple(row: Mapping[str, Any]) -> bool:
@@ -31,13 +25,13 @@ def texts_of(row: Mapping[str, Any]) -> tuple[str, str, str, tuple[str, ...]]:
     """(id, question, answer, choices) of a row. Without an id of its own it gets one of its image, question and
     choices, so that neither the file's order nor its other rows matter.
 
-    Raises SimpleRowProblem for what is missing or of another kind.
+    Raises RowProblem for what is missing or of another kind.
     """
     question = _text(row, "question").replace(IMAGE_MARK, "", 1 if row.get("image") is not None else 0).strip()
     if not question:
-        raise SimpleRowProblem("question", "it is empty")
+        raise RowProblem("question", "it is empty")
     if "answer" not in row:
-        raise SimpleRowProblem("answer", f"there is no such field; a row in the right shape is {RIGHT_SHAPE}")
+        raise RowProblem("answer", f"there is no such field; a row in the right shape is {RIGHT_SHAPE}")
     choices = _choices(row.get("choices"))
     answer = _text(row, "answer")
     id = row.get("id")
@@ -47,21 +41,21 @@ def texts_of(row: Mapping[str, Any]) -> tuple[str, str, str, tuple[str, ...]]:
     if isinstance(id, int) and not isinstance(id, bool):
         id = str(id)
     if not isinstance(id, str) or not id.strip():
-        raise SimpleRowProblem("id", "it is no text")
+        raise RowProblem("id", "it is no text")
     return id, question, answer, choices
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if isinstance(value, bool):
-        raise SimpleRowProblem(name, f"it is {str(value).lower()}, not a text: write yes or no")
+        raise RowProblem(name, f"it is {str(value).lower()}, not a text: write yes or no")
     if isinstance(value, float) and not math.isfinite(value):
-        raise SimpleRowProblem(name, "it is no number")
+        raise RowProblem(name, "it is no number")
     if isinstance(value, int | float):
         return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else str(value)
     if not isinstance(value, str):
         kind = "missing" if value is None else type(value).__name__
-        raise SimpleRowProblem(name, f"it is {kind}, not a text; a row in the right shape is {RIGHT_SHAPE}")
+        raise RowProblem(name, f"it is {kind}, not a text; a row in the right shape is {RIGHT_SHAPE}")
     return value.strip()
 
 
@@ -72,11 +66,11 @@ def _choices(value: Any) -> tuple[str, ...]:
     if value is None or value == []:
         return ()
     if not isinstance(value, list) or not all(isinstance(each, str | int | float) for each in value):
-        raise SimpleRowProblem("choices", f"they are no list of texts; a row in the right shape is {WITH_CHOICES}")
+        raise RowProblem("choices", f"they are no list of texts; a row in the right shape is {WITH_CHOICES}")
     if len(value) == 1:
-        raise SimpleRowProblem("choices", "there is only one")
+        raise RowProblem("choices", "there is only one")
     if len(value) > 26:
-        raise SimpleRowProblem("choices", "there are more than the letters A to Z can name")
+        raise RowProblem("choices", "there are more than the letters A to Z can name")
     return tuple(str(each).strip() for each in value)
 
 

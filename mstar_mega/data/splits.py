@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from mstar_mega.data.mathv360k import RowProblem, parse_row
+from mstar_mega.data.mathv360k import parse_row
 from mstar_mega.data.pictures import DEFAULT, PictureReading
-from mstar_mega.data.rows import Row, read_rows
+from mstar_mega.data.rows import Row, RowProblem, read_rows
 from mstar_mega.data.screen import MAX_BYTES, look_at_image, problem_of
 from mstar_mega.data.types import image_digest
 from mstar_mega.kernels.noise import key_of

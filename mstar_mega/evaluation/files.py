@@ -16,9 +16,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mstar_mega.data.mathv360k import RowProblem
 from mstar_mega.data.prompts import lettered
-from mstar_mega.data.rows import DuplicateKeyError, has_surrogate, read_rows, unique
+from mstar_mega.data.rows import DuplicateKeyError, RowProblem, has_surrogate, read_rows, unique
 from mstar_mega.evaluation.problem import Picture
 from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import must_be_regular, open_input, read_input

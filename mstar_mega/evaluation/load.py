@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mstar_mega.config import BenchmarkConfig
-from mstar_mega.data.mathv360k import RowProblem
+from mstar_mega.data.rows import RowProblem
 from mstar_mega.data.types import Skipped
 from mstar_mega.evaluation.files import Cells, read_cells
 from mstar_mega.evaluation.problem import Picture, Problem

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mstar_mega.config import GenerationConfig
 from mstar_mega.generation.runner import buckets
 from mstar_mega.models.lmm import LMM
+from mstar_mega.platform.distributed import model_copy
 
 MOST = 512
 """Slots that ``auto`` takes: beyond, a step's time grows as fast as they do."""
@@ -51,7 +51,7 @@ def slab_tokens(model: LMM, wanted: int, own: int, device: torch.device) -> int:
 
 def _least(number: int, device: torch.device) -> int:
     """The least of the model copy's ranks: all run one schedule."""
-    group = parallel_state.get_model_parallel_group()
+    group = model_copy()
     if group.size() == 1:
         return number
     least = torch.tensor(number, dtype=torch.int64, device=device)

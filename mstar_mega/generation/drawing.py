@@ -45,8 +45,9 @@ class Drawer:
         self._seed = to_device([how.seed], device)
         self._fed, self._counter = torch.zeros(2, rows, dtype=torch.int64, device=device)
         self._hot = torch.ones(rows, dtype=torch.float64, device=device)
-        self._drawn = torch.zeros(4 * rows, dtype=torch.float64, device=device)
-        self.fused = uses_triton("sampling", self._drawn)
+        self.drawn = torch.zeros(4 * rows, dtype=torch.float64, device=device)
+        """What the newest draw left: of B rows the first 2 B numbers are tokens and log-probabilities."""
+        self.fused = uses_triton("sampling", self.drawn)
         if self.fused and model.post_process:
             self._logits = torch.empty(rows, self._local, device=device)
             self._scratch = draw.Scratch.of(rows, self._local, device)
@@ -72,7 +73,7 @@ class Drawer:
             moved on.
         """
         B = rows.numel()
-        drawn = self._drawn[: 4 * B].view(4, B)
+        drawn = self.drawn[: 4 * B].view(4, B)
         if hidden is not None and self.fused:
             self._kernels(hidden, drawn)
         elif hidden is not None:

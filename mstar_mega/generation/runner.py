@@ -106,7 +106,7 @@ class Runner:
         """
         if self.fused:
             self._steps[self._bucket]()
-            return Readback(self.drawer._drawn[: 2 * self._bucket].view(2, -1)[:, : self._count])
+            return Readback(self.drawer.drawn[: 2 * self._bucket].view(2, -1)[:, : self._count])
         plain, rows = self._plain, self._rows
         assert plain is not None
         lengths = self.slots.length.index_select(0, rows)

@@ -201,6 +201,14 @@ def model_copy() -> dist.ProcessGroup:
     return group
 
 
+def from_lead(obj: T) -> T:
+    """The picklable object of the model copy's first rank. Collective over the copy."""
+    group, holder = model_copy(), [obj]
+    if group.size() > 1:
+        dist.broadcast_object_list(holder, src=dist.get_global_rank(group, 0), group=group)
+    return holder[0]
+
+
 def all_gather_objects(obj: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's picklable object, in group-rank order; ``group`` None: the data-parallel group. Collective."""
     from megatron.core import parallel_state
@@ -231,18 +239,10 @@ def taken(items: Sequence[T], name: str, place: Layout) -> Iterator[T]:
     if place.data_size == 1:
         yield from items
         return
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_model_parallel_group()
-    leads = group.rank() == 0
+    leads = model_copy().rank() == 0
     store = dist.distributed_c10d._get_default_store()
-    while True:
-        holder = [store.add(name, 1) - 1 if leads else 0]
-        if group.size() > 1:
-            dist.broadcast_object_list(holder, src=dist.get_global_rank(group, 0), group=group)
-        if holder[0] >= len(items):
-            return
-        yield items[holder[0]]
+    while (number := from_lead(store.add(name, 1) - 1 if leads else 0)) < len(items):
+        yield items[number]
 
 
 def sum_over_data(values: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Exit codes that a launcher or a batch script can tell apart."""
+"""How a job ends: exit codes that a launcher or a batch script can tell apart, and leaving in good order."""
 
 USER_ERROR = 2
 """A mistake that the user can mend: starting again without a change will not help."""
@@ -8,3 +8,7 @@ INTERRUPTED = 130
 """After Ctrl-C, as shells give it."""
 BROKEN_PIPE = 141
 """What read the output has ended (``| head``), as shells give it."""
+
+
+class Stopped(Exception):
+    """The job was asked to stop; what is finished is saved, and every rank raises this (``stopping.py``)."""

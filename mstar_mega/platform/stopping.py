@@ -18,19 +18,15 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from mstar_mega.platform.exits import CONTINUED
+from mstar_mega.platform.exits import Stopped
 
-__all__ = ["CONTINUED", "SIGNALS", "Stopped", "agreed", "ask", "asked", "leave_if", "listening", "reset", "seconds"]
+__all__ = ["SIGNALS", "Stopped", "agreed", "ask", "asked", "leave_if", "listening", "reset", "seconds"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 _asked = ""
 """Who asked, in words; empty: nobody."""
 _at = 0.0
-
-
-class Stopped(Exception):
-    """The job was asked to stop; what is finished is saved, and every rank raises this."""
 
 
 def ask(who: str) -> None:

@@ -24,9 +24,10 @@ from mstar_mega.data.check import (
 )
 from mstar_mega.data.disk import DiskQueries, Source, existing, open_source
 from mstar_mega.data.lengths import limits_of
-from mstar_mega.data.mathv360k import RowProblem, split_question
+from mstar_mega.data.mathv360k import split_question
 from mstar_mega.data.order import shuffled
 from mstar_mega.data.pictures import PictureReading
+from mstar_mega.data.rows import RowProblem
 from mstar_mega.data.splits import SPLITS, SplitError, question_key
 from mstar_mega.data.types import image_digest
 from mstar_mega.evaluation import benchmarks

@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import parallel_state
-
 from mstar_mega.data.types import Group, Query, Response
 from mstar_mega.functions import is_path
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec, SamplingAbandoned
@@ -19,7 +16,7 @@ from mstar_mega.models.fingerprint import fingerprint
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import cut_by_size
 from mstar_mega.platform import stopping, watch
-from mstar_mega.platform.distributed import all_gather_objects, model_copy
+from mstar_mega.platform.distributed import all_gather_objects, from_lead, model_copy
 from mstar_mega.recipe.blocks import Blocks, Made, Wanted, all_finished, cut, stream_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import extract_answer
@@ -257,11 +254,7 @@ def judge(job: Job, groups: Sequence[Group]) -> None:
     verdicts = []
     if job.writes_files:
         verdicts = [judge_response(query, response, job.config.reward, job.checker) for query, response in pairs]
-    holder = [verdicts]
-    model_ranks = parallel_state.get_model_parallel_group()
-    if model_ranks.size() > 1:
-        dist.broadcast_object_list(holder, src=dist.get_global_rank(model_ranks, 0), group=model_ranks)
-    for (_, response), verdict in zip(pairs, holder[0], strict=True):
+    for (_, response), verdict in zip(pairs, from_lead(verdicts), strict=True):
         verdict.note(response)
 
 
