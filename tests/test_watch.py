@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,5 +99,5 @@ def test_a_stopped_rank_ends_the_job_within_the_limit(tmp_path: Path) -> None:
         time.sleep(0.1)
     seconds = time.monotonic() - begun
     job.kill()
-    assert "no sign of life for 15 s from rank 1 on" in job.output and "training, step" in job.output, job.output
-    assert 15 <= seconds < 60
+    assert f"no sign of life for 15 s from rank 1 on {socket.gethostname()} (" in job.output, job.output
+    assert 12 <= seconds < 60  # its last sign of life was up to 1.5 s before it stopped

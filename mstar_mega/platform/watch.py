@@ -120,6 +120,8 @@ class Watch:
         self._spoke, self._reached = 0, time.monotonic()
         self._work, self._moved = self._measure(), time.monotonic()
         self._over = threading.Event()
+        with contextlib.suppress(RuntimeError):  # which the thread will meet again, and count from
+            self._look(time.monotonic())  # so that a rank that stops soon has a name
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
