@@ -57,10 +57,14 @@ def work(
             return False
         return attempt(row.name, seed, lambda: ladder.make(row, seed))
 
+    def make_base(seed: int) -> None:
+        if not all(ladder.is_finished(row, seed) for row in rows if seed in seeds[: row.seeds]):
+            ladder.make_base(seed)
+
     with ThreadPoolExecutor(jobs) as pool:
 
         def start_base(seed: int) -> None:
-            bases[seed] = pool.submit(attempt, "base", seed, lambda: ladder.make_base(seed))
+            bases[seed] = pool.submit(attempt, "base", seed, lambda: make_base(seed))
 
         try:
             if seeds:

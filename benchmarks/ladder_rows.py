@@ -45,7 +45,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "iterative_rft": ("--evolve.optimizer.lr=3e-4",),
     "rest_em": ("--evolve.optimizer.lr=3e-4",),
     "sft": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=24"),
-    "sft_warmup": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=8"),
+    "sft_warmup": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=24"),
 }
 """By method, the settings of step size and length at which it does best on validation questions of another seed, as
 benchmarks/ladder_rates.py measures; SFT, which generates nothing, may train for longer."""

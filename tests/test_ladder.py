@@ -154,6 +154,7 @@ def test_what_came_of_a_run_is_kept_where_the_run_is_gone(place: Ladder, tmp_pat
     place.directory.mkdir()
     assert ladder_results.collect(place) == before
     assert place.is_finished(BY_NAME["top_2"], 3) and not place.is_finished(BY_NAME["top_2"], 2)
+    assert not ladder.work(place, [BY_NAME["top_2"]], [1, 3], 1) and not place.run("base", 1).exists(), "none is needed"
     finished(place, "likelihood_2", 1, [False] * 4)  # a new run joins the kept ones
     pairs = {(pair["row"], pair["reference"]): pair for pair in ladder_results.collect(place)["comparisons"]}
     assert pairs["likelihood_2", "random_2"]["seeds"] == [1, 3]
