@@ -44,11 +44,13 @@ OWN: dict[str, tuple[str, ...]] = {
     "continuous_25": ("--evolve.optimizer.lr=4e-5",),
     "iterative_rft": ("--evolve.optimizer.lr=3e-4",),
     "rest_em": ("--evolve.optimizer.lr=3e-4",),
+    "random_2": ("--evolve.optimizer.lr=4e-5",),
     "sft": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=24"),
     "sft_warmup": ("--evolve.optimizer.lr=3e-4", "--evolve.passes=24"),
 }
 """By method, the settings of step size and length at which it does best on validation questions of another seed, as
-benchmarks/ladder_rates.py measures; SFT, which generates nothing, may train for longer."""
+benchmarks/ladder_rates.py measures; SFT, which generates nothing, may train for longer. PRM top-2 does best at the rate
+that all share."""
 VOTING = ("--prompts.unlabelled=voting", *TOP)
 
 
@@ -77,6 +79,7 @@ ROWS = (
         (*SFT, "--evolve.start_from=warmup", *OWN["sft_warmup"])),
     Row("continuous_25_own", "continuous, all correct, at its own learning rate", "iterative_rft_own", None, 5,
         (*NO_PRM, *OWN["continuous_25"])),
+    Row("random_2_own", "random-2 at its own learning rate", "top_2", None, 5, (*RANDOM, *OWN["random_2"])),
     Row("iterative_rft_own", "Iterative RFT at its own learning rate", "warmup", None, 5,
         (*NO_PRM, "--evolve.method=iterative_rft", *OWN["iterative_rft"])),
     Row("rest_em_own", "ReST-EM at its own learning rate", "warmup", None, 5,
@@ -114,6 +117,8 @@ QUESTIONS = (
     Question("continuous or Iterative RFT, each at its own rate?", "continuous_25_own", "iterative_rft_own", "above"),
     Question("continuous or ReST-EM, each at its own rate?", "continuous_25_own", "rest_em_own", "above"),
     Question("the PRM's 2 or random 2?", "top_2", "random_2", "above"),
+    Question("the PRM's 2 or random 2, each at its own rate?", "top_2", "random_2_own", "above"),
+    Question("the PRM's 2 or all correct, each at its own rate?", "top_2", "continuous_25_own", "not below"),
     Question("the PRM's 2 or all correct?", "top_2", "continuous_25", "not below"),
     Question("the PRM's 2 or the policy's own likeliest 2?", "top_2", "likelihood_2", "above"),
     Question("the policy's own likeliest 2 or random 2?", "likelihood_2", "random_2"),
