@@ -85,10 +85,14 @@ class Scripted(Actors):
         return [self._answer(request, temperature) for request in requests]
 
     def stream(
-        self, requests: Iterable[Request], temperature: float, samples: int | None = None, longest: int = 0
+        self, requests: Iterable[Request | None], temperature: float, samples: int | None = None, longest: int = 0
     ) -> Iterator[tuple[int, list[Sample]]]:
         """As :meth:`Engine.stream`."""
-        return ((i, self._answer(request, temperature)) for i, request in enumerate(requests))
+        number = 0
+        for request in requests:
+            assert request is not None, "every answer is out before the next request"
+            yield number, self._answer(request, temperature)
+            number += 1
 
     def _answer(self, request: Request, temperature: float) -> list[Sample]:
         counts: dict[tuple[str, float], int] = {}

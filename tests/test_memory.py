@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from mstar_mega.data.prefetch import Ahead
 from mstar_mega.data.types import Group, Query, Response, Step, Task
 from mstar_mega.models.build import build_family
 from mstar_mega.platform import distributed
-from mstar_mega.recipe.blocks import in_blocks
+from mstar_mega.recipe.blocks import Made, Wanted, stream_blocks
 from mstar_mega.recipe.choose import choose
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.intervals import Interval
@@ -69,10 +69,16 @@ def make(queries: list[Query]) -> list[Group]:
     return [Group(query, [response(query, index) for index in range(16)]) for query in queries]
 
 
+def make_blocks(blocks: Iterator[tuple[int, Sequence[Query]]]) -> Iterator[Made]:
+    """:func:`make` of one block after the other."""
+    return ((number, [make(list(queries))]) for number, queries in blocks)
+
+
 def iterate(job: Job, count: int, number: int) -> list[list[int]]:
     """Generate, choose and cut ``count`` queries into steps; tokens of one batch in forty."""
     queries = shuffled(job.task.labelled, 0, "x")[:count]
-    groups = in_blocks(job, queries, job.rollouts / f"iteration_{number:04d}", "sample", {"number": number}, make)
+    rollout = Wanted(job.rollouts / f"iteration_{number:04d}", {"number": number})
+    (groups,) = stream_blocks(job, queries, [rollout], "sample", make_blocks)
     examples = choose(job, Interval(number, queries, [], False), groups)
     assert len(examples) == count and set(examples.sizes) == {2}
     batches = split_into_epochs(examples, OptimizerConfig(batch_size=16), 2, (0, "improve", number))

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from mstar_mega.config import Config, SelectionConfig
 from mstar_mega.data.types import Group, Query, Response, Task
 from mstar_mega.evaluation.prm_quality import measure_quality, measure_reasoning_quality, warn_not_better
-from mstar_mega.recipe.blocks import in_blocks
+from mstar_mega.recipe.blocks import Wanted, stream_blocks
 from mstar_mega.recipe.choose import choose
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.evaluate import log_prm_quality
@@ -150,8 +150,9 @@ def test_right_reasoning_of_what_each_rule_would_select(tmp_path: Path) -> None:
 
     def shares(name: str, task: Task, config: SelectionConfig) -> Any:
         with make_job(tmp_path / name, Config(selection=config), task) as job:
-            directory = job.rollouts / "iteration_0001"
-            blocks = in_blocks(job, queries, directory, "sample", {}, lambda block: groups)
+            wanted = [Wanted(job.rollouts / "iteration_0001", {})]
+            made = ((number, [groups]) for number in range(1))
+            (blocks,) = stream_blocks(job, queries, wanted, "sample", lambda _: made)
             choose(job, Interval(1, queries, [], False), blocks)
             assert isinstance(job.metrics, Events)
             return job.metrics.of("selection")[-1].get("right_reasoning")

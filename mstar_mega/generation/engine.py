@@ -58,9 +58,12 @@ class Engine:
         return results
 
     def stream(
-        self, requests: Iterable[Request], temperature: float, samples: int | None = None, longest: int = 0
+        self, requests: Iterable[Request | None], temperature: float, samples: int | None = None, longest: int = 0
     ) -> Iterator[tuple[int, list[Sample]]]:
         """As :meth:`generate`, for requests that are asked for when there is room for them.
+
+        A request may depend on results that are not yet there: in its place comes None, and what is there is worked on
+        before it is asked for again. None counts as no request, and must not come when all results are out.
 
         ``samples``: how many there are at most, where that is known; ``longest``: tokens of the longest prompt.
 

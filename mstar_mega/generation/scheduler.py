@@ -89,13 +89,17 @@ class _Running:
 class Schedule:
     """The scheduler: the state of a stream."""
 
-    def __init__(self, model: LMM, terms: Terms, source: Iterator[Request], samples: int | None, longest: int) -> None:
+    def __init__(
+        self, model: LMM, terms: Terms, source: Iterator[Request | None], samples: int | None, longest: int
+    ) -> None:
         """See ``Engine.stream``."""
         self.model, self.terms, self.config = model, terms, terms.config
         self.limit, self.device = self.config.max_new_tokens, next(model.parameters()).device
         self.between_steps: Callable[[], None] = lambda: None
         self.rope = self.model.rope
-        self.source: Iterator[tuple[int, Request]] | None = enumerate(source)
+        self.source: Iterator[Request | None] | None = source
+        self.received = 0
+        """Requests from the source so far."""
         slots = slots_of(model, self.config, self.device)
         self.capacity = min(slots, max(1, slots if samples is None else samples))
         self.refill_at, self.filling = max(1, self.capacity // 8), True
@@ -127,6 +131,7 @@ class Schedule:
             self.between_steps()
             self._pull()
             if not (self.queue or self.running or self.pending):
+                assert self.done or self.source is None, "the source waits for results, and there are none to come"
                 break
             self._renew()
             if not (self._wants_samples() and self._admit()) and self.running:
@@ -140,11 +145,15 @@ class Schedule:
         """Ask for requests while slots are free and no sample waits for them."""
         most = self.config.prefill_tokens
         while self.source is not None and self._may_fill() and len(self.queue) < len(self.free) and self.unread < most:
-            item = next(self.source, None)
-            if item is None:
+            try:
+                request = next(self.source)
+            except StopIteration:
                 self.source = None
-            else:
-                self._accept(*item)
+                return
+            if request is None:
+                return
+            self._accept(self.received, request)
+            self.received += 1
 
     def _may_fill(self) -> bool:
         return self.filling or len(self.free) >= self.refill_at or not self.running

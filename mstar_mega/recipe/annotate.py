@@ -6,18 +6,20 @@ several responses have in common is continued once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from mstar_mega.config import AnnotateConfig
 from mstar_mega.data.order import shuffled
 from mstar_mega.data.types import Group, Query, Response
-from mstar_mega.generation.engine import Request, Sample, SampleSpec
+from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.platform.distributed import sum_over_data
-from mstar_mega.recipe.blocks import in_blocks
+from mstar_mega.recipe.blocks import Made, OpenBlock, Wanted, stream_blocks
 from mstar_mega.recipe.context import Job, Timer
-from mstar_mega.recipe.rollouts import Actors, Sampling, judge, sample_groups, sampling_limits, to_response
+from mstar_mega.recipe.rollouts import Actors, judge, sample_specs, sampling_limits, to_group, to_response
 from mstar_mega.rewards.steps import count_stepless, warn_stepless
 
 Beginning = tuple[int, ...]
@@ -40,14 +42,9 @@ def label_steps(job: Job, actors: Actors, after: int = 0) -> list[Group]:
     """
     timer = Timer(job)
     name = f"annotate_{after:04d}" if after else "annotate"
-    labelled = in_blocks(
-        job,
-        annotated_queries(job, after),
-        job.rollouts / name,
-        "annotate steps",
-        _origin(job, actors),
-        lambda block: _label(job, actors, name, block),
-    )
+    wanted = [Wanted(job.rollouts / name, _origin(job, actors))]
+    make = partial(label_blocks, job, actors.engine, name)
+    (labelled,) = stream_blocks(job, annotated_queries(job, after), wanted, "annotate steps", make)
     groups = list(labelled)
     _log(job, groups, after, timer.seconds)
     return groups
@@ -94,48 +91,86 @@ def _tokens(group: Group) -> int:
     return group.continuation_tokens + sum(len(response.tokens) for response in group.responses)
 
 
-def _label(job: Job, actors: Actors, name: str, queries: list[Query]) -> list[Group]:
-    """Sample responses of a block of queries and label their steps. ``name`` names the random numbers."""
+@dataclass(frozen=True)
+class _Work:
+    """A query on its way."""
+
+    block: OpenBlock[Group]
+    place: int
+    """Of the query in the block."""
+    group: Group | None = None
+    """The query with its judged responses, whose steps are continued; None: the responses are drawn."""
+
+
+def label_blocks(job: Job, engine: Engine, name: str, blocks: Iterator[tuple[int, Sequence[Query]]]) -> Iterator[Made]:
+    """Sample responses to blocks of queries and label their steps, in one stream. ``name`` names the random numbers.
+
+    A query's steps are continued as soon as its responses are in, before further queries are begun: slots are not
+    drained between the two, and few blocks are open at a time.
+    """
     settings = job.config.annotate
-    sampling = Sampling(name, settings.temperature, settings.responses)
-    groups = sample_groups(job, actors.engine, queries, sampling)
-    judge(job, groups)
-    shares = _success_shares(job, actors, groups, settings, name)
-    for group, share in zip(groups, shares, strict=True):
-        for response in group.responses:
-            for step in response.steps[:-1]:
-                step.label = share[tuple(response.tokens[: step.end])]
-            # Nothing follows the last step: its outcome is the answer's.
-            for step in response.steps[-1:]:
-                step.label = float(bool(response.correct))
-    return groups
+    sampled: deque[_Work] = deque()
+    under_way: dict[int, _Work] = {}
+    waits: Counter[bool] = Counter()
+    """How many of those under way are being sampled (True): their continuations are to come."""
+
+    def requests() -> Iterator[Request | None]:
+        fresh = (_Work(block, place) for block in _opened(blocks) for place in range(len(block.queries)))
+        number = 0
+        while True:
+            work = sampled.popleft() if sampled else next(fresh, None)
+            if work is not None:
+                under_way[number] = work
+                number += 1
+                waits[work.group is None] += 1
+                yield _request(job, name, work)
+            elif waits[True]:
+                yield None
+            else:
+                return
+
+    for number, samples in engine.stream(requests(), settings.temperature):
+        work = under_way.pop(number)
+        waits[work.group is None] -= 1
+        if work.group is None:
+            group = to_group(job, work.block.queries[work.place], samples)
+            judge(job, [group])
+            sampled.append(replace(work, group=group))
+            continue
+        _label(job, work.group, samples, settings.rollouts)
+        if work.block.add(work.place, work.group):
+            yield work.block.number, [work.block.in_order()]
 
 
-def _success_shares(
-    job: Job, actors: Actors, groups: Sequence[Group], settings: AnnotateConfig, name: str
-) -> list[dict[Beginning, float]]:
-    """For each group, the share of correct continuations of every beginning."""
-    requests: list[Request] = []
-    for group in groups:
-        drafts = [response.tokens for response in group.responses]
-        samples = [
-            SampleSpec(key_of(name, group.query.id, beginning, i), draft, len(beginning))
-            for beginning, draft in _beginnings(group).items()
-            for i in range(settings.rollouts)
-        ]
-        requests.append(Request(job.prompt(group.query), samples, drafts))
-    drawn = actors.engine.generate(requests, settings.temperature)
-    for group, of_group in zip(groups, drawn, strict=True):
-        group.continuation_tokens = sum(len(sample.tokens) for sample in of_group)
-    continued = [
-        Group(group.query, _continuations(job, group, samples, settings.rollouts))
-        for group, samples in zip(groups, drawn, strict=True)
+def _opened(blocks: Iterator[tuple[int, Sequence[Query]]]) -> Iterator[OpenBlock[Group]]:
+    return (OpenBlock(number, queries) for number, queries in blocks)
+
+
+def _request(job: Job, name: str, work: _Work) -> Request:
+    """What the engine is asked for: responses to a query, or continuations of every beginning of those it has."""
+    settings, query, group = job.config.annotate, work.block.queries[work.place], work.group
+    if group is None:
+        return Request(job.prompt(query), sample_specs(name, query, settings.responses))
+    specs = [
+        SampleSpec(key_of(name, query.id, beginning, i), draft, len(beginning))
+        for beginning, draft in _beginnings(group).items()
+        for i in range(settings.rollouts)
     ]
-    judge(job, continued)
-    return [
-        _shares(list(_beginnings(group)), continuations.responses, settings.rollouts)
-        for group, continuations in zip(groups, continued, strict=True)
-    ]
+    return Request(job.prompt(query), specs, [response.tokens for response in group.responses])
+
+
+def _label(job: Job, group: Group, samples: Sequence[Sample], rollouts: int) -> None:
+    """Label the steps of a group by what its continuations have come to, in place."""
+    group.continuation_tokens = sum(len(sample.tokens) for sample in samples)
+    continued = Group(group.query, _continuations(job, group, samples, rollouts))
+    judge(job, [continued])
+    share = _shares(list(_beginnings(group)), continued.responses, rollouts)
+    for response in group.responses:
+        for step in response.steps[:-1]:
+            step.label = share[tuple(response.tokens[: step.end])]
+        # Nothing follows the last step: its outcome is the answer's.
+        for step in response.steps[-1:]:
+            step.label = float(bool(response.correct))
 
 
 def _beginnings(group: Group) -> dict[Beginning, int]:
@@ -147,7 +182,7 @@ def _beginnings(group: Group) -> dict[Beginning, int]:
     return found
 
 
-def _continuations(job: Job, group: Group, samples: list[Sample], rollouts: int) -> list[Response]:
+def _continuations(job: Job, group: Group, samples: Sequence[Sample], rollouts: int) -> list[Response]:
     """Whole responses: each beginning with what was drawn after it."""
     beginnings = [beginning for beginning in _beginnings(group) for _ in range(rollouts)]
     return [

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mstar_mega.data.records import (
     DamagedFileError,
@@ -29,6 +29,8 @@ from mstar_mega.platform.distributed import broadcast_object, model_copy, taken
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.inputs import read_object
 from mstar_mega.recipe.context import Job, Timer
+
+T = TypeVar("T")
 
 ORIGIN = "origin.json"
 _PIECES, _LEAST_BLOCK = 64, 8
@@ -79,47 +81,6 @@ class Blocks:
         return _with_images_of(self.queries[position], read_group(self.path(position // self.size), offset))
 
 
-def in_blocks(
-    job: Job,
-    queries: Sequence[Query],
-    directory: Path,
-    description: str,
-    origin: Mapping[str, Any],
-    make: Callable[[list[Query]], list[Group]],
-) -> Blocks:
-    """Run ``make`` on each of this rank's blocks of queries that is not finished on disk. Collective.
-
-    Asked to stop, a model copy finishes what it has in hand, if ``run.grace_seconds`` suffice, and begins no other.
-    ``origin`` (plain data) is what the responses depend on besides the queries: blocks of another origin are made anew.
-    """
-    blocks = cut(job, queries, directory)
-    if job.layout.is_main:
-        _clear_foreign(job, directory, origin)
-    finished = broadcast_object(_finished(job, blocks) if job.layout.is_main else set())
-    waiting = [block for block in blocks.mine if block not in finished]
-    _count_time(job, blocks, finished)
-    done, stopped = len(blocks.mine) - len(waiting), False
-    with job.progress.task(description, len(blocks.mine), "blocks", done=done) as task:
-        for i, block in enumerate(waiting):
-            for soon in waiting[i : i + 2]:  # images of the next block are decoded while this one is sampled
-                job.prompt.expect(blocks.of(soon))
-            timer, score_seconds = Timer(job), job.score_seconds
-            watch.beat(f"{description}, block {block + 1} of {blocks.count}")
-            if stopped := stopping.agreed(model_copy()):
-                break
-            try:
-                made = make(list(blocks.of(block)))
-            except SamplingAbandoned:
-                stopped = True
-                break
-            if job.writes_files:
-                seconds = {"all": timer.seconds, "score": round(job.score_seconds - score_seconds, 3)}
-                write_groups(blocks.path(block), made, seconds)
-            task.advance(1)
-    _meet(description, stopped)
-    return blocks
-
-
 def _meet(description: str, stopped: bool) -> None:
     """From here on every rank may read every block; raises :class:`stopping.Stopped` where one of them was stopped."""
     watch.beat(f"{description}: waiting for the other ranks")
@@ -132,11 +93,30 @@ class Wanted:
 
     directory: Path
     origin: Mapping[str, Any]
-    """As in :func:`in_blocks`."""
+    """What the responses depend on besides the queries (plain data): blocks of another origin are made anew."""
 
 
 Made = tuple[int, list[list[Group]]]
 """A block's number and its groups for each rollout that was wanted."""
+
+
+@dataclass
+class OpenBlock(Generic[T]):
+    """A block on its way through the engine."""
+
+    number: int
+    queries: Sequence[Query]
+    made: dict[int, T] = field(default_factory=dict)
+    """What has been made of a query, by its place in the block."""
+
+    def add(self, place: int, made: T) -> bool:
+        """Whether the block is whole with what is made of the query at ``place``."""
+        self.made[place] = made
+        return len(self.made) == len(self.queries)
+
+    def in_order(self) -> list[T]:
+        """What is made of all queries, of a whole block."""
+        return [self.made[place] for place in range(len(self.queries))]
 
 
 def stream_blocks(
@@ -146,10 +126,11 @@ def stream_blocks(
     description: str,
     make: Callable[[Iterator[tuple[int, Sequence[Query]]]], Iterator[Made]],
 ) -> list[Blocks]:
-    """As :func:`in_blocks`, for several rollouts at once and without an end between blocks. Collective.
+    """Make the blocks that are not finished on disk, of several rollouts at once and without an end in between.
 
-    ``make`` is given the blocks that are missing in any of the rollouts, with their numbers, and asks for the next one
-    when it has room for it. A model copy takes blocks until none is left: who made one changes nothing in it.
+    Collective. ``make`` is given the blocks that are missing in any of the rollouts, with their numbers, and asks for
+    the next one when it has room for it. A model copy takes blocks until none is left: who made one changes nothing in
+    it. Asked to stop, it finishes what it has in hand, if ``run.grace_seconds`` suffice, and begins no other.
     """
     rollouts = [cut(job, queries, each.directory) for each in wanted]
     if job.layout.is_main:

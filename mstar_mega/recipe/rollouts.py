@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import cut_by_size
 from mstar_mega.platform import stopping, watch
 from mstar_mega.platform.distributed import all_gather_objects, from_lead, model_copy
-from mstar_mega.recipe.blocks import Blocks, Made, Wanted, all_finished, cut, stream_blocks
+from mstar_mega.recipe.blocks import Blocks, Made, OpenBlock, Wanted, all_finished, cut, stream_blocks
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.rewards.answers import extract_answer
 from mstar_mega.rewards.process import score_groups
@@ -126,17 +126,6 @@ def _joined(made: Sequence[Sequence[Group]], most_tokens: int) -> list[Group]:
     return found
 
 
-@dataclass
-class _Block:
-    """A block on its way through the engine."""
-
-    number: int
-    queries: Sequence[Query]
-    missing: int
-    drawn: dict[int, list[Sample]] = field(default_factory=dict)
-    """By the query's place."""
-
-
 def sample_blocks(
     job: Job,
     engine: Engine,
@@ -145,12 +134,12 @@ def sample_blocks(
     blocks: Iterator[tuple[int, Sequence[Query]]],
 ) -> Iterator[Made]:
     """Sample blocks of queries in all these ways, in one stream; ``finish`` completes a block's groups of each way."""
-    on_the_way: dict[int, tuple[_Block, int]] = {}
+    on_the_way: dict[int, tuple[OpenBlock[list[Sample]], int]] = {}
 
     def requests() -> Iterator[Request]:
         number = 0
         for name, queries in blocks:
-            block = _Block(name, queries, len(queries))
+            block = OpenBlock[list[Sample]](name, queries)
             for place, query in enumerate(queries):
                 on_the_way[number] = block, place
                 number += 1
@@ -163,24 +152,17 @@ def sample_blocks(
 
     for number, samples in engine.stream(requests(), samplings[0].temperature):
         block, place = on_the_way.pop(number)
-        block.drawn[place] = samples
-        block.missing -= 1
-        if not block.missing:
+        if block.add(place, samples):
             yield block.number, finish(_groups(job, samplings, block))
 
 
-def _groups(job: Job, samplings: Sequence[Sampling], block: _Block) -> list[list[Group]]:
+def _groups(job: Job, samplings: Sequence[Sampling], block: OpenBlock[list[Sample]]) -> list[list[Group]]:
     """A block's groups of each way of sampling, not judged, not scored."""
     made: list[list[Group]] = []
     first = 0
     for how in samplings:
-        drawn = [block.drawn[place][first : first + how.responses] for place in range(len(block.queries))]
-        made.append(
-            [
-                Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
-                for query, samples in zip(block.queries, drawn, strict=True)
-            ]
-        )
+        drawn = [samples[first : first + how.responses] for samples in block.in_order()]
+        made.append([to_group(job, *of_query) for of_query in zip(block.queries, drawn, strict=True)])
         first += how.responses
     return made
 
@@ -226,15 +208,17 @@ def sample_groups(job: Job, engine: Engine, queries: Sequence[Query], sampling: 
     key = sampling.key or sampling.name
     requests = [Request(job.prompt(query), sample_specs(key, query, sampling.responses)) for query in queries]
     drawn = engine.generate(requests, sampling.temperature)
-    return [
-        Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
-        for query, samples in zip(queries, drawn, strict=True)
-    ]
+    return [to_group(job, query, samples) for query, samples in zip(queries, drawn, strict=True)]
 
 
 def sample_specs(name: str, query: Query, count: int) -> list[SampleSpec]:
     """``count`` fresh samples of a query; their random numbers are named by (name, query id, sample index)."""
     return [SampleSpec(key_of(name, query.id, i)) for i in range(count)]
+
+
+def to_group(job: Job, query: Query, samples: Sequence[Sample]) -> Group:
+    """A query with its responses, not judged, not scored."""
+    return Group(query, [to_response(job, i, sample) for i, sample in enumerate(samples)])
 
 
 def to_response(job: Job, index: int, sample: Sample) -> Response:
