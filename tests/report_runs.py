@@ -44,7 +44,8 @@ def write_rollouts(run_dir: Path, iteration: int, queries: int, block: int = 5, 
 def evaluation(log: MetricsLog, stage: str, iteration: int, split: str, accuracy: float, **more: Any) -> None:
     log.append(
         "evaluation", stage=stage, iteration=iteration, split=split, greedy_accuracy=accuracy, standard_error=0.02,
-        queries=750, responses=750, tokens=30_000, by_kind={"sum": accuracy, "cost in $": 0.5}, seconds=2.0, **more,
+        queries=750, responses=750, tokens=30_000, seconds=2.0,
+        **{"by_kind": {"sum": accuracy, "cost in $": 0.5}, "kind_queries": {"sum": 500, "cost in $": 250}, **more},
     )  # fmt: skip
 
 

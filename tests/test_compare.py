@@ -89,7 +89,7 @@ def test_the_page_and_the_table(runs: list[Path], tmp_path: Path, capsys: pytest
         "selection.k",
         "37.5 points",
         "<td>clear</td>",
-        'aria-label="Test accuracy"',
+        'aria-label="Test accuracy. queries (%): k 2 40.0 in iteration 0, 50.0 in iteration 2',
         "50.0 ± 25.0%",
     ):
         assert part in text, part

@@ -7,25 +7,31 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
-from report_runs import NASTY, log_step, make_run, write_image, write_rollouts
+from report_runs import NASTY, evaluation, log_step, make_run, write_image, write_rollouts
 
-from mstar_mega.data.records import read_groups
-from mstar_mega.data.types import Group, ImageRef, Response, Step
+from mstar_mega.data.records import read_groups, write_groups
+from mstar_mega.data.types import Group, ImageRef, Response, Step, image_digest
 from mstar_mega.report import samples as samples_module
 from mstar_mega.report.html import write_report
+from mstar_mega.report.images import shown_picture
 from mstar_mega.report.metrics import MetricsLog
 from mstar_mega.report.plots import all_plots
 from mstar_mega.report.run import load_run
-from mstar_mega.report.samples import choose_groups, collect_samples, data_url, pieces
+from mstar_mega.report.samples import choose_groups, collect_samples, pieces
 from mstar_mega.report.summary import build_summary
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -222,16 +228,88 @@ def test_a_full_page_keeps_every_iteration_and_says_so(tmp_path: Path, monkeypat
 
 
 def test_images_are_embedded_small(tmp_path: Path) -> None:
-    small = data_url(write_image(tmp_path / "small.png"), tmp_path)
+    small = shown_picture(write_image(tmp_path / "small.png"), tmp_path).url
     assert small.startswith("data:image/png;base64,")
-    large = data_url(write_image(tmp_path / "large.png", (1600, 900)), tmp_path)
+    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900)), tmp_path).url
     with Image.open(io.BytesIO(base64.b64decode(large.split(",")[1]))) as image:
         assert image.size == (448, 252)
     moved = ImageRef("small.png", write_image(tmp_path / "small.png").digest)
-    assert data_url(moved, tmp_path) and tmp_path != Path.cwd()
+    assert shown_picture(moved, tmp_path).url and tmp_path != Path.cwd()
     (tmp_path / "small.png").write_bytes(b"other")
     with pytest.raises(ValueError, match="has changed"):
-        data_url(moved, tmp_path)
+        shown_picture(moved, tmp_path)
+
+
+def test_a_picture_is_shown_as_the_policy_read_it_and_the_page_says_where_it_was_changed(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    shown = {}
+    for name in ("turned", "clear", "deep"):
+        content = (tmp_path / f"{name}.png").read_bytes()
+        shown[name] = shown_picture(ImageRef(f"{name}.png", image_digest(content)), tmp_path)
+    assert [each.note for each in shown.values()] == [
+        "As the policy read it: turned as its EXIF data say.",
+        "As the policy read it: laid on white where it is transparent.",
+        "As the policy read it: its deep gray scaled to 8 bits.",
+    ]
+    pictures = {name: Image.open(io.BytesIO(base64.b64decode(each.url.split(",")[1]))) for name, each in shown.items()}
+    assert pictures["turned"].size == (20, 40)
+    assert pictures["clear"].getpixel((0, 0)) == (255, 255, 255) and pictures["deep"].getpixel((0, 0)) == (117,) * 3
+    assert shown_picture(write_image(tmp_path / "plain.png"), tmp_path).note == ""
+    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900)), tmp_path)
+    assert large.note == "As the policy read it: 1600 × 900 pixels, shown smaller."
+
+
+def test_notes_about_pictures_are_on_the_page(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", iterations=1, queries=2)
+    clear = run_dir / "images" / "1-0.png"
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(clear)
+    block = run_dir / "rollouts" / "iteration_0001" / "block_00000.jsonl"
+    groups = read_groups(block)
+    image = ImageRef(str(clear), image_digest(clear.read_bytes()))
+    groups = [Group(replace(group.query, images=(image,)), group.responses) for group in groups]
+    block.unlink()
+    write_groups(block, groups)
+    samples = Page(write_report(run_dir)).samples
+    assert samples["notes"] == {image.digest: "As the policy read it: laid on white where it is transparent."}
+
+
+def test_plots_say_what_they_show_and_shares_have_errors(finished: tuple[Path, Page]) -> None:
+    run_dir, page = finished
+    named = [attributes["aria-label"] or "" for tag, attributes in page.tags if attributes.get("role") == "img"]
+    plots = all_plots(load_run(run_dir))
+    assert len(named) == len(plots) and all(re.match(r".+\. .*\d", name) for name in named), named
+    assert "Accuracy. greedy accuracy (%): validation 50.0 in iteration 0, 60.0 in iteration 2" in named[0]
+    shares = [plot for plot in plots if not plot.name.startswith(("loss", "time", "temperature"))]
+    assert all("standard error" in plot.caption for plot in shares), [plot.name for plot in shares]
+    labels = [attributes for tag, attributes in page.tags if tag in ("input", "select")]
+    assert len(labels) == 2 and labels[1]["type"] == "search" and labels[1]["aria-label"]
+
+
+def test_questions_by_kind_have_errors_where_they_were_counted(tmp_path: Path) -> None:
+    def drawn(counted: dict[str, int]) -> str:
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        evaluation(log, "evolve", 1, "test", 0.5, kind_queries=counted)
+        log.close()
+        plot = next(plot for plot in all_plots(load_run(tmp_path)) if plot.name == "kinds")
+        (tmp_path / "metrics.jsonl").unlink()
+        return plot.caption + plot.svg
+
+    few, many = drawn({"sum": 10, "cost in $": 10}), drawn({"sum": 1000, "cost in $": 1000})
+    assert "± one standard error" in few and few != many and "standard error" not in drawn({})
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_a_browser_runs_the_script_that_the_policy_allows(finished: tuple[Path, Page], tmp_path: Path) -> None:
+    run_dir, _ = finished
+    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    page = (run_dir / "report.html").resolve().as_uri()
+    seen = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert seen.count('class="card response') == 3 and "all (4)" in seen and "1 of 4" in seen
 
 
 def test_pieces_cover_the_whole_text() -> None:
@@ -246,7 +324,7 @@ def test_pieces_cover_the_whole_text() -> None:
 
 
 def test_the_room_opens_without_torch_and_matplotlib() -> None:
-    modules = "html metrics plots progress samples summary tensorboard".split()
+    modules = "html images metrics plots progress samples summary tensorboard".split()
     imports = ", ".join(f"mstar_mega.report.{module}" for module in modules)
     code = f"import sys, {imports}; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -266,7 +344,7 @@ def test_a_lost_selection_is_told_and_the_page_may_be_written_elsewhere(tmp_path
 
 
 def test_a_change_has_a_colour_only_beyond_two_standard_errors() -> None:
-    from mstar_mega.report.html import _change_tile
+    from mstar_mega.report.headline import change_tile
     from mstar_mega.report.summary import share_error
 
     assert share_error(0.5, 100) == 0.05 and share_error(None, 9) is share_error(0.5, None) is None
@@ -275,5 +353,6 @@ def test_a_change_has_a_colour_only_beyond_two_standard_errors() -> None:
         (0.5, 0.6, 100, ""),
         (0.7, 0.5, 100, "down"),
         (0.5, 0.7, 9, ""),
+        (0.1, 0.9, None, ""),
     ):
-        assert f'class="note {kind}"' in _change_tile("a", start, end, queries), (start, end, queries)
+        assert f'class="note {kind}"' in change_tile("a", start, end, queries), (start, end, queries)

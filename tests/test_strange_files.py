@@ -249,10 +249,10 @@ def test_events_of_wrong_values_are_named_and_the_rest_is_shown(tmp_path: Path) 
 
 @pytest.mark.parametrize("template", ["template.html", "benchmark.html"])
 def test_only_the_templates_script_may_run(template: str, tmp_path: Path) -> None:
-    from mstar_mega.report import html
+    from mstar_mega.report import page as pages
 
-    names = re.findall(r"\{\{(\w+)\}\}", (Path(html.__file__).parent / template).read_text())
-    page = html.fill(Path(html.__file__).parent / template, dict.fromkeys(names, "<script>alert(1)</script>"))
+    names = re.findall(r"\{\{(\w+)\}\}", (Path(pages.__file__).parent / template).read_text())
+    page = pages.fill(Path(pages.__file__).parent / template, dict.fromkeys(names, "<script>alert(1)</script>"))
     (policy,) = re.findall(r"script-src ([^;\"]*)", page)
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(): text for text in scripts}

@@ -90,6 +90,19 @@ class PictureReading:
         }[trait]
         return f"{done if does else left} (data.picture_{setting})"
 
+    def changes(self, picture: Image.Image) -> list[str]:
+        """In words, how what :meth:`read` gives of a decoded file is not the file as it lies, or not what a viewer
+        shows of it."""
+        done = {
+            ROTATED: "turned as its EXIF data say" if self.rotate else "not turned as its EXIF data say",
+            DEEP: "its deep gray scaled to 8 bits" if self.scale else "everything above 255 of its deep gray is white",
+            TRANSPARENT: "laid on white where it is transparent" if self.on_white else "read without its transparency",
+        }
+        words = [done[trait] for trait in traits(picture)]
+        frames = getattr(picture, "n_frames", 1)
+        words += [f"the first of its {frames} frames"] if frames > 1 else []
+        return words + (["without its colour profile"] if "icc_profile" in picture.info else [])
+
 
 DEFAULT = PictureReading.of(DataConfig())
 

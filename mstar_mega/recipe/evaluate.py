@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -146,4 +147,5 @@ def _greedy_fields(stage: str, iteration: int, split: Split, groups: list[Group]
         "queries": count,
         **drawn(groups),
         "by_kind": accuracy_by_kind(groups),
+        "kind_queries": dict(sorted(Counter(group.query.kind for group in groups).items())),
     }

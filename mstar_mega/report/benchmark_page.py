@@ -12,8 +12,8 @@ from typing import Any
 from mstar_mega.data.pictures import DEFAULT, PictureReading
 from mstar_mega.data.types import Group, ImageRef
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.report.html import count, escape, fill, percent, script_json
-from mstar_mega.report.samples import data_url
+from mstar_mega.report.images import NOT_SHOWN, Shown, shown_picture
+from mstar_mega.report.page import count, escape, fill, percent, script_json
 
 TEMPLATE = Path(__file__).with_name("benchmark.html")
 MOST_BYTES = 24_000_000
@@ -35,18 +35,18 @@ def write_page(
     ``result`` is what scores.json holds; ``readings`` are the lines of predictions.jsonl by (id, sample); ``values``
     are the groups that each question counts for; ``reading`` is how the policy read the pictures.
     """
-    images: dict[str, str] = {}
+    images: dict[str, Shown] = {}
     questions: list[dict[str, Any]] = []
     size, left_out = 0, 0
     for group in groups:
         question = _question(group, readings, values)
-        new = {image.digest: _url(image, reading) for image in group.query.images if image.digest not in images}
-        cost = len(str(question)) + sum(map(len, new.values()))
+        new = {image.digest: _shown(image, reading) for image in group.query.images if image.digest not in images}
+        cost = len(str(question)) + sum(len(shown.url) for shown in new.values())
         if size + cost > MOST_BYTES:
             left_out += 1
             continue
         size += cost
-        images |= {digest: url for digest, url in new.items() if url}
+        images |= new
         questions.append(question)
     note = f"{count(len(questions))} questions" + (f"; {count(left_out)} more do not fit on a page" if left_out else "")
     overall, rules = result["overall"], result["rules"]
@@ -62,7 +62,13 @@ def write_page(
         "facts": escape(" · ".join(facts)),
         "tables": _measures(result["samples"]) + "".join(_table(name, rows) for name, rows in result["groups"].items()),
         "note": escape(note),
-        "data": script_json({"images": images, "questions": questions}),
+        "data": script_json(
+            {
+                "images": {digest: shown.url for digest, shown in images.items() if shown.url},
+                "notes": {digest: shown.note for digest, shown in images.items() if shown.note},
+                "questions": questions,
+            }
+        ),
     }
     write_text_atomic(path, fill(TEMPLATE, fields))
 
@@ -107,12 +113,12 @@ def _question(
     }
 
 
-def _url(image: ImageRef, reading: PictureReading) -> str:
-    """An image for the page; empty where it is gone since it was asked about."""
+def _shown(image: ImageRef, reading: PictureReading) -> Shown:
+    """An image for the page; nothing where it is gone since it was asked about."""
     try:
-        return data_url(image, Path(), reading)
+        return shown_picture(image, Path(), reading)
     except (OSError, ValueError):
-        return ""
+        return NOT_SHOWN
 
 
 def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:

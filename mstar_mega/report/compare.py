@@ -17,7 +17,7 @@ from mstar_mega.data.records import DamagedFileError, read_groups
 from mstar_mega.report.drawing import latest_per_iteration
 from mstar_mega.report.metrics import number
 from mstar_mega.report.run import Run, load_run
-from mstar_mega.report.summary import measured, summarize
+from mstar_mega.report.summary import at_most, measured, share_error, summarize
 from mstar_mega.settings import is_free_to_change
 
 MEASURES = (
@@ -143,10 +143,11 @@ def curve(entry: Entry, split: str, field: str) -> tuple[dict[int, float], dict[
     alone: dict[int, float] = {}
     for run in entry.runs:
         events = run.of("evaluation", split=split)
-        for iteration, value in latest_per_iteration(events, field).items():
+        own = latest_per_iteration(events, field)
+        for iteration, value in own.items():
             found.setdefault(iteration, []).append(value)
-        if field == "greedy_accuracy":
-            alone |= latest_per_iteration(events, "standard_error")
+        errors_of = latest_per_iteration(events, "standard_error") if field == "greedy_accuracy" else {}
+        alone |= at_most(own, events) | errors_of
     points = {iteration: statistics.fmean(values) for iteration, values in sorted(found.items())}
     errors = {
         iteration: statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone.get(iteration, 0.0)
@@ -161,9 +162,11 @@ def estimate(entry: Entry, stage: str, split: str, field: str) -> Estimate | Non
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    if error is None and field == "greedy_accuracy":
-        errors = [number(event, "standard_error") for event in entry.runs[0].of("evaluation", stage=stage, split=split)]
-        error = next((each for each in reversed(errors) if each is not None), None)
+    if error is None:
+        measurements = [event for run in entry.runs for event in run.of("evaluation", stage=stage, split=split)]
+        newest = [event for event in measurements if number(event, field) is not None][-1]
+        stated = number(newest, "standard_error") if field == "greedy_accuracy" else None
+        error = stated if stated is not None else share_error(values[0], number(newest, "queries"))
     return Estimate(statistics.fmean(values), error, len(values))
 
 

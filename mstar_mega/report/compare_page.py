@@ -23,7 +23,7 @@ from mstar_mega.report.compare import (
     estimate,
 )
 from mstar_mega.report.drawing import SERIES, Plot, iterations_plot
-from mstar_mega.report.html import count, escape, figure, fill
+from mstar_mega.report.page import count, escape, figure, fill, table
 from mstar_mega.report.summary import summarize
 
 TEMPLATE = Path(__file__).with_name("compare.html")
@@ -74,7 +74,7 @@ def _plots(entries: Sequence[Entry]) -> list[Plot]:
             f"{split}-{field}",
             title,
             f"Mean over seeds on the {split} queries; bars: ± one standard error (over seeds; of one run over its "
-            f"queries, where that is known). Iteration 0 is the warm-up policy.{left}",
+            f"queries). Iteration 0 is the warm-up policy.{left}",
             "queries (%)",
             shown,
         )
@@ -92,8 +92,8 @@ def _summary(entries: Sequence[Entry]) -> str:
         ]
         rows.append(
             [
-                f'<span class="key" style="background: var(--series-{i % len(SERIES) + 1})"></span>'
-                f"{escape(entry.label)}",
+                f'<span class="key" style="background: var(--series-{i + 1})"></span>' * (i < len(SERIES))
+                + f"{escape(entry.label)}",
                 escape(entry.seeds),
                 _shown(estimate(entry, "warmup", "test", "greedy_accuracy")),
                 _shown(estimate(entry, "evolve", "test", "greedy_accuracy")),
@@ -102,7 +102,7 @@ def _summary(entries: Sequence[Entry]) -> str:
                 *(escape(count(mean)) for mean in means),
             ]
         )
-    return _table(head, rows)
+    return table("What they came to", head, rows)
 
 
 def _pairs(pairs: Sequence[Paired]) -> str:
@@ -111,7 +111,7 @@ def _pairs(pairs: Sequence[Paired]) -> str:
             "<p>No two entries have final test responses on the same questions by runs of the same seed, so there is "
             "nothing to pair.</p>"
         )
-    head = ("first", "second", "difference", "± over questions", "± over seeds", "questions", "seeds", "")
+    head = ("first", "second", "difference", "± over questions", "± over seeds", "questions", "seeds", "verdict")
     rows = [
         [
             escape(pair.one),
@@ -125,24 +125,18 @@ def _pairs(pairs: Sequence[Paired]) -> str:
         ]
         for pair in pairs
     ]
-    return _table(head, rows)
+    return table("Paired differences", head, rows)
 
 
 def _settings(entries: Sequence[Entry]) -> str:
     differing = differing_settings([entry.runs[0] for entry in entries])
     if not differing:
         return "<p>Only the seeds differ.</p>"
-    rows = [[escape(name), *(escape(str(value)) for value in values)] for name, values in differing.items()]
-    return _table(("setting", *(entry.label for entry in entries)), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """``head`` is text, the cells are markup."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows = [
+        [escape(name), *(escape("null" if value is None else value) for value in values)]
+        for name, values in differing.items()
+    ]
+    return table("Settings that differ", ("setting", *(entry.label for entry in entries)), rows)
 
 
 def _shown(found: Estimate | None) -> str:

@@ -22,6 +22,8 @@ INK, MUTED, GRID, SURFACE = "#1e0001", "#1e0002", "#1e0003", "#1e0004"
 SERIES = [f"#5e000{i}" for i in range(1, 6)]
 RAMP = [f"#7e000{i}" for i in range(1, 7)]
 """An ordered scale, from little to much."""
+MARKERS = "osD^v"
+"""Of the series, so that colour alone does not tell them apart."""
 _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface",
     **{color: f"--series-{i}" for i, color in enumerate(SERIES, start=1)},
@@ -47,6 +49,8 @@ class Plot:
     title: str
     caption: str
     svg: str
+    described: str = ""
+    """What it shows, in words and numbers, for those who do not see it."""
 
 
 def latest_per_iteration(events: Sequence[Event], key: str) -> dict[int, float]:
@@ -73,16 +77,30 @@ def iterations_plot(
         for index, (label, points, errors) in enumerate(lines):
             x, y = list(points), [100 * value for value in points.values()]
             if errors is not None:
-                spread = [100 * errors[i] for i in points]
-                axes.errorbar(x, y, spread, color=colors[index], alpha=0.5, linewidth=0, elinewidth=1.4, capsize=2.5)
-            axes.plot(x, y, "o-", color=colors[index], label=label, markersize=6 if len(x) < 20 else 3)
+                error_bars(axes, x, y, [100 * errors[i] for i in points], colors[index])
+            size = 6 if len(x) < 20 else 3
+            axes.plot(x, y, f"{MARKERS[index % len(MARKERS)]}-", color=colors[index], label=label, markersize=size)
         axes.set(xlabel="iteration", ylabel=ylabel)
         axes.margins(y=0.12)
         _end_labels(axes, [points for _, points, _ in lines])
         whole_ticks(axes, sorted({i for _, points, _ in lines for i in points}))
         legend(axes)
 
-    return Plot(name, title, caption, svg_of(name, draw))
+    rows = legend_rows([label for label, _, _ in lines])
+    described = "; ".join(_course(label, points) for label, points, _ in lines)
+    return Plot(name, title, caption, svg_of(name, draw, rows=rows), f"{ylabel}: {described}")
+
+
+def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], spread: Sequence[float], color: str) -> None:
+    """± one standard error each, in the axis' own unit."""
+    axes.errorbar(x, y, spread, color=color, linewidth=0, elinewidth=1.1, capsize=2.5, capthick=1.1)
+
+
+def _course(label: str, points: dict[int, float]) -> str:
+    (first, start), (last, end) = next(iter(points.items())), list(points.items())[-1]
+    if first == last:
+        return f"{label} {100 * end:.1f} in iteration {last}"
+    return f"{label} {100 * start:.1f} in iteration {first}, {100 * end:.1f} in iteration {last}"
 
 
 def _end_labels(axes: Axes, lines: Sequence[dict[int, float]]) -> None:
@@ -100,15 +118,40 @@ def whole_ticks(axes: Axes, iterations: Sequence[int]) -> None:
     axes.set_xlim(iterations[0] - 0.6, iterations[-1] + 0.6)
 
 
+LEGEND_WIDTH, LEGEND_ROW = 3.6, 0.2
+"""Inches that a legend has above a plot, and the height of its rows."""
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """The most that fit; matplotlib fills a legend column by column."""
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        widest = [max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows)]
+        if sum(0.35 + 0.06 * each for each in widest) <= LEGEND_WIDTH:
+            return columns
+    return 1
+
+
+def legend_rows(labels: Sequence[str], most: int = 5) -> int:
+    """Rows that the legend of these series needs, see :func:`legend`."""
+    labels = labels[:most]
+    return -(-len(labels) // _columns(labels)) if len(labels) > 1 else 1
+
+
 def legend(axes: Axes, most: int = 5) -> None:
-    """A legend in one row above the plot, of at most ``most`` series; a single one needs none, the title names it."""
+    """A legend above the plot, of at most ``most`` series, in as few rows as their names fit into; a single one needs
+    none, the title names it."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
         size = min(most, len(handles))
         keep = [round(i * (len(handles) - 1) / (size - 1)) for i in range(size)]
         chosen = [handles[i] for i in keep], [labels[i] for i in keep]
         space = 1.4 if size < 4 else 0.9
-        axes.legend(*chosen, loc="lower left", bbox_to_anchor=(-0.02, 1.01), ncols=size, columnspacing=space)
+        columns = _columns(chosen[1])
+        axes.legend(
+            *chosen, loc="lower left", bbox_to_anchor=(-0.02, 1.01), labelspacing=0.3, ncols=columns,
+            columnspacing=space,
+        )  # fmt: skip
 
 
 def ramp(index: int, count: int) -> str:
@@ -119,22 +162,25 @@ def ramp(index: int, count: int) -> str:
     return RAMP[low + round(index * (high - low) / (count - 1))]
 
 
-def svg_of(name: str, draw: Callable[[Axes], None], height: float = 2.75, labels: Sequence[str] = ("1.00",)) -> str:
+def svg_of(
+    name: str, draw: Callable[[Axes], None], height: float = 2.75, labels: Sequence[str] = ("1.00",), rows: int = 1
+) -> str:
     """Run ``draw`` on fresh axes and return an ``<svg>`` element that scales to its container.
 
-    Height is in inches. The longest of ``labels``, those of the y axis, sets the left margin: matplotlib's own layout
-    engines draw every figure twice.
+    Height is in inches, without the legend's rows from the second on. The longest of ``labels``, those of the y axis,
+    sets the left margin: matplotlib's own layout engines draw every figure twice.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    width = 4.3
+    width, top = 4.3, 0.24 + LEGEND_ROW * (rows - 1)
+    height += top - 0.24
     left = 0.24 + 0.078 * max(map(len, labels))
     # The salt keeps the ids of several figures in one page apart, and equal from one writing to the next.
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height))
-        axes = figure.add_axes((left / width, 0.43 / height, 1 - (left + 0.18) / width, 1 - (0.43 + 0.24) / height))
+        axes = figure.add_axes((left / width, 0.43 / height, 1 - (left + 0.18) / width, 1 - (0.43 + top) / height))
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

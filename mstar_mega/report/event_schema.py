@@ -111,6 +111,7 @@ class _Fields(_Quality):
     problem: _Text | None = None
     parallel: _Layout | None = None
     by_kind: dict[_Text, _Number] | None = None
+    kind_queries: dict[_Text, _Whole] | None = None
     checker: dict[_Text, _Whole] | None = None
     kept_per_query: dict[_Kept, _Whole] | None = None
     grid: list[_Point] | None = None

@@ -11,10 +11,10 @@ run              world_size, parallel {tensor, pipeline, [data]}; the first even
 step             stage (warmup, prm, evolve), iteration (null before evolving; prm: that after which it is refreshed),
                  step, loss, grad_norm, learning_rate, tokens, computed_tokens, queries (distinct), responses, seconds
 evaluation       stage (warmup, evolve), iteration, split (validation, test), greedy_accuracy, standard_error, queries,
-                 responses, tokens, by_kind {kind: accuracy}, seconds, [pass_at_k, k, reward_pass_at_k, reward_k,
-                 pass_at_reward_k (of as many random responses), reward_gain (Reward-Pass@K minus that),
-                 reward_gain_stderr (paired), best_of_n, weighted_vote, majority_vote, right_reasoning {share,
-                 responses}]
+                 responses, tokens, by_kind {kind: accuracy}, [kind_queries {kind: queries}], seconds, [pass_at_k, k,
+                 reward_pass_at_k, reward_k, pass_at_reward_k (of as many random responses), reward_gain
+                 (Reward-Pass@K minus that), reward_gain_stderr (paired), best_of_n, weighted_vote, majority_vote,
+                 right_reasoning {share, responses}]
 annotation       iteration (whose policy annotates), queries, responses, rollouts (continuations), tokens (of both),
                  steps, positive_share, without_steps, truncated, seconds
 prm_quality      stage (prm, warmup, evolve; refresh: the same responses as evolve, scored by the refreshed PRM),

@@ -15,6 +15,7 @@ from mstar_mega.report.drawing import (
     MUTED,
     SERIES,
     SURFACE,
+    Line,
     Plot,
     iterations_plot,
     latest_per_iteration,
@@ -26,7 +27,7 @@ from mstar_mega.report.drawing import (
 from mstar_mega.report.metrics import Event, number
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run
-from mstar_mega.report.summary import seconds_by_phase, share_error
+from mstar_mega.report.summary import at_most, seconds_by_phase, share_error
 from mstar_mega.report.temperature_plots import by_temperature_plot, sweep_plot, temperature_plot
 
 if TYPE_CHECKING:
@@ -79,25 +80,19 @@ def accuracy_plot(run: Run) -> Plot | None:
     return iterations_plot("accuracy", "Accuracy", caption, "greedy accuracy (%)", lines)
 
 
-def at_most(points: dict[int, float], events: Sequence[Event]) -> dict[int, float]:
-    """Standard errors of shares of queries by iteration, as if each query either had it or not: a mean over several
-    samples of a query has less."""
-    queries = latest_per_iteration(events, "queries")
-    return {i: share_error(share, queries.get(i)) or 0.0 for i, share in points.items()}
-
-
 def exploration_plot(run: Run) -> Plot | None:
     """Pass@K, Reward-Pass@K and greedy accuracy per iteration."""
-    lines = []
+    lines: list[Line] = []
     for key, k_key, label in (
         ("pass_at_k", "k", "Pass@"),
         ("reward_pass_at_k", "reward_k", "Reward-Pass@"),
         ("pass_at_reward_k", "reward_k", "Pass@"),
     ):
         events = [event for event in run.of("evaluation", split="validation") if number(event, key) is not None]
-        if events:
+        name = f"{label}{events[-1].get(k_key, 'K')}" if events else ""
+        if events and name not in [line[0] for line in lines]:
             points = latest_per_iteration(events, key)
-            lines.append((f"{label}{events[-1].get(k_key, 'K')}", points, at_most(points, events)))
+            lines.append((name, points, at_most(points, events)))
     every = run.of("evaluation", split="validation")
     greedy = latest_per_iteration(every, "greedy_accuracy")
     if lines and greedy:
@@ -153,16 +148,32 @@ def kept_plot(run: Run) -> Plot | None:
         x, base = list(counts), [0.0] * len(counts)
         for kept in used:
             height = [100 * row[kept] / max(1.0, sum(row)) for row in counts.values()]
-            color = GRID if kept == 0 else ramp(kept - 1, max(used))
-            name = f"{kept}+" if kept == MOST_KEPT else str(kept)
-            axes.bar(x, height, 0.7, bottom=base, color=color, edgecolor=SURFACE, linewidth=1.2, label=name)
+            color, edge = (SURFACE, MUTED) if kept == 0 else (ramp(kept - 1, max(used)), SURFACE)
+            axes.bar(x, height, 0.7, bottom=base, color=color, edgecolor=edge, linewidth=1.2, label=_kept_name(kept))
             base = [a + b for a, b in zip(base, height, strict=True)]
+            if kept != used[-1]:
+                totals = [sum(row) for row in counts.values()]
+                spread = [100 * (share_error(b / 100, n) or 0.0) for b, n in zip(base, totals, strict=True)]
+                for color, width in ((SURFACE, 2.8), (INK, 1.0)):
+                    axes.errorbar(
+                        x, base, spread, color=color, linewidth=0, elinewidth=width, capsize=2.5, capthick=width
+                    )
         axes.set(xlabel="iteration", ylabel="queries (%)", ylim=(0, 100))
         whole_ticks(axes, x)
         legend(axes, most=MOST_KEPT + 1)
 
-    caption = "Queries of each iteration by how many of their responses were selected for training."
-    return Plot("kept", "Responses kept per query", caption, svg_of("kept", draw))
+    caption = (
+        "Queries of each iteration by how many of their responses were selected for training. Bars at the borders: ± "
+        "one standard error of the share below."
+    )
+    last, newest = list(counts.items())[-1]
+    shares = ", ".join(f"{_kept_name(kept)}: {100 * newest[kept] / max(1.0, sum(newest)):.0f}%" for kept in used)
+    described = f"queries by responses kept, iteration {last}: {shares}"
+    return Plot("kept", "Responses kept per query", caption, svg_of("kept", draw), described)
+
+
+def _kept_name(kept: int) -> str:
+    return f"{kept}+" if kept == MOST_KEPT else str(kept)
 
 
 def kinds_plot(run: Run) -> Plot | None:
@@ -175,12 +186,15 @@ def kinds_plot(run: Run) -> Plot | None:
     labels = [short(kind.replace("_", " ")) for kind in kinds]
 
     def draw(axes: Axes) -> None:
-        start, end = ([100 * (number(row, kind) or 0.0) for kind in kinds] for row in (first, last))
         y = list(range(len(kinds)))
-        axes.hlines(y, start, end, color=GRID, linewidth=3)
-        if len(events) > 1:
-            axes.plot(start, y, "o", color=SERIES[1], label=_policy(events[0]), markersize=7)
-        axes.plot(end, y, "o", color=SERIES[0], label=_policy(events[-1]), markersize=7)
+        shares = [[100 * _share_of(row, kind) for kind in kinds] for row in (first, last)]
+        axes.hlines(y, shares[0], shares[1], color=GRID, linewidth=3)
+        shown = [(events[0], shares[0], SERIES[1], 0.14, "s")] if len(events) > 1 else []
+        for event, values, color, shift, marker in [*shown, (events[-1], shares[1], SERIES[0], -0.14, "o")]:
+            places = [place + shift * (len(events) > 1) for place in y]
+            spread = [_kind_error(event, kind, value) for kind, value in zip(kinds, values, strict=True)]
+            axes.errorbar(values, places, xerr=spread, color=color, linewidth=0, elinewidth=1.1, capsize=2)
+            axes.plot(values, places, marker, color=color, label=_policy(event), markersize=6)
         axes.set_yticks(y, labels)
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
@@ -189,9 +203,26 @@ def kinds_plot(run: Run) -> Plot | None:
 
     height = max(2.1, 0.9 + 0.26 * len(kinds))
     caption = "Greedy test accuracy by kind of question, at the start and now."
+    if events[-1].get("kind_queries"):
+        caption += " Bars: ± one standard error."
     if len(last) > len(kinds):
         caption += f" The {len(kinds)} lowest of {len(last)}."
-    return Plot("kinds", "Accuracy by kind", caption, svg_of("kinds", draw, height, labels))
+    described = ", ".join(
+        f"{label} {100 * (number(last, k) or 0.0):.0f}%" for k, label in zip(kinds, labels, strict=True)
+    )
+    return Plot("kinds", "Accuracy by kind", caption, svg_of("kinds", draw, height, labels), f"now: {described}")
+
+
+def _share_of(by_kind: Event, kind: str) -> float:
+    share = number(by_kind, kind)
+    return math.nan if share is None else share
+
+
+def _kind_error(event: Event, kind: str, percentage: float) -> float:
+    """Standard error in points; 0 where nobody counted the questions of the kind."""
+    queries = event.get("kind_queries")
+    known = number(queries, kind) if isinstance(queries, dict) else None
+    return 100 * (share_error(percentage / 100, known) or 0.0)
 
 
 def short(name: str) -> str:
@@ -241,7 +272,8 @@ def loss_plot(run: Run, stage: str) -> Plot | None:
         parts.append("Dotted: a new iteration begins.")
     if len(good) < len(pairs):
         parts.append(f"{len(pairs) - len(good)} steps without a finite loss are not drawn.")
-    return Plot(f"loss_{stage}", title, " ".join(parts), svg_of(f"loss_{stage}", draw, labels=("0.000",)))
+    described = f"{label}: {y[0]:.3g} at step {x[0]:.0f}, {y[-1]:.3g} at step {x[-1]:.0f}"
+    return Plot(f"loss_{stage}", title, " ".join(parts), svg_of(f"loss_{stage}", draw, labels=("0.000",)), described)
 
 
 def time_plot(run: Run) -> Plot | None:
@@ -265,7 +297,8 @@ def time_plot(run: Run) -> Plot | None:
         axes.grid(False, axis="y")
 
     caption = "Time of the work that the result is made of, all iterations together."
-    return Plot("time", "Time by phase", caption, svg_of("time", draw, labels=list(phases)))
+    described = ", ".join(f"{name} {clock(value)}" for name, value in phases.items())
+    return Plot("time", "Time by phase", caption, svg_of("time", draw, labels=list(phases)), described)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from mstar_mega.report.metrics import Event, number
+from mstar_mega.report.page import escape, percent, table
 from mstar_mega.report.run import Run
 from mstar_mega.report.summary import right_reasoning
 
@@ -33,22 +32,28 @@ def prm_section(run: Run) -> str:
             "query, in bold where it is not above two standard errors. Pooled AUC mixes all queries: there a score "
             "that is the same for every response of a query, and so orders nothing, does well too.</p>"
         )
-        parts.append(_table(_HEAD, [_cells(event, event) for event in events]))
+        parts.append(table("Quality of the PRM", _HEAD, [_cells(event, event) for event in events]))
         reasoned = [(event, event["reasoning"]) for event in events if isinstance(event.get("reasoning"), dict)]
         if reasoned:
             parts.append("<p>Among responses with the right answer: right reasoning against wrong.</p>")
-            parts.append(_table(_HEAD, [_cells(event, quality) for event, quality in reasoned]))
+            parts.append(
+                table(
+                    "Quality of the PRM among right answers",
+                    _HEAD,
+                    [_cells(event, quality) for event, quality in reasoned],
+                )
+            )
     shares = right_reasoning(run)
     if shares:
         parts.append(
             "<p>Right reasoning among the correct responses that each selection rule takes, all iterations.</p>"
         )
         rows = [
-            [escape(words), _percent(number(shares[rule], "share")), f"{shares[rule]['responses']:,}"]
+            [escape(words), percent(number(shares[rule], "share")), f"{shares[rule]['responses']:,}"]
             for rule, words in RULES.items()
             if rule in shares
         ]
-        parts.append(_table(["selection", "right reasoning", "responses"], rows))
+        parts.append(table("Right reasoning by selection rule", ["selection", "right reasoning", "responses"], rows))
     return "".join(parts)
 
 
@@ -100,17 +105,6 @@ def _plus_minus(value: float | None, error: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
 def _of(event: Event, key: str, name: str) -> float | None:
     values = event.get(key)
     return number(values, name) if isinstance(values, dict) else None
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells that are markup already."""
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import math
 import re
-import struct
-import zlib
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mstar_mega.config import ReportConfig
-from mstar_mega.data.pictures import DEFAULT, PictureReading
+from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.records import SELECTED, DamagedFileError, read_groups, read_selected
-from mstar_mega.data.screen import MAX_BYTES
-from mstar_mega.data.types import Group, ImageRef, Response, image_digest
-from mstar_mega.platform.inputs import read_input
+from mstar_mega.data.types import Group, Response
+from mstar_mega.report.images import Shown, shown_picture
 from mstar_mega.report.run import Run
 
-MOST_SIDE = 448
-"""Pixels of an embedded image's longer side."""
-MOST_IMAGE_BYTES = 40_000
-"""A larger file is encoded again."""
 MOST_SAMPLES = 1000
 """Queries of an iteration, whatever the settings say."""
 MOST_BYTES = 2_200_000
 """Characters of all samples together, images included; what does not fit is left out and counted."""
-_EMBEDDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
 
 @dataclass
@@ -42,6 +32,8 @@ class Samples:
     """{"iteration": n, "queries": [query]} in order; see :func:`query_data`."""
     images: dict[str, str] = field(default_factory=dict)
     """Image digest -> data URL."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Image digest -> how the policy's picture is not the file as it lies."""
     left_out: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -66,23 +58,25 @@ def collect_samples(run: Run) -> Samples:
             if iteration in selected and not (directory / SELECTED).exists():
                 lost = "is missing: which responses were selected cannot be shown"
                 samples.problems.append(f"{directory / SELECTED} {lost}")
-    shown: dict[int, list[dict[str, Any]]] = {iteration: [] for iteration in sorted(chosen)}
+    queries: dict[int, list[dict[str, Any]]] = {iteration: [] for iteration in sorted(chosen)}
     size = 0
     # One query of each iteration after the other, so that a full page still has every iteration.
-    for row in zip_longest(*(chosen[iteration] for iteration in shown)):
-        for iteration, group in zip(shown, row, strict=True):
+    for row in zip_longest(*(chosen[iteration] for iteration in queries)):
+        for iteration, group in zip(queries, row, strict=True):
             if group is None:
                 continue
             new = _load_images(group, run.directory, samples, reading)
             data = query_data(group)
-            needed = len(json.dumps(data, ensure_ascii=False)) + sum(map(len, new.values()))
+            pictures = sum(len(shown.url) + len(shown.note) for shown in new.values())
+            needed = len(json.dumps(data, ensure_ascii=False)) + pictures
             if size + needed > MOST_BYTES:
                 samples.left_out += 1
                 continue
             size += needed
-            samples.images.update(new)
-            shown[iteration].append(data)
-    samples.iterations = [{"iteration": i, "queries": queries} for i, queries in shown.items() if queries]
+            samples.images |= {digest: shown.url for digest, shown in new.items()}
+            samples.notes |= {digest: shown.note for digest, shown in new.items() if shown.note}
+            queries[iteration].append(data)
+    samples.iterations = [{"iteration": i, "queries": those} for i, those in queries.items() if those]
     return samples
 
 
@@ -161,49 +155,16 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
-def _load_images(group: Group, directory: Path, samples: Samples, reading: PictureReading) -> dict[str, str]:
-    """Data URLs of a group's images that the page does not have yet; what cannot be shown becomes a problem."""
-    urls = {}
+def _load_images(group: Group, directory: Path, samples: Samples, reading: PictureReading) -> dict[str, Shown]:
+    """Those of a group's images that the page does not have yet; what cannot be shown becomes a problem."""
+    shown = {}
     for image in group.query.images:
         if image.digest in samples.images:
             continue
         try:
-            urls[image.digest] = data_url(image, directory, reading)
+            shown[image.digest] = shown_picture(image, directory, reading)
         except (OSError, ValueError) as error:
             problem = f"image {image.path} of query {group.query.id} is not shown: {error}"
             if problem not in samples.problems:
                 samples.problems.append(problem)
-    return urls
-
-
-def data_url(image: ImageRef, directory: Path, reading: PictureReading = DEFAULT) -> str:
-    """An image as a data URL, as the policy reads it, at most 448 pixels a side. A relative path may be relative to the
-    run directory.
-
-    Raises OSError where it cannot be read or decoded, ValueError where the file is no longer the one the run used.
-    """
-    from PIL import Image
-
-    from mstar_mega.data.pictures import is_plain
-
-    path = Path(image.path)
-    content = read_input(path if path.exists() else directory / path, MAX_BYTES)
-    if image_digest(content) != image.digest:
-        raise ValueError("the file has changed since the run used it")
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            kind = _EMBEDDABLE.get(picture.format or "")
-            large = max(picture.size) > MOST_SIDE or len(content) > MOST_IMAGE_BYTES
-            # A browser turns, composes, animates and colours the file by its own rules.
-            if kind is None or large or not is_plain(picture):
-                small = reading.read(picture)
-                small.thumbnail((MOST_SIDE, MOST_SIDE))
-                buffer = io.BytesIO()
-                if large:
-                    small.save(buffer, "JPEG", quality=82)
-                else:
-                    small.save(buffer, "PNG")
-                kind, content = "image/jpeg" if large else "image/png", buffer.getvalue()
-    except (Image.DecompressionBombError, SyntaxError, struct.error, zlib.error) as error:  # Pillow's, on damaged files
-        raise ValueError(str(error)) from error
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,13 @@ def share_error(share: float | None, queries: float | None) -> float | None:
     if share is None or not queries or not 0 <= share <= 1:
         return None
     return math.sqrt(share * (1 - share) / queries)
+
+
+def at_most(points: Mapping[int, float], events: Sequence[Event]) -> dict[int, float]:
+    """Standard errors of shares of queries by iteration, as if each query either had it or not: a mean over several
+    samples of a query has less. 0 where nobody counted the queries."""
+    queries = {int(i): number(event, "queries") for event in events if (i := number(event, "iteration")) is not None}
+    return {i: share_error(share, queries.get(i)) or 0.0 for i, share in points.items()}
 
 
 def measured(run: Run, stage: str, split: str, name: str) -> float | None:

@@ -12,6 +12,7 @@ from mstar_mega.report.drawing import (
     SERIES,
     SURFACE,
     Plot,
+    error_bars,
     iterations_plot,
     latest_per_iteration,
     legend,
@@ -21,6 +22,7 @@ from mstar_mega.report.drawing import (
 )
 from mstar_mega.report.metrics import number
 from mstar_mega.report.run import Run
+from mstar_mega.report.summary import at_most, share_error
 from mstar_mega.report.sweep import sweep_criterion, sweep_points, sweep_words
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def temperature_plot(run: Run) -> Plot | None:
             " Dashes on gray: those of a sweep's temperatures that it cannot tell from the chosen one, at most two "
             "standard errors of the paired difference below it."
         )
-    return Plot("temperature", "Temperature", caption, svg_of("temperature", draw))
+    described = ", ".join(f"{value:g} in iteration {i}" for i, value in points.items())
+    return Plot("temperature", "Temperature", caption, svg_of("temperature", draw), described)
 
 
 def sweep_plot(run: Run) -> Plot | None:
@@ -83,10 +86,13 @@ def sweep_plot(run: Run) -> Plot | None:
             axes.plot(x, y, color=color, label=label)
             if len(sweeps) <= MOST_SWEEPS_WITH_ERRORS or index in (0, len(sweeps) - 1):
                 spread = [100 * (point.error or 0.0) for point in points]
-                axes.errorbar(x, y, spread, color=color, alpha=0.5, linewidth=0, elinewidth=1.2, capsize=2)
+                error_bars(axes, x, y, spread, color)
             if sweep is sweeps[-1] and beside:
-                at_random = [100 * point.random if point.random is not None else math.nan for point in points]
-                axes.plot(x, at_random, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+                at_random = [point.random if point.random is not None else math.nan for point in points]
+                spread = [100 * (share_error(value, number(sweep, "queries")) or 0.0) for value in at_random]
+                shares = [100 * value for value in at_random]
+                axes.errorbar(x, shares, spread, color=MUTED, linewidth=0, elinewidth=0.9, capsize=2)
+                axes.plot(x, shares, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
             for point in points:
                 if point.temperature == number(sweep, "temperature"):
                     place = [point.temperature], [100 * point.value]
@@ -100,9 +106,12 @@ def sweep_plot(run: Run) -> Plot | None:
         + (" (first and last sweep)." if len(sweeps) > MOST_SWEEPS_WITH_ERRORS else ".")
     ]
     if beside:
-        parts.append(f"Dashed: {sweeps[-1].get('k', 'K')} responses at random, last sweep.")
+        parts.append(
+            f"Dashed: {sweeps[-1].get('k', 'K')} responses at random, last sweep, ± at most one standard error."
+        )
     parts += [f"Iteration {sweep.get('iteration')}: {sweep_words(sweep)}." for sweep in sweeps[-MOST_SWEEPS_IN_WORDS:]]
-    return Plot("sweep", "Temperature sweeps", " ".join(parts), svg_of("sweep", draw))
+    described = f"{len(sweeps)} sweeps; the newest: {sweep_words(sweeps[-1])}"
+    return Plot("sweep", "Temperature sweeps", " ".join(parts), svg_of("sweep", draw), described)
 
 
 _BY_TEMPERATURE = {"pass_at_most_k": ("most_k", "Pass"), "reward_pass_at_k": ("k", "Reward-Pass")}
@@ -112,7 +121,8 @@ def by_temperature_plot(run: Run, measure: str) -> Plot | None:
     """What several temperatures offer over the iterations (paper, figure 4), as the sweeps found it."""
     k_key, words = _BY_TEMPERATURE[measure]
     found: dict[float, dict[int, float]] = {}
-    for sweep in run.of("temperature"):
+    sweeps = run.of("temperature")
+    for sweep in sweeps:
         for row in sweep.get("grid") or []:
             temperature, value = number(row, "temperature"), number(row, measure)
             if temperature is not None and value is not None and math.isfinite(value):
@@ -122,11 +132,12 @@ def by_temperature_plot(run: Run, measure: str) -> Plot | None:
     grid = sorted(found)
     size = min(MOST_TEMPERATURES, len(grid))
     shown = [grid[round(i * (len(grid) - 1) / max(1, size - 1))] for i in range(size)]
-    lines = [(f"{temperature:g}", dict(sorted(found[temperature].items())), None) for temperature in shown]
-    name = f"{words}@{run.of('temperature')[-1].get(k_key, 'K')}"
+    points = {temperature: dict(sorted(found[temperature].items())) for temperature in shown}
+    lines = [(f"{temperature:g}", points[temperature], at_most(points[temperature], sweeps)) for temperature in shown]
+    name = f"{words}@{sweeps[-1].get(k_key, 'K')}"
     caption = (
         f"{name} of the validation queries at {'some of ' if len(grid) > size else ''}the sweeps' temperatures, by the "
-        "policy that the iteration begins with."
+        "policy that the iteration begins with. Bars: at most one standard error."
     )
     colors = [ramp(index, len(lines)) for index in range(len(lines))]
     title = f"{words}@K by temperature"

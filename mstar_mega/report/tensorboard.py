@@ -17,7 +17,7 @@ from typing import Any
 from mstar_mega.report.metrics import Event, number
 
 _NO_SCALARS = ("run", "skipped")
-_NOT_A_SCALAR = ("event", "time", "step", "iteration", "stage", "k", "reward_k")
+_NOT_A_SCALAR = ("event", "time", "step", "iteration", "stage", "k", "reward_k", "kind_queries")
 _SUFFIX = ".mstar"
 _counter = itertools.count()
 
