@@ -1,17 +1,19 @@
 # make run    set up everything and run the main job on the built-in task  (ARGS="--seed 1" adds arguments)
 # make test   set up everything and run the tests, two files at a time     (ARGS="-n 0 -k resume": one process, some)
+#             MCORE=0.19.2 (also with run, smoke): with that megatron-core, in an environment of its own
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
 # make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
 # make fuzz   mutated files of every kind at every command, ten minutes; seeds nobody tried (ARGS="--seconds 3600")
 # make cluster-test  the SLURM script on a SLURM of this machine's own (Debian, root; installs its packages), all checks
 # make kill-test  kills, signals, lost and full disks, flipped bytes: counted  (ARGS="--rounds 50")
-# make clean  remove the environment and caches; runs/ stays
+# make clean  remove the environments and caches; runs/ stays
 
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
+MCORE ?=
 
-VENV := .venv
+VENV := .venv$(MCORE:%=-mcore-%)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # One thread for each of several processes that share the CPU, unless the user says otherwise.
@@ -23,6 +25,9 @@ TORCHRUN := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m mstar_mega.launc
 
 setup: $(STAMP)
 
+# Over the pinned one, whatever its metadata says: from 0.17 on that is Python 3.12, and the files run under 3.11 too.
+PIP_OVER := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python
+
 # torch first: its dependencies bring the setuptools that builds this package, so nothing is downloaded twice.
 $(STAMP): setup.py constraints.txt mstar_mega/__init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 14) and \
@@ -31,6 +36,7 @@ $(STAMP): setup.py constraints.txt mstar_mega/__init__.py
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(if $(MCORE),$(PIP_OVER) 'megatron-core==$(MCORE)')
 	@touch $@
 
 run: $(STAMP)
@@ -66,4 +72,4 @@ gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-mcore-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -30,7 +30,6 @@ TIMEOUT_S = 120.0
 _GRACE_S = 5.0
 PRELOAD = [
     "torch",
-    "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -31,7 +32,7 @@ from mstar_mega.training.checkpoint import (
     prune,
     save_checkpoint,
 )
-from mstar_mega.training.manifest import MANIFEST, DamagedCheckpointError
+from mstar_mega.training.manifest import MANIFEST, STAMP, DamagedCheckpointError
 
 
 def train_and_save(
@@ -162,6 +163,18 @@ def test_every_damage_is_detected_named_and_skipped(tmp_path: Path) -> None:
     (main_value, common, warnings), (other_value, _, quiet) = run_parallel(2, "test_checkpoint:latest", str(tmp_path))
     assert (main_value, other_value, common) == (9.0, 9.0, {"step": 9})
     assert len(warnings) == 1 and str(newest / "__1_0.distcp") in warnings[0] and not quiet
+
+
+def test_every_release_of_megatron_finds_its_own_stamp(tmp_path: Path) -> None:
+    """The newer ones write fewer fields and ignore what they do not know; the older ones want all."""
+    from megatron.core.dist_checkpointing.core import maybe_load_config
+
+    run_parallel(1, "test_checkpoint:save_small", str(tmp_path), ["step-3"])
+    stamp = maybe_load_config(str(tmp_path / "step-3"))
+    assert (stamp.sharded_backend, stamp.sharded_backend_version) == ("torch_dist", 1)
+    assert {"common_backend": "torch", "common_backend_version": 1}.items() <= json.loads(
+        (tmp_path / "step-3" / STAMP).read_text()
+    ).items()
 
 
 def test_no_byte_of_the_manifest_can_change_unnoticed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_gpt
@@ -120,6 +121,11 @@ def test_only_megatron_sees_another_torch() -> None:
         torch.zeros(1, device="cuda")
     with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
         torch.zeros(1).cuda()
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        torch.cuda.current_stream()
+    inside: dict[str, Any] = {"__name__": "megatron.core.somewhere", "torch": torch}
+    exec("def stream(): return torch.cuda.current_stream()", inside)
+    assert inside["stream"]() is None
     assert torch.zeros(1).type() == "torch.FloatTensor"
     assert torch.zeros(1).type(torch.int32).dtype is torch.int32
     # A mode would slow down every operation of decoding.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from mstar_mega.config import DataConfig, OptimizerConfig
 from mstar_mega.data.digits.task import build as build_digits
@@ -31,7 +32,13 @@ def make_trainer(lr: float, precision: str = "float32") -> Trainer:
     return Trainer(model, OptimizerConfig(lr=lr), family.prompt, 10)
 
 
-def test_a_changed_learning_rate_takes_effect_on_a_loaded_state(batch: list[TrainGroup]) -> None:
+@pytest.mark.parametrize("by_rates", [False, True])
+def test_a_changed_learning_rate_takes_effect_on_a_loaded_state(
+    batch: list[TrainGroup], by_rates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_rates:  # newer megatrons tell parameter groups apart by their rates too
+        keys = (*megatron_optimizer.param_group_identifier_keys, "max_lr", "min_lr")
+        monkeypatch.setattr(megatron_optimizer, "param_group_identifier_keys", keys)
     trainer = make_trainer(1e-3)
     assert trainer.step(batch).learning_rate == pytest.approx(1e-3)
     state, scheduler = trainer.sharded_state(), trainer.scheduler.state_dict()

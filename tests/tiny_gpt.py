@@ -1,4 +1,4 @@
-"""A four-layer megatron GPT with its optimizer: the smallest thing that exercises every parallel path."""
+"""A four-layer language model with its optimizer: the smallest thing that exercises every parallel path."""
 
 from __future__ import annotations
 
@@ -35,11 +35,8 @@ class TinyRun:
 def build(parallel: ParallelConfig, seed: int = 0, hidden: int = 32, precision: torch.dtype = torch.float32) -> TinyRun:
     """Lay the ranks out and make a fresh model."""
     distributed.initialize(parallel, seed)
-    layout = distributed.layout()
 
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
@@ -70,16 +67,7 @@ def build(parallel: ParallelConfig, seed: int = 0, hidden: int = 32, precision: 
         bf16=bf16,
         finalize_model_grads_func=finalize_model_grads,
     )
-    bare: Any = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=VOCABULARY,
-        max_sequence_length=LENGTH,
-        pre_process=layout.pipeline_rank == 0,
-        post_process=layout.pipeline_rank == layout.pipeline_size - 1,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
-    )
+    bare: Any = _model(config)
     inner = Float16Module(config, bare) if bf16 else bare
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), inner)
     optimizer_config = OptimizerConfig(lr=1e-2, bf16=bf16, params_dtype=precision, clip_grad=0.5)
@@ -101,8 +89,8 @@ def train(run: TinyRun, steps: range) -> list[float]:
             data_iterator=iter(mine),
             model=[run.model],
             num_microbatches=len(mine),
-            seq_length=LENGTH,
-            micro_batch_size=MICROBATCH,
+            seq_length=LENGTH * MICROBATCH,  # one stream
+            micro_batch_size=1,
             forward_only=False,
         )
         run.optimizer.step()
@@ -119,6 +107,51 @@ def weights(run: TinyRun) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in [*run.bare.parameters(), *states]]
 
 
+def _model(config: Any) -> Any:
+    # Only once the CPU platform is applied.
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from mstar_mega.models.language import LanguageModel
+
+    class Stage(LanguageModel):
+        """A stage on its own: token ids to the loss of the next ones."""
+
+        model_type = ModelType.encoder_or_decoder
+        share_embeddings_and_output_weights = False
+
+        def __init__(self) -> None:
+            first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+            last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            super().__init__(config, VOCABULARY, first, last)
+            self.pre_process, self.post_process = first, last
+
+        def set_input_tensor(self, tensor: Any) -> None:
+            """megatron's schedules hand over a list of one."""
+            super().set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+        def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            """int64 [B, LENGTH] each -> losses [B * LENGTH, 1] on the last stage, [B * LENGTH, 1, hidden] elsewhere."""
+            embedded = self.embedding(tokens.reshape(1, -1), None) if self.pre_process else None
+            hidden = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=Rows())
+            if not self.post_process:
+                return hidden
+            return vocab_parallel_cross_entropy(self.output_layer(hidden)[0].float(), labels.reshape(-1, 1))
+
+    return Stage()
+
+
+class Rows:
+    """An attention plan: the stream is sequences of LENGTH, one behind the other, each causal."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]."""
+        q, k, v = (x.unflatten(0, (-1, LENGTH)).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
 def _microbatches(step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 + step % 2)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
@@ -127,6 +160,4 @@ def _microbatches(step: int) -> list[torch.Tensor]:
 
 def _forward(microbatches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
     tokens = next(microbatches)
-    positions = torch.arange(LENGTH).expand(MICROBATCH, -1)
-    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return losses, lambda output: (output.mean(), {"loss": output.mean().detach()})
+    return model(tokens[:, :-1], tokens[:, 1:]), lambda output: (output.mean(), {"loss": output.mean().detach()})

@@ -1,4 +1,4 @@
-"""The large multimodal model: vision tower -> connector -> megatron GPT -> vocabulary head or score head.
+"""The large multimodal model: vision tower -> connector -> language model -> vocabulary head or score head.
 
 Vision tower and connector live on the first pipeline stage, the heads on the last. The policy ends in the vocabulary
 head; the process reward model (PRM) is the same trunk with a score head.
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -26,16 +24,15 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logits, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
-from mstar_mega.models.attention import AttentionPlan, PlannedAttention
+from mstar_mega.models.attention import AttentionPlan
 from mstar_mega.models.connectors import build_connector
+from mstar_mega.models.language import LanguageModel
 from mstar_mega.models.mapping import Head
-from mstar_mega.models.norms import RMSNorm
 from mstar_mega.models.packing import PackedBatch, StepIndex
 from mstar_mega.models.rope import Rope
 from mstar_mega.models.sizes import LanguageSize, VisionSize
@@ -60,21 +57,11 @@ class LMM(MegatronModule):
         if self.pre_process:
             self.vision = build_tower(_vision_config(config, vision), vision)
             self.connector = build_connector(config, vision)
-        self.language = GPTModel(
-            config,
-            _block_spec(config),
-            vocab_size=language.padded_vocab,
-            max_sequence_length=0,
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            position_embedding_type="none",
-            scatter_embedding_sequence_parallel=False,
+        self.language = LanguageModel(
+            config, language.padded_vocab, self.pre_process, self.post_process, head=head != "linear"
         )
         if self.post_process and head != "vocabulary":
             self.score_head = nn.Parameter(torch.zeros(2, language.hidden))
-        if self.post_process and head == "linear":
-            del self.language.output_layer
-            self.language.post_process = False  # or its checkpoint state would ask for the vocabulary head
         if self.post_process and head == "likelihood":
             self.likelihood_weights = nn.Parameter(torch.zeros(2))
         _mark_shards(self)
@@ -196,15 +183,17 @@ class LMM(MegatronModule):
 
 
 def _mark_shards(model: nn.Module) -> None:
-    """Say of every cut weight along which dimension it is cut.
+    """Say of every cut weight along which dimension it is cut, where it is not said yet.
 
-    Initialisation and the gradient norm ask for it; megatron would do it while initialising, which we do ourselves.
+    Initialisation and the gradient norm ask for it. megatron-core up to 0.18 says it only while it initialises, which
+    we do ourselves.
     """
     for part in model.modules():
-        if isinstance(part, ColumnParallelLinear | VocabParallelEmbedding):
-            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(part, RowParallelLinear):
-            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=1, stride=1)
+        dim = 0 if isinstance(part, ColumnParallelLinear | VocabParallelEmbedding) else 1
+        if isinstance(part, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
+            if not hasattr(part.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=dim, stride=1)
+            assert part.weight.tensor_model_parallel and part.weight.partition_dim == dim, part
 
 
 def transformer_config(
@@ -266,11 +255,3 @@ def _vision_config(config: TransformerConfig, size: VisionSize) -> TransformerCo
         sequence_parallel=False,
         pipeline_model_parallel_size=1,
     )
-
-
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer: Any = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = PlannedAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)

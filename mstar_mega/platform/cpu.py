@@ -1,9 +1,9 @@
 """The one place that knows megatron-core expects CUDA.
 
-:func:`apply_cpu_platform` makes megatron-core 0.16 run on CPU tensors under gloo. Nothing here slows the hot path down:
-``device="cuda"`` is rewritten only inside the five megatron modules that spell it out (a global ``TorchFunctionMode``
-more than doubles the cost of every small torch call, 1.0 to 2.2 microseconds), and the ``Tensor`` methods act
-differently only when a megatron module calls them.
+:func:`apply_cpu_platform` makes megatron-core (0.16 to 0.19) run on CPU tensors under gloo. Nothing here slows the hot
+path down: ``device="cuda"`` is rewritten only inside the megatron modules that spell it out (a global
+``TorchFunctionMode`` more than doubles the cost of every small torch call, 1.0 to 2.2 microseconds), and the ``Tensor``
+methods act differently only when a megatron module calls them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.optimizer.optimizer",  # scale and overflow buffers of the FP32 and the bf16 optimizer
     "megatron.core.optimizer.clip_grads",  # gradient norm, overflow buffer
     "megatron.core.pipeline_parallel.schedules",  # token counters of all three schedules
-    "megatron.core.transformer.utils",  # causal mask of the default core attention
     "megatron.core.utils",  # local stand-in for apex's multi-tensor norm
 )
 
@@ -51,6 +50,9 @@ def _patch_torch_cuda() -> None:
     cuda.current_device = lambda: torch.device("cpu")
     # Pipeline communication waits for the device.
     cuda.synchronize = lambda device=None: None
+    stream: Callable[..., Any] = cuda.current_stream
+    # Asked for before gradients are reduced (megatron-core 0.19), and used with recorded CUDA graphs only.
+    cuda.current_stream = lambda device=None: None if _called_by_megatron() else stream(device)
 
 
 def _called_by_megatron() -> bool:
@@ -63,7 +65,7 @@ def _patch_tensor_methods() -> None:
     tensor_type: Callable[..., Any] = torch.Tensor.type
 
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Shared embeddings across pipeline stages and reloaded optimizer states are moved with .cuda().
+        # Reloaded optimizer states are moved with .cuda().
         return self if _called_by_megatron() else tensor_cuda(self, *args, **kwargs)
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,9 @@ import warnings
 _NORMAL_WARNINGS = (
     r"Transformer Engine and Apex are not installed\. Falling back to",
     r"Apex is not installed\. Falling back to Torch Norm",
-    r"full scope is deprecated\. Use empty cuda_graph_scope",
+    r"full scope is deprecated\. Use empty cuda_graph_(scope|modules)",
+    # megatron-core 0.19 imports a model that nobody here asks for.
+    r"MimoModelConfig is experimental",
     # megatron-core 0.16 calls collectives by the names that torch 2.13 replaces.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     # The distributed optimizer trains views of the weights.
@@ -25,9 +27,17 @@ def silence_normal_warnings() -> None:
     """
     for message in _NORMAL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_a_missing_driver)
+    for logger, _ in _NORMAL_LOGS:
+        logging.getLogger(logger).addFilter(_is_news)
 
 
-def _is_not_about_a_missing_driver(record: logging.LogRecord) -> bool:
+_NORMAL_LOGS = (
     # A CUDA build of torch says so on a machine that has a compiler for CUDA and no GPU.
-    return "No CUDA runtime is found" not in record.getMessage()
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    # megatron-core 0.19: it computes the distributed optimizer's layout itself, as earlier ones did without a word.
+    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(record.name == name and text in record.getMessage() for name, text in _NORMAL_LOGS)

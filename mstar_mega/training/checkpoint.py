@@ -7,6 +7,7 @@ finished, so a killed or failed save leaves nothing that looks good.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -31,6 +32,8 @@ from mstar_mega.training.index import INDEX, Index, from_torch
 from mstar_mega.training.manifest import (
     COMMON_STATE,
     MANIFEST,
+    STAMP,
+    STAMPED,
     DamagedCheckpointError,
     digest_files,
     files_in,
@@ -245,10 +248,8 @@ class _Writer(FileSystemWriter):
 
 def write_plain_state(directory: Path, plain: dict[str, Any]) -> None:
     """The files that megatron keeps beside the shards: the unsharded rest of the state, and the format's name."""
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
     torch.save(plain, directory / COMMON_STATE)
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    (directory / STAMP).write_text(json.dumps(STAMPED))
 
 
 def _finish(temporary: Path, final: Path, files: dict[str, list[Any]], common: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ COMMON_STATE = "common.pt"
 """megatron's own: what is not cut over ranks."""
 
 STAMP = "metadata.json"
-"""megatron's own: the name of the format."""
-_STAMP = {
+"""megatron's own: the name of the format. Written by us: which fields it has differs between releases."""
+STAMPED = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
     "common_backend_version": 1,
 }  # fmt: skip
@@ -186,7 +186,7 @@ def _unreadable(path: Path, files: Mapping[str, Any]) -> str:
             return f"the manifest lists no {name}"
     try:
         stamp = read_json(path / STAMP, most=1 << 12)
-        if stamp != _STAMP:
+        if stamp != STAMPED:
             return f"{path / STAMP} names another format than this program's"
         read_index(path)
     except (OSError, ValueError) as error:

@@ -32,9 +32,10 @@ def sharded_training_state(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def restore_training_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over what was loaded for a :func:`sharded_training_state` template."""
+    """Take over what was loaded for a :func:`sharded_training_state` template; the learning rates stay."""
     model.load_state_dict(state["model"])
     part = _single(optimizer)
+    _keep_rates(part.param_groups, state["optimizer"])
     if isinstance(part, DistributedOptimizer):
         _take_own_part(part, state["optimizer"])
     else:
@@ -72,6 +73,24 @@ def _single(optimizer: Any) -> Any:
     """The optimizer inside megatron's chain of them, which has one link for a model without experts."""
     (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
     return part
+
+
+_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells parameter groups of one model apart."""
+
+
+def _keep_rates(present: list[dict[str, Any]], states: dict[str, Any]) -> None:
+    """Give loaded parameter groups the present ones' highest and lowest rate: the settings rule, not a checkpoint.
+
+    megatron-core from 0.19 on looks for a group with the same rates, and finds none where the settings have changed.
+    """
+    rates = {_kind(group): {key: group[key] for key in ("max_lr", "min_lr")} for group in present}
+    for group in states.get("optimizer", states)["param_groups"]:
+        group.update(rates.get(_kind(group), {}))
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in _KIND)
 
 
 def _gathered_state(part: DistributedOptimizer, weights: dict[str, Any], has_step: bool) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class Trainer:
         restore_training_state(self.model, self.optimizer, state)
         config = self.config
         for group in self.optimizer.param_groups:  # the settings rule, as for the schedule
-            group.update(max_lr=config.lr, min_lr=config.min_lr, betas=(config.beta1, config.beta2), eps=config.eps)
+            group.update(betas=(config.beta1, config.beta2), eps=config.eps)
         self.scheduler.num_steps = 0  # megatron adds the loaded count to the present one
         self.scheduler.load_state_dict(scheduler)
 
