@@ -27,8 +27,8 @@ from mstar_mega.report.html import write_report
 from mstar_mega.report.images import shown_picture
 from mstar_mega.report.metrics import MetricsLog
 from mstar_mega.report.plots import all_plots
-from mstar_mega.report.run import load_run
-from mstar_mega.report.samples import choose_groups, collect_samples, pieces
+from mstar_mega.report.run import Run, load_run
+from mstar_mega.report.samples import choose_groups, collect_samples, pieces, place_of
 from mstar_mega.report.summary import build_summary
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -163,7 +163,7 @@ def test_damage_becomes_a_notice(tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text("seed: [1")
     page = Page(write_report(run_dir))
     notices = page.source.split('class="notice"')[1].split("</section>")[0]
-    for text in ("block_00000.jsonl", "2-0.png of query q-2-0", "metrics.jsonl, line", "config.yaml: not YAML"):
+    for text in ("block_00000.jsonl", ".png of query q-2-", "metrics.jsonl, line", "config.yaml: not YAML"):
         assert text in notices, text
     assert [(entry["iteration"], len(entry["queries"])) for entry in page.samples["iterations"]] == [(1, 1), (2, 6)]
     assert "59.0%" in page.text
@@ -228,16 +228,40 @@ def test_a_full_page_keeps_every_iteration_and_says_so(tmp_path: Path, monkeypat
 
 
 def test_images_are_embedded_small(tmp_path: Path) -> None:
-    small = shown_picture(write_image(tmp_path / "small.png"), tmp_path).url
+    small = shown_picture(write_image(tmp_path / "small.png")).url
     assert small.startswith("data:image/png;base64,")
-    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900)), tmp_path).url
+    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900))).url
     with Image.open(io.BytesIO(base64.b64decode(large.split(",")[1]))) as image:
         assert image.size == (448, 252)
-    moved = ImageRef("small.png", write_image(tmp_path / "small.png").digest)
-    assert shown_picture(moved, tmp_path).url and tmp_path != Path.cwd()
-    (tmp_path / "small.png").write_bytes(b"other")
+    file = write_image(tmp_path / "small.png")
+    Path(file.path).write_bytes(b"other")
     with pytest.raises(ValueError, match="has changed"):
-        shown_picture(moved, tmp_path)
+        shown_picture(file)
+
+
+def test_images_are_found_where_the_run_is_now(tmp_path: Path) -> None:
+    """Begun in another working directory, with a relative or absolute path, and moved; or with images beside it."""
+    images = tmp_path / "now/data/images"
+    images.mkdir(parents=True)
+    shutil.copy(write_image(tmp_path / "a.png").path, images / "a.png")
+    beside = tmp_path / "a.png"
+    for recorded, path, wanted in (
+        ("runs/a", "runs/a/data/images/a.png", images / "a.png"),
+        ("/gone/a", "/gone/a/data/images/a.png", images / "a.png"),
+        ("runs/a", str(beside), beside),
+        ("runs/a", "data/images/a.png", images / "a.png"),
+        (None, "data/images/a.png", images / "a.png"),
+    ):
+        run = Run(tmp_path / "now", {"run": {"dir": recorded}}, "", [])
+        assert place_of(ImageRef(path, ""), run) == wanted, (recorded, path)
+
+
+def test_lost_images_are_counted_and_few_are_named(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", iterations=2)
+    shutil.rmtree(run_dir / "images")
+    *named, counted = collect_samples(load_run(run_dir)).problems
+    assert len(named) == 3 and all("is not shown: " in line for line in named), "of 4 queries an iteration"
+    assert counted == "5 further images are not shown"
 
 
 def test_a_picture_is_shown_as_the_policy_read_it_and_the_page_says_where_it_was_changed(tmp_path: Path) -> None:
@@ -250,7 +274,7 @@ def test_a_picture_is_shown_as_the_policy_read_it_and_the_page_says_where_it_was
     shown = {}
     for name in ("turned", "clear", "deep"):
         content = (tmp_path / f"{name}.png").read_bytes()
-        shown[name] = shown_picture(ImageRef(f"{name}.png", image_digest(content)), tmp_path)
+        shown[name] = shown_picture(ImageRef(str(tmp_path / f"{name}.png"), image_digest(content)))
     assert [each.note for each in shown.values()] == [
         "As the policy read it: turned as its EXIF data say.",
         "As the policy read it: laid on white where it is transparent.",
@@ -259,8 +283,8 @@ def test_a_picture_is_shown_as_the_policy_read_it_and_the_page_says_where_it_was
     pictures = {name: Image.open(io.BytesIO(base64.b64decode(each.url.split(",")[1]))) for name, each in shown.items()}
     assert pictures["turned"].size == (20, 40)
     assert pictures["clear"].getpixel((0, 0)) == (255, 255, 255) and pictures["deep"].getpixel((0, 0)) == (117,) * 3
-    assert shown_picture(write_image(tmp_path / "plain.png"), tmp_path).note == ""
-    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900)), tmp_path)
+    assert shown_picture(write_image(tmp_path / "plain.png")).note == ""
+    large = shown_picture(write_image(tmp_path / "large.png", (1600, 900)))
     assert large.note == "As the policy read it: 1600 × 900 pixels, shown smaller."
 
 

@@ -116,7 +116,7 @@ def _question(
 def _shown(image: ImageRef, reading: PictureReading) -> Shown:
     """An image for the page; nothing where it is gone since it was asked about."""
     try:
-        return shown_picture(image, Path(), reading)
+        return shown_picture(image, reading)
     except (OSError, ValueError):
         return NOT_SHOWN
 

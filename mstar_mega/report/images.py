@@ -36,13 +36,12 @@ class Shown:
 NOT_SHOWN = Shown("", "")
 
 
-def shown_picture(image: ImageRef, directory: Path, reading: PictureReading = DEFAULT) -> Shown:
-    """An image as the policy reads it, at most 448 pixels a side. A relative path may be relative to the run directory.
+def shown_picture(image: ImageRef, reading: PictureReading = DEFAULT) -> Shown:
+    """An image as the policy reads it, at most 448 pixels a side.
 
     Raises OSError where it cannot be read or decoded, ValueError where the file is no longer the one the run used.
     """
-    path = Path(image.path)
-    content = read_input(path if path.exists() else directory / path, MAX_BYTES)
+    content = read_input(Path(image.path), MAX_BYTES)
     if image_digest(content) != image.digest:
         raise ValueError("the file has changed since the run used it")
     try:

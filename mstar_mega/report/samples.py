@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 from mstar_mega.config import ReportConfig
 from mstar_mega.data.pictures import PictureReading
 from mstar_mega.data.records import SELECTED, DamagedFileError, read_groups, read_selected
-from mstar_mega.data.types import Group, Response
+from mstar_mega.data.types import Group, ImageRef, Response
 from mstar_mega.report.images import Shown, shown_picture
 from mstar_mega.report.run import Run
 
 MOST_SAMPLES = 1000
 """Queries of an iteration, whatever the settings say."""
+_LOST_NAMED = 3
+"""Images that cannot be shown are named, so many of them; the rest is counted."""
 MOST_BYTES = 2_200_000
 """Characters of all samples together, images included; what does not fit is left out and counted."""
 
@@ -56,16 +58,17 @@ def collect_samples(run: Run) -> Samples:
             iteration = int(match[1])
             chosen[iteration] = choose_groups(directory, iteration, wanted, samples.problems)
             if iteration in selected and not (directory / SELECTED).exists():
-                lost = "is missing: which responses were selected cannot be shown"
-                samples.problems.append(f"{directory / SELECTED} {lost}")
+                missing = "is missing: which responses were selected cannot be shown"
+                samples.problems.append(f"{directory / SELECTED} {missing}")
     queries: dict[int, list[dict[str, Any]]] = {iteration: [] for iteration in sorted(chosen)}
+    lost: dict[str, str] = {}
     size = 0
     # One query of each iteration after the other, so that a full page still has every iteration.
     for row in zip_longest(*(chosen[iteration] for iteration in queries)):
         for iteration, group in zip(queries, row, strict=True):
             if group is None:
                 continue
-            new = _load_images(group, run.directory, samples, reading)
+            new = _load_images(group, run, samples, lost, reading)
             data = query_data(group)
             pictures = sum(len(shown.url) + len(shown.note) for shown in new.values())
             needed = len(json.dumps(data, ensure_ascii=False)) + pictures
@@ -76,6 +79,11 @@ def collect_samples(run: Run) -> Samples:
             samples.images |= {digest: shown.url for digest, shown in new.items()}
             samples.notes |= {digest: shown.note for digest, shown in new.items() if shown.note}
             queries[iteration].append(data)
+    more = len(lost) - _LOST_NAMED
+    samples.problems += [
+        *list(lost.values())[:_LOST_NAMED],
+        *([f"{more} further images are not shown"] if more > 0 else []),
+    ]
     samples.iterations = [{"iteration": i, "queries": those} for i, those in queries.items() if those]
     return samples
 
@@ -155,16 +163,24 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
-def _load_images(group: Group, directory: Path, samples: Samples, reading: PictureReading) -> dict[str, Shown]:
-    """Those of a group's images that the page does not have yet; what cannot be shown becomes a problem."""
+def _load_images(
+    group: Group, run: Run, samples: Samples, lost: dict[str, str], reading: PictureReading
+) -> dict[str, Shown]:
+    """Those of a group's images that the page does not have yet; why one cannot be shown is added to ``lost``."""
     shown = {}
     for image in group.query.images:
         if image.digest in samples.images:
             continue
         try:
-            shown[image.digest] = shown_picture(image, directory, reading)
+            shown[image.digest] = shown_picture(replace(image, path=str(place_of(image, run))), reading)
         except (OSError, ValueError) as error:
-            problem = f"image {image.path} of query {group.query.id} is not shown: {error}"
-            if problem not in samples.problems:
-                samples.problems.append(problem)
+            lost[image.digest] = f"image {image.path} of query {group.query.id} is not shown: {error}"
     return shown
+
+
+def place_of(image: ImageRef, run: Run) -> Path:
+    """Where an image lies now: the run may have been moved since, or begun in another working directory."""
+    path, recorded = Path(image.path), run.setting("run", "dir")
+    if isinstance(recorded, str) and recorded and path.is_relative_to(recorded):
+        return run.directory / path.relative_to(recorded)
+    return path if path.exists() else run.directory / path
