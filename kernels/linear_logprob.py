@@ -30,10 +30,12 @@ from mstar_mega.kernels.dispatch import chunk_bytes, is_on, uses_triton
 from mstar_mega.kernels.language import cdiv
 from mstar_mega.kernels.logprob import check_arguments, local_valid, logprob_reference, vocab_parallel_logprob
 from mstar_mega.kernels.row_stats import (
+    RowStats,
     gradient_reference,
     gradient_triton,
+    joined,
+    masked,
     merge_ranks,
-    scaled,
     stats_reference,
     stats_triton,
 )
@@ -91,21 +93,21 @@ class _Head:
         z = linear_logits(x, self.weight)
         return z if self.bias is None else z.add_(self.bias.float())
 
-    def stats(self, z: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of this rank's logits; see ``row_stats``. Plain PyTorch divides ``z`` by the temperature in place."""
+    def stats(self, z: Tensor, column: Tensor, entropy: bool) -> RowStats:
+        """Of this rank's logits. Plain PyTorch masks ``z`` in place."""
         if self.triton:
             return stats_triton(z, column, self.temperature, self.valid, entropy)
-        return stats_reference(scaled(z, self.temperature, self.valid, owned=True), column, entropy)
+        return stats_reference(masked(z, self.valid, owned=True), column, entropy, self.temperature)
 
     def gradient(
-        self, z: Tensor, column: Tensor, lse: Tensor, g: Tensor, h: Tensor | None, H: Tensor | None, dtype: torch.dtype
+        self, z: Tensor, column: Tensor, whole: RowStats, g: Tensor, h: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """Gradient of the logits from logits as :meth:`stats` left them, in the dtype its products take."""
         dtype = dtype if z.is_cuda else torch.float32
         if self.triton:
             out = z if dtype == torch.float32 else torch.empty_like(z, dtype=dtype)
-            return gradient_triton(z, out, column, lse, g, h, H, self.temperature, self.valid)
-        return gradient_reference(z, column, lse, g, h, H, self.temperature).to(dtype)
+            return gradient_triton(z, out, column, whole, g, h, self.temperature, self.valid)
+        return gradient_reference(z, column, whole, g, h, self.temperature).to(dtype)
 
 
 class _Gradients:
@@ -149,29 +151,31 @@ class _LinearLogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         index = _some_of(counted)
         x, at = _take(hidden, index), _take(column, index)
-        lse, target, H = merge_ranks(*_local_stats(head, x, at, entropy), head.group)
-        ctx.save_for_backward(hidden, column, _spread(lse, index, counted), _spread(H, index, counted), counted)
-        ctx.head, ctx.weight, ctx.entropy = head, weight, entropy
-        log_prob = _spread(target - lse, index, counted)
-        return log_prob, _spread(H, index, counted) if H is not None else log_prob.new_empty(0)
+        whole = merge_ranks(_local_stats(head, x, at, entropy), head.temperature, head.group)
+        kept = [_spread(each, index, counted) for each in (whole.high, whole.log_sum, whole.target)]
+        H = None if whole.entropy is None else _spread(whole.entropy, index, counted)
+        ctx.save_for_backward(hidden, column, counted, *kept, H)
+        ctx.head, ctx.weight = head, weight
+        log_prob = _spread(whole.log_prob(head.temperature), index, counted)
+        return log_prob, log_prob.new_empty(0) if H is None else H
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, column, lse, H, counted = ctx.saved_tensors
-        head: _Head = ctx.head
+        hidden, column, counted, *kept = ctx.saved_tensors
+        head, whole = ctx.head, RowStats(*kept)
         g = torch.where(counted, grad_outputs[0].float(), 0.0)
-        h = torch.where(counted, grad_outputs[1].float(), 0.0) if ctx.entropy else None
+        h = None if whole.entropy is None else torch.where(counted, grad_outputs[1].float(), 0.0)
         index = _some_of(g != 0 if h is None else (g != 0) | (h != 0))
-        x, at, lse, g = (_take(t, index) for t in (hidden, column, lse, g))
-        h, H = (None, None) if h is None else (_take(h, index), _take(H, index))
+        x, at, g = (_take(t, index) for t in (hidden, column, g))
+        h = None if h is None else _take(h, index)
+        whole = whole if index is None else whole.rows(index)
         fused = _main_grad(ctx.weight) if ctx.needs_input_grad[1] else None
         gradients = _Gradients(head, x, ctx.needs_input_grad[:3], fused)
         for rows in head.chunks(x.size(0)):
             z = head.logits(x[rows])
             if not head.triton:
-                z = scaled(z, head.temperature, head.valid, owned=True)
-            h_some, H_some = (None, None) if h is None or H is None else (h[rows], H[rows])
-            d = head.gradient(z, at[rows], lse[rows], g[rows], h_some, H_some, x.dtype)
+                z = masked(z, head.valid, owned=True)
+            d = head.gradient(z, at[rows], whole.rows(rows), g[rows], None if h is None else h[rows], x.dtype)
             gradients.add(rows, x[rows], d)
             del z, d  # before the next chunk, not after it
         dx = gradients.x
@@ -180,19 +184,16 @@ class _LinearLogProb(torch.autograd.Function):
         return dx, _weight_gradient(ctx, gradients.weight, fused), _cast(gradients.bias, head.bias), *[None] * 4
 
 
-def _local_stats(head: _Head, x: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _local_stats(head: _Head, x: Tensor, column: Tensor, entropy: bool) -> RowStats:
     if head.triton and linear_stats.fits(x, head.weight):
         if x.size(0):
             return linear_stats.linear_stats(x, head.weight, head.bias, column, head.temperature, head.valid, entropy)
         none = x.new_empty(0, dtype=torch.float32)
-        return none, none, none if entropy else None
+        return RowStats(none, none, none, none if entropy else None)
     parts = [head.stats(head.logits(x[rows]), column[rows], entropy) for rows in head.chunks(x.size(0))]
     if not parts:
         parts = [head.stats(head.logits(x), column, entropy)]
-    if len(parts) == 1:
-        return parts[0]
-    lse, target, H = zip(*parts, strict=True)
-    return torch.cat(lse), torch.cat(target), torch.cat(H) if entropy else None
+    return joined(parts)
 
 
 def linear_logprob(
@@ -211,7 +212,7 @@ def linear_logprob(
 ) -> Any:
     """Log-probabilities, float32 [N], of ``target`` under softmax((hidden weight^T + bias) / temperature).
 
-    Differentiable per token in hidden, weight and bias. Under a group: one all-gather of 8 bytes a row in the forward.
+    Differentiable per token in hidden, weight and bias. Under a group: one all-gather of 12 bytes a row in the forward.
 
     Args:
         hidden: [N, H] of any float dtype, the same on every rank of the group.
@@ -262,9 +263,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         for rows in head.chunks(x.size(0)):
             z = head.logits(x[rows])
-            lse, target, _ = merge_ranks(*head.stats(z, at[rows], False), head.group)
-            total += ((target - lse) * g[rows]).sum()
-            d = head.gradient(z, at[rows], lse, g[rows], None, None, dtype=x.dtype)
+            whole = merge_ranks(head.stats(z, at[rows], False), head.temperature, head.group)
+            total += (whole.log_prob(head.temperature) * g[rows]).sum()
+            d = head.gradient(z, at[rows], whole, g[rows], None, dtype=x.dtype)
             gradients.add(rows, x[rows], d)
             del z, d
         ctx.save_for_backward(gradients.x, gradients.weight, gradients.bias, index)
@@ -308,8 +309,8 @@ def linear_cross_entropy(
         reduction: "mean" divides by the number of counted rows; without any it is 0, with zero gradients.
         row_weight: float [N], no gradient; rows with weight 0 cost nothing. None: 1 for each.
 
-    Under a group the forward has one all-gather of 8 bytes a row for each chunk: a chunk's gradient needs its rows'
-    log-sum-exp over all ranks. The gradient is computed with the loss, and only where something asks for it.
+    Under a group the forward has one all-gather of 12 bytes a row for each chunk: a chunk's gradient needs its rows'
+    maximum and log-sum over all ranks. The gradient is computed with the loss, and only where something asks for it.
     """
     _check(hidden, weight, bias, target, temperature)
     if reduction not in ("sum", "mean"):
@@ -367,10 +368,8 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x[index]
 
 
-def _spread(x: Tensor | None, index: Tensor | None, like: Tensor) -> Tensor:
+def _spread(x: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     """Values of the rows in ``index``, zeros in the others."""
-    if x is None:
-        return torch.empty(0, device=like.device)
     return x if index is None else x.new_zeros(like.numel()).index_copy_(0, index, x)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.kernels.language import INTERPRETED, cdiv, dot, jit, set_scratch, tl
-from mstar_mega.kernels.row_stats import NEG_INF, merge_parts
+from mstar_mega.kernels.row_stats import NEG_INF, RowStats, joined, merge_parts
 
 TILE = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}
 OPTIONS = {"num_warps": 8, "num_stages": 4}
@@ -57,13 +57,13 @@ def linear_stats_kernel(  # type: ignore[no-untyped-def]
         column = tl.where(inside, column, -1).to(tl.int32)  # 64 bits would double the comparisons
         if tl.max(inside.to(tl.int32), 0) > 0:
             target = tl.sum(tl.where(at[None, :] == column[:, None], acc, 0.0), 1)
-            tl.store(TARGET + row, target * inverse_temperature, mask=inside)
+            tl.store(TARGET + row, target, mask=inside)
         if here < BN:
             acc = tl.where(at[None, :] < here, acc, -float("inf"))
         m = tl.max(acc, 1)
         acc -= tl.where(m == -float("inf"), 0.0, m)[:, None]
         e = tl.exp2(acc * log2_scale)
-        tl.store(MAX + pn * N + row, m * inverse_temperature, mask=row < N)
+        tl.store(MAX + pn * N + row, m, mask=row < N)
         tl.store(SUM + pn * N + row, tl.sum(e, 1), mask=row < N)
         if ENTROPY:
             weighted = tl.sum(tl.where(e == 0.0, 0.0, e * acc), 1) * inverse_temperature
@@ -77,8 +77,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def linear_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor, temperature: float, valid: int, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(lse, target logit, entropy), float32 [N], of (x weight^T + bias) / T over the first ``valid`` columns.
+) -> RowStats:
+    """Of the logits x weight^T + bias over the first ``valid`` columns, at temperature T.
 
     Args:
         x: [N, H], bfloat16 or float16 as ``weight`` [V, H]; H a multiple of 8.
@@ -88,20 +88,17 @@ def linear_stats(
     x, weight = _addressable(x), _addressable(weight)
     parts = [_launch(x[i : i + _MAX_ROWS], weight, bias, column[i : i + _MAX_ROWS], temperature, valid, entropy)
              for i in range(0, x.size(0), _MAX_ROWS)]  # fmt: skip
-    if len(parts) == 1:
-        return parts[0]
-    lse, target, ent = zip(*parts, strict=True)
-    return torch.cat(lse), torch.cat(target), torch.cat(ent) if entropy else None
+    return joined(parts)
 
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor, temperature: float, valid: int, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> RowStats:
     N, (V, K) = x.size(0), weight.shape
     target = torch.full((N,), NEG_INF, device=x.device)
     tiles = cdiv(valid, TILE["BN"])
     if not tiles:  # a slice of nothing but padding
-        return target, target, torch.zeros_like(target) if entropy else None
+        return RowStats(target, target, target, torch.zeros_like(target) if entropy else None)
     parts = torch.empty(2 + entropy, tiles, N, device=x.device)
     programs = min(tiles * cdiv(N, TILE["BM"]), multiprocessors(x.device))
     set_scratch(x.device)
@@ -110,8 +107,7 @@ def _launch(
         parts[-1], target, N, V, valid, x.stride(0), weight.stride(0), 1.0 / temperature, programs,
         K=K, **TILE, HAS_BIAS=bias is not None, ENTROPY=entropy, INTERP=INTERPRETED, **OPTIONS,
     )  # fmt: skip
-    lse, ent = merge_parts(parts[0], parts[1], parts[2] if entropy else None, dim=0)
-    return lse, target, ent
+    return merge_parts(parts[0], parts[1], parts[2] if entropy else None, target, temperature, dim=0)
 
 
 def multiprocessors(device: torch.device) -> int:

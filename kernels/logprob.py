@@ -2,8 +2,8 @@
 
     log p(y) = z_y / T - logsumexp_v(z_v / T)
 
-Each rank reduces its own slice to two floats a row (three with the entropy); one all-gather merges the ranks, so no
-[N, V] tensor crosses the network. Only the logits and the log-sum-exp are kept for the backward, which recomputes the
+Each rank reduces its own slice to three floats a row (four with the entropy); one all-gather merges the ranks, so no
+[N, V] tensor crosses the network. Only the logits and these floats are kept for the backward, which recomputes the
 softmax, and may write the gradient over the logits. Formulas and kernels: ``row_stats.py``.
 """
 
@@ -17,10 +17,11 @@ from torch.distributed import ProcessGroup
 
 from mstar_mega.kernels.dispatch import uses_triton
 from mstar_mega.kernels.row_stats import (
+    RowStats,
     gradient_reference,
     gradient_triton,
+    masked,
     merge_ranks,
-    scaled,
     stats_reference,
     stats_triton,
 )
@@ -46,30 +47,30 @@ class _VocabParallelLogProb(torch.autograd.Function):
         if uses_triton("vocab_parallel_logprob", rows):
             local = stats_triton(_unit_stride(rows), column, temperature, valid, entropy, ~counted)
         else:
-            local = stats_reference(scaled(rows, temperature, valid), column, entropy)
-        lse, at_target, H = merge_ranks(*local, group)
-        ctx.save_for_backward(logits, lse, column, counted, H)
+            local = stats_reference(masked(rows, valid), column, entropy, temperature)
+        whole = merge_ranks(local, temperature, group)
+        ctx.save_for_backward(logits, column, counted, whole.high, whole.log_sum, whole.target, whole.entropy)
         ctx.constants = (temperature, valid, inplace)
-        log_prob = torch.where(counted, at_target - lse, 0.0).view(target.shape)
-        if H is None:
+        log_prob = torch.where(counted, whole.log_prob(temperature), 0.0).view(target.shape)
+        if whole.entropy is None:
             return log_prob, log_prob.new_empty(0)
-        return log_prob, torch.where(counted, H, 0.0).view(target.shape)
+        return log_prob, torch.where(counted, whole.entropy, 0.0).view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, lse, column, counted, H = ctx.saved_tensors
+        logits, column, counted, *kept = ctx.saved_tensors
+        whole = RowStats(*kept)
         temperature, valid, inplace = ctx.constants
         g = torch.where(counted, grad_outputs[0].reshape(-1).float(), 0.0)
-        h = None if H is None else torch.where(counted, grad_outputs[1].reshape(-1).float(), 0.0)
+        h = None if whole.entropy is None else torch.where(counted, grad_outputs[1].reshape(-1).float(), 0.0)
         rows = logits.detach().reshape(-1, logits.size(-1))
         if uses_triton("vocab_parallel_logprob", rows):
             rows = _unit_stride(rows)
-            grad = gradient_triton(
-                rows, rows if inplace else torch.empty_like(rows), column, lse, g, h, H, temperature, valid
-            )
+            out = rows if inplace else torch.empty_like(rows)
+            grad = gradient_triton(rows, out, column, whole, g, h, temperature, valid)
         else:
-            z = scaled(rows, temperature, valid, owned=inplace)
-            grad = gradient_reference(z, column, lse, g, h, H, temperature).to(logits.dtype)
+            z = masked(rows, valid, owned=inplace)
+            grad = gradient_reference(z, column, whole, g, h, temperature).to(logits.dtype)
         return grad.view(logits.shape), None, None, None, None, None, None, None, None
 
 

@@ -104,7 +104,7 @@ def _log_prob_cases() -> Iterator[Case]:
         yield Case(f"log-prob statistics, {dtype}", row_stats.row_stats_kernel, types, constants, warps, wide=True)
     for dtype, out, entropy in (("fp32", "bf16", False), ("bf16", "bf16", True)):
         constants = {"BLOCK": row_stats.BLOCK, "ENTROPY": entropy, "INTERP": False}
-        types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
+        types = f"*{dtype} *{out} *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32! i32! i32! i32 fp32"
         name = f"log-prob gradient, {dtype} to {out}"
         yield Case(name, row_stats.row_grad_kernel, types, constants, warps, wide=True)
     types = "*fp32 *u8 *fp32 *i64 *i64 *fp64 *fp32 *i64 *fp32 *fp32 i32! i32 i32! i32!"
