@@ -268,8 +268,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "set model.checkpoint" in capsys.readouterr().err
 
 
-def test_what_is_recommended_is_a_job_that_starts(capsys: pytest.CaptureFixture[str]) -> None:
-    config = ["--config", str(EXAMPLES / "internvl2_2b.yaml")]
+@pytest.mark.parametrize("name", ["internvl2_2b", "phi3_5_vision", "minicpm_v2_5"])
+def test_the_shipped_configs_have_the_layout_that_is_recommended(name: str) -> None:
+    """For eight GPUs of 80 GB; with the micro-batches, in all stages."""
+    config = settings.parse(["--config", name])
+    best = recommend(model_of(config)[0], config, 8, 80 * 10**9)
+    assert best is not None and best.parallel == config.parallel
+    stages = (config.warmup, config.prm, config.evolve)
+    assert {stage.optimizer.microbatch_tokens for stage in stages} == {best.layout.microbatch_tokens}
+
+
+def cut_in_two(folder: Path) -> list[str]:
+    """Arguments for a config that is not what is recommended."""
+    (folder / "two.yaml").write_text("parallel: {tensor: 2, sequence: true, distributed_optimizer: false}")
+    return ["--config", str(EXAMPLES / "internvl2_2b.yaml"), "--config", str(folder / "two.yaml")]
+
+
+def test_what_is_recommended_is_a_job_that_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cut_in_two(tmp_path)
     assert cli.main(["plan", *config, "--gpus", "3", "--memory", "80GB"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --parallel.tensor ")]
     assert "--parallel.sequence false --parallel.distributed_optimizer true" in line
@@ -281,8 +297,10 @@ def test_what_is_recommended_is_a_job_that_starts(capsys: pytest.CaptureFixture[
     assert "--parallel.sequence" not in capsys.readouterr().out
 
 
-def test_every_layout_stands_beside_itself_with_a_distributed_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["plan", "--config", str(EXAMPLES / "internvl2_2b.yaml"), "--gpus", "8", "--memory", "80GB"]
+def test_every_layout_stands_beside_itself_with_a_distributed_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["plan", *cut_in_two(tmp_path), "--gpus", "8", "--memory", "80GB"]
     assert cli.main(args) == 0
     own = re.findall(r"^  (tensor .* x data (\d), .* tokens): (\S+ GB), (?:.*; shared (\S+ GB))?", _out(capsys), re.M)
     assert cli.main([*args, "--parallel.distributed_optimizer", "true"]) == 0
