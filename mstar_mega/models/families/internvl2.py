@@ -69,6 +69,15 @@ SIZES = {
         tokenizer=DIGITS_TOKENIZER,
         max_tiles=1,
     ),
+    # For pictures of one's own: four times the pixels a tile, and up to four tiles with the whole picture behind them.
+    "mid": Size(
+        vision=VisionSize(image_size=96, patch_size=12, hidden=128, ffn=384, layers=3, heads=4),
+        language=LanguageSize(
+            hidden=192, ffn=512, layers=4, heads=6, kv_heads=2, head_dim=32, vocab=0, rope_theta=10_000.0, init_std=0.05
+        ),
+        tokenizer=DIGITS_TOKENIZER,
+        max_tiles=4,
+    ),
 }
 
 _NAMES = LayerNames(
