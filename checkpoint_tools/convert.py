@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,17 @@ from mstar_mega.checkpoint_tools.model_card import CARD, ORIGINAL, model_card
 from mstar_mega.checkpoint_tools.named import write_model_files
 from mstar_mega.checkpoint_tools.native import to_native
 from mstar_mega.checkpoint_tools.native_files import REPLACED, native_files
+from mstar_mega.checkpoint_tools.refusals import (
+    check_layout,
+    check_parameters,
+    check_sources,
+    check_tokenizer,
+    must_be_free,
+)
 from mstar_mega.checkpoint_tools.runs import newest_policy, run_config
 from mstar_mega.config import ParallelConfig
 from mstar_mega.models.copying import copy_model_files, model_files
-from mstar_mega.models.description import MODEL_FILES, family_from_hf, read_config
+from mstar_mega.models.description import MODEL_FILES, read_config
 from mstar_mega.models.mapping import Mapping, head_of
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
@@ -45,11 +51,6 @@ SHARD_BYTES = 10**9
 """Largest shard written for Hugging Face: the only one held in memory."""
 HEAD_KEY = "mstar_head"
 """In config.json of an exported PRM: which score head it has."""
-_LISTED = 30
-_QUANTIZED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv")
-"""Ends of the names that bitsandbytes, GPTQ, AWQ and float8 formats store beside their weights."""
-
-Shape = tuple[int, ...]
 Export = Callable[[dict[str, Any], ModelMap, Path], tuple[dict[str, Any], ModelMap]]
 """Config and map of the original's layout, and where the tokenizer is -> those of another layout."""
 
@@ -88,14 +89,14 @@ def hf_to_megatron(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1) -> C
     Raises ValueError, before anything is written, where the weights are not exactly those of the model in config.json.
     """
     started = time.monotonic()
-    _must_be_free(out)
+    must_be_free(out)
     config = read_config(hf)
     model = map_of(config, config.get(HEAD_KEY, "vocabulary"), hf / "config.json")
     weights = HFWeights(hf, model.tied)
-    _check_sources(hf, model, weights)
+    check_sources(hf, model, weights)
     model_files(hf)
-    _check_tokenizer(hf)
-    _check_layout(model, tensor, pipeline)
+    check_tokenizer(hf)
+    check_layout(model, tensor, pipeline)
     sizes = [sum(weights.tensors[source.name].bytes for source in mapping.sources) for mapping in model.mappings]
     mine = _share(model.mappings, sizes)
 
@@ -136,7 +137,7 @@ def megatron_to_hf(
     of its own because training wrote it. ``export`` changes config and map to another layout of the same model.
     Raises ValueError, before anything is written, where the checkpoint is not exactly the model of the config.
     """
-    _must_be_free(out)
+    must_be_free(out)
     checkpoint = Path(broadcast_object(str(newest_policy(checkpoint))))
     verify_checkpoint(checkpoint)
     weights = MegatronWeights(checkpoint)
@@ -155,7 +156,7 @@ def _to_hf(
     config = read_config(files)
     model_files(files)
     model = map_of(config, head_of(weights.parameters), files / "config.json")
-    _check_parameters(checkpoint, model, weights)
+    check_parameters(checkpoint, model, weights)
     config.pop(HEAD_KEY, None)
     if model.head != "vocabulary":
         config[HEAD_KEY] = model.head
@@ -221,72 +222,6 @@ def _ours(mapping: Mapping, weights: HFWeights) -> Tensor:
     return mapping.to_ours(tensors)
 
 
-def _check_sources(hf: Path, model: ModelMap, weights: HFWeights) -> None:
-    wanted = {source.name: source.shape for mapping in model.mappings for source in mapping.sources}
-    _refuse_other_weights(hf, weights, wanted)
-    found = {name: (tensor.shape, f"{tensor.file.name}: {name}") for name, tensor in weights.tensors.items()}
-    _check_shapes(hf, model.family, wanted, found)
-
-
-def _refuse_other_weights(hf: Path, weights: HFWeights, wanted: Collection[str]) -> None:
-    """Raises ValueError for quantized weights and adapters, whose names alone would tell a user nothing."""
-    for name, tensor in weights.tensors.items():
-        is_float = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-        if name.endswith(_QUANTIZED) or (name in wanted and not is_float):
-            raise ValueError(
-                f"{tensor.file}: {name} ({str(tensor.dtype).removeprefix('torch.')}) belongs to quantized weights, and "
-                f"{hf} can be converted as floats only: take the model as published, unquantized"
-            )
-        if ".lora_" in name:
-            raise ValueError(
-                f"{tensor.file}: {name} belongs to an adapter (LoRA): merge it into its base model (peft's "
-                "merge_and_unload), save the merged model and convert that"
-            )
-
-
-def _check_tokenizer(hf: Path) -> None:
-    """Raises ValueError for a tokenizer that no job could use. A directory may have none: weights alone convert."""
-    with suppress(FileNotFoundError):
-        family_from_hf(hf)
-
-
-def _check_parameters(checkpoint: Path, model: ModelMap, weights: MegatronWeights) -> None:
-    wanted = {mapping.name: mapping.shape for mapping in model.mappings}
-    found = {name: (parameter.shape, name) for name, parameter in weights.parameters.items()}
-    _check_shapes(checkpoint, model.family, wanted, found)
-
-
-def _check_shapes(place: Path, family: str, wanted: dict[str, Shape], found: dict[str, tuple[Shape, str]]) -> None:
-    """Raises ValueError when names or shapes differ; beside each found shape stands what a message calls its tensor."""
-    problems = [
-        *_listed("missing", [f"{name} {list(wanted[name])}" for name in wanted if name not in found]),
-        *_listed(f"not known to {family}", [name for name in found if name not in wanted]),
-    ]
-    for name, (shape, shown) in found.items():
-        if name in wanted and shape != wanted[name]:
-            problems.append(f"{shown} is {list(shape)}, expected {list(wanted[name])}")
-    if problems:
-        raise ValueError(f"{place} does not hold the model of its config.json: {'; '.join(problems[:_LISTED])}")
-
-
-def _listed(what: str, names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}"]
-
-
-def _check_layout(model: ModelMap, tensor: int, pipeline: int) -> None:
-    if tensor < 1 or pipeline < 1:
-        raise ValueError(f"--tensor {tensor} --pipeline {pipeline}: both must be at least 1")
-    if model.layers % pipeline:
-        raise ValueError(f"--pipeline {pipeline} does not divide the model's {model.layers} layers")
-    for mapping in model.mappings:
-        cuts = {"column": mapping.shape[0], "gated": mapping.shape[0] // 2, "row": mapping.shape[-1]}
-        if cuts.get(mapping.layout, tensor) % tensor:
-            raise ValueError(f"--tensor {tensor} does not divide the {cuts[mapping.layout]} channels of {mapping.name}")
-
-
 def _model_files(checkpoint: Path, like: Path | None, made: Path) -> Path:
     """Where config.json and the tokenizer are; those of a named size are written into ``made``."""
     own, config = checkpoint / MODEL_FILES, run_config(checkpoint)
@@ -322,14 +257,6 @@ def _share(mappings: Sequence[Mapping], sizes: Sequence[int]) -> list[Mapping]:
         owner[number] = loads.index(min(loads))
         loads[owner[number]] += sizes[number]
     return [mapping for number, mapping in enumerate(mappings) if owner[number] == dist.get_rank()]
-
-
-def _must_be_free(out: Path) -> None:
-    if broadcast_object(out.is_symlink()):
-        raise ValueError(f"--out {out} is a link: name the directory itself that the result goes to")
-    taken = broadcast_object(out.exists() and (not out.is_dir() or any(out.iterdir())))
-    if taken:
-        raise ValueError(f"--out {out} exists and is not empty; choose another or remove it")
 
 
 def _summary(out: Path, model: ModelMap, pieces: Collection[TensorInfo | Parameter], started: float) -> Converted:
