@@ -196,7 +196,7 @@ print(torch.distributed.is_initialized())
     environment = {name: value for name, value in os.environ.items() if name not in drop}
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent)])
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=900)
     assert done.stdout.split() == ["1", str(len(os.sched_getaffinity(0))), "False"], done.stderr
     assert done.stderr == ""
 
