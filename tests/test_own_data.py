@@ -178,7 +178,7 @@ def test_the_walk_through_of_the_page_at_small_size(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    from jobs import ROOT, Job
+    from jobs import Job
 
     script = Path(__file__).parents[1] / "examples" / "own" / "charts.py"
     done = subprocess.run(
@@ -186,13 +186,13 @@ def test_the_walk_through_of_the_page_at_small_size(tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "questions.csv"), done.stderr
     settings = {
-        "data.path": tmp_path / "questions.csv", "data.validation_queries": 4, "data.test_queries": 4,
-        "warmup.epochs": 4, "evolve.interval": 1, "evolve.responses": 4, "temperature.queries": 4, "evaluation.k": 2,
-        "evolve.optimizer.batch_size": 4, "warmup.optimizer.batch_size": 8, "temperature.responses": 2,
+        "data.name": "mathv360k", "data.path": tmp_path / "questions.csv", "data.warmup_answers": "true",
+        "data.labelled_share": 1, "data.validation_queries": 4, "data.test_queries": 4, "data.template": "plain",
+        "data.warmup_examples": "null", "data.labelled_queries": "null", "data.unlabelled_queries": "null",
+        "warmup.epochs": 8, "evolve.interval": 1, "evolve.epochs": 1, "evolve.responses": 4,
+        "selection.rule": "random_k", "temperature.mode": "pass_at_k", "evaluation.k": 2,
     }  # fmt: skip
-    own = ROOT / "examples" / "configs" / "own.yaml"
-    given = ["--config", str(own), *(f"--{name}={value}" for name, value in settings.items())]
-    job = Job(tmp_path / "run", 1, *given)
+    job = Job(tmp_path / "run", 1, *(f"--{name}={value}" for name, value in settings.items()))
     assert job.wait() == 0, job.output
     assert "report:" in job.output and (tmp_path / "run" / "report.html").is_file()
     assert not list((tmp_path / "run" / "checkpoints").glob("prm*")), "no PRM is trained"
