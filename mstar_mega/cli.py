@@ -111,15 +111,15 @@ def _report(message: str, problem: bool = True) -> None:
     """Print on rank 0, and elsewhere what rank 0 does not know; leave it where torchrun looks for a failure's cause."""
     if is_main():
         say(f"mstar: {'error: ' if problem else ''}{message}", sys.stderr)
+    # When one rank alone fails, its line in torchrun's closing table is the only place that says why.
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     if problem and "torch" in sys.modules and "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         from mstar_mega.platform.distributed import is_news
 
         if is_news(message, is_main()):
             say(f"mstar: error: rank {os.environ.get('RANK')} on {socket.gethostname()}: {message}", sys.stderr)
-    # When one rank alone fails, its line in torchrun's closing table is the only place that says why.
-    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _one_line(error: Exception) -> str:

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torchrun.run(options)
     except ChildFailedError as error:
         code, line = _verdict(error.failures, bool(asked))
+        if code == USER_ERROR and options.node_rank == 0:
+            line = _unsaid(error.failures)
         if line:
             say(f"mstar: {line}", sys.stderr)
         return code
@@ -132,6 +134,18 @@ def _verdict(failures: dict[int, Any], asked: bool) -> tuple[int, str]:
     code = codes[rank]
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return 1, f"rank {rank} on {socket.gethostname()} {how}: the job ends, and the same command goes on"
+
+
+def _unsaid(failures: dict[int, Any]) -> str:
+    """What a rank has found wrong and rank 0, which speaks for all, was ended too soon to say; empty: it has said it.
+
+    A rank leaves its message where torchrun looks for it, in ``RANK ON THIS NODE/error.json``.
+    """
+    first = min((each for each in failures.values() if each.exitcode == USER_ERROR), key=lambda each: each.timestamp)
+    ended_itself = 0 in failures and failures[0].exitcode > 0
+    if ended_itself or (Path(first.error_file).parents[1] / "0" / "error.json").exists():
+        return ""
+    return f"error: {first.message['message'] if isinstance(first.message, dict) else first.message}"
 
 
 def _leave_loopback() -> None:

@@ -58,7 +58,7 @@ def test_check_reports_what_the_file_holds(tmp_path: Path, capsys: pytest.Captur
     leaks = facts["leaks"]["mathvista"]
     assert leaks["image and question"] == {"count": 1, "examples": ["row 1 (id id-0-0) = 0"]}
     assert leaks["question"]["count"] == 0 and leaks["image"]["count"] == 1 + 2 * 2, "three rows, two questions"
-    (cost,) = facts["costs"]
+    cost, _ = facts["costs"]
     assert cost["tiles"] == 1 and cost["image_tokens"] == 9 and cost["queries"] == facts["usable"]
     published = {cost["family"]: cost for cost in facts["published_costs"]}
     # 8 x 8 pixels: one tile; four by four crops and the whole, with its newlines and separator; one slice.

@@ -129,7 +129,7 @@ def test_check_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main([*arguments, "--data.max_prompt_tokens", "4000"]) == 0
     said = capsys.readouterr().out
     assert "1 prompts have more than 4000 tokens and are left out in training: row 4 (id id-1-0) " in said
-    (cost,) = json.loads((tmp_path / "out.json").read_text())["costs"]
+    cost, _ = json.loads((tmp_path / "out.json").read_text())["costs"]
     assert cost["too_long"]["count"] == 1 and cost["limit"] == 4000
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out

@@ -191,6 +191,19 @@ def test_a_users_mistake_on_several_ranks_is_one_line_and_exit_code_2(start: str
     assert done.stderr == "mstar: error: unknown setting '--sed' on the command line; did you mean '--seed'?\n"
 
 
+def test_a_mistake_is_told_where_rank_0_was_ended_before_it_could(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os, sys, time\nfrom mstar_mega.cli import main\n"
+        "if os.environ['RANK'] == '0':\n    time.sleep(300)\nsys.exit(main(['evolve', '--sed', '1']))\n"
+    )
+    launch = [sys.executable, "-m", "mstar_mega.launch", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "late.py")], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mstar: error: unknown setting '--sed' on the command line; did you mean '--seed'?\n"
+
+
 def test_a_rank_that_breaks_down_is_still_reported(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import sys\nsys.exit(3)\n")
     command = [sys.executable, "-m", "mstar_mega.launch", "--standalone", "--nproc-per-node", "1"]
