@@ -6,7 +6,7 @@ several responses have in common is continued once.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,8 +111,6 @@ def label_blocks(job: Job, engine: Engine, name: str, blocks: Iterator[tuple[int
     settings = job.config.annotate
     sampled: deque[_Work] = deque()
     under_way: dict[int, _Work] = {}
-    waits: Counter[bool] = Counter()
-    """How many of those under way are being sampled (True): their continuations are to come."""
 
     def requests() -> Iterator[Request | None]:
         fresh = (_Work(block, place) for block in _opened(blocks) for place in range(len(block.queries)))
@@ -122,16 +120,14 @@ def label_blocks(job: Job, engine: Engine, name: str, blocks: Iterator[tuple[int
             if work is not None:
                 under_way[number] = work
                 number += 1
-                waits[work.group is None] += 1
                 yield _request(job, name, work)
-            elif waits[True]:
+            elif any(each.group is None for each in under_way.values()):  # whose continuations are to come
                 yield None
             else:
                 return
 
     for number, samples in engine.stream(requests(), settings.temperature):
         work = under_way.pop(number)
-        waits[work.group is None] -= 1
         if work.group is None:
             group = to_group(job, work.block.queries[work.place], samples)
             judge(job, [group])

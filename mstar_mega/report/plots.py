@@ -146,13 +146,13 @@ def kept_plot(run: Run) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         x, base = list(counts), [0.0] * len(counts)
+        totals = [sum(row) for row in counts.values()]
         for kept in used:
             height = [100 * row[kept] / max(1.0, sum(row)) for row in counts.values()]
             color, edge = (SURFACE, MUTED) if kept == 0 else (ramp(kept - 1, max(used)), SURFACE)
             axes.bar(x, height, 0.7, bottom=base, color=color, edgecolor=edge, linewidth=1.2, label=_kept_name(kept))
             base = [a + b for a, b in zip(base, height, strict=True)]
             if kept != used[-1]:
-                totals = [sum(row) for row in counts.values()]
                 spread = [100 * (share_error(b / 100, n) or 0.0) for b, n in zip(base, totals, strict=True)]
                 for color, width in ((SURFACE, 2.8), (INK, 1.0)):
                     axes.errorbar(

@@ -7,9 +7,7 @@ import re
 from dataclasses import dataclass
 
 from mstar_mega.rewards.frames import chain
-from mstar_mega.rewards.quantities import (
-    MAX_LIST_CHARS,
-)
+from mstar_mega.rewards.quantities import MAX_LIST_CHARS
 
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _JOINT = re.compile(r"(?:, ?|; ?)?\b(and|or)\b |([;,]) |(;)|(,)")
