@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mstar_mega.data.records import DamagedFileError, read_groups
-from mstar_mega.report.drawing import latest_per_iteration
-from mstar_mega.report.metrics import number
+from mstar_mega.report.metrics import latest_per_iteration, number
 from mstar_mega.report.run import Run, load_run
 from mstar_mega.report.summary import at_most, measured, share_error, summarize
 from mstar_mega.settings import is_free_to_change

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mstar_mega.report.metrics import Event, number
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -51,16 +49,6 @@ class Plot:
     svg: str
     described: str = ""
     """What it shows, in words and numbers, for those who do not see it."""
-
-
-def latest_per_iteration(events: Sequence[Event], key: str) -> dict[int, float]:
-    """Iteration -> the last finite value of a field, by iteration."""
-    points: dict[int, float] = {}
-    for event in events:
-        iteration, value = number(event, "iteration"), number(event, key)
-        if iteration is not None and value is not None and math.isfinite(value):
-            points[int(iteration)] = value
-    return dict(sorted(points.items()))
 
 
 Line = tuple[str, dict[int, float], dict[int, float] | None]

@@ -52,7 +52,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +104,16 @@ def number(event: Event, key: str) -> float | None:
         except OverflowError:
             return math.inf if value > 0 else -math.inf
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+
+
+def latest_per_iteration(events: Sequence[Event], key: str) -> dict[int, float]:
+    """Iteration -> the last finite value of a field, by iteration."""
+    points: dict[int, float] = {}
+    for event in events:
+        iteration, value = number(event, "iteration"), number(event, key)
+        if iteration is not None and value is not None and math.isfinite(value):
+            points[int(iteration)] = value
+    return dict(sorted(points.items()))
 
 
 def scan_metrics(path: str | Path) -> tuple[list[Event], list[str]]:

@@ -18,13 +18,12 @@ from mstar_mega.report.drawing import (
     Line,
     Plot,
     iterations_plot,
-    latest_per_iteration,
     legend,
     ramp,
     svg_of,
     whole_ticks,
 )
-from mstar_mega.report.metrics import Event, number
+from mstar_mega.report.metrics import Event, latest_per_iteration, number
 from mstar_mega.report.progress import clock
 from mstar_mega.report.run import Run
 from mstar_mega.report.summary import at_most, seconds_by_phase, share_error

@@ -11,7 +11,7 @@ from typing import Any
 
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.report.accounting import generated, trajectory, vote_accuracy
-from mstar_mega.report.metrics import Event, number, standard_json
+from mstar_mega.report.metrics import Event, latest_per_iteration, number, standard_json
 from mstar_mega.report.run import Run, load_run
 
 SUMMARY_FILE = "summary.json"
@@ -87,7 +87,7 @@ def share_error(share: float | None, queries: float | None) -> float | None:
 def at_most(points: Mapping[int, float], events: Sequence[Event]) -> dict[int, float]:
     """Standard errors of shares of queries by iteration, as if each query either had it or not: a mean over several
     samples of a query has less. 0 where nobody counted the queries."""
-    queries = {int(i): number(event, "queries") for event in events if (i := number(event, "iteration")) is not None}
+    queries = latest_per_iteration(events, "queries")
     return {i: share_error(share, queries.get(i)) or 0.0 for i, share in points.items()}
 
 

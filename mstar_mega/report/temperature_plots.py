@@ -14,13 +14,12 @@ from mstar_mega.report.drawing import (
     Plot,
     error_bars,
     iterations_plot,
-    latest_per_iteration,
     legend,
     ramp,
     svg_of,
     whole_ticks,
 )
-from mstar_mega.report.metrics import number
+from mstar_mega.report.metrics import latest_per_iteration, number
 from mstar_mega.report.run import Run
 from mstar_mega.report.summary import at_most, share_error
 from mstar_mega.report.sweep import sweep_criterion, sweep_points, sweep_words
