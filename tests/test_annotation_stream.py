@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny
 from scripted import make_job, make_task
+from watched_steps import watched_steps
 
 from mstar_mega.config import AnnotateConfig, Config, GenerationConfig
 from mstar_mega.data.records import write_groups
 from mstar_mega.data.types import Group, Query, Response, Step
-from mstar_mega.generation import scheduler
 from mstar_mega.generation.engine import Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import key_of
 from mstar_mega.recipe import rollouts
@@ -150,14 +150,7 @@ def test_a_killed_annotation_goes_on_to_the_same_files(policy: Any, reference: d
 def test_slots_are_not_drained_between_sampling_and_continuing(
     policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy: list[int] = []
-    step = scheduler.Schedule._step
-
-    def spy(self: scheduler.Schedule) -> None:
-        busy.append(len(self.running))
-        step(self)
-
-    monkeypatch.setattr(scheduler.Schedule, "_step", spy)
+    busy = watched_steps(monkeypatch, lambda schedule: len(schedule.running))
     block_by_block(tmp_path / "reference", policy)
     before = len(busy)
     busy.clear()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from watched_steps import watched_steps
 
 from mstar_mega.config import GenerationConfig
 from mstar_mega.generation import capacity, scheduler
@@ -307,14 +308,7 @@ def test_each_image_is_encoded_and_each_prompt_prefilled_once(
 
 
 def test_finished_slots_are_refilled_with_waiting_work(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[tuple[int, int]] = []
-    step = scheduler.Schedule._step
-
-    def spy(self: scheduler.Schedule) -> None:
-        batches.append((len(self.running), len(self.queue)))
-        step(self)
-
-    monkeypatch.setattr(scheduler.Schedule, "_step", spy)
+    batches = watched_steps(monkeypatch, lambda schedule: (len(schedule.running), len(schedule.queue)))
     capacity = 6
     samples = flat(make_engine(model, slots=capacity).generate(make_requests(6), 1.0))
     lengths = [len(sample.tokens) for sample in samples]
@@ -359,14 +353,7 @@ def test_slots_are_as_many_as_memory_holds(model: LMM, monkeypatch: pytest.Monke
     for free, slots in zip(range(0, 10_000_000, 50_000), found, strict=True):
         assert slots == 1 or slots * LIMIT * per_token <= 0.35 * free
     expected = make_engine(model).generate(make_requests(), 1.0)
-    widths: list[int] = []
-    step = scheduler.Schedule._step
-
-    def spy(self: scheduler.Schedule) -> None:
-        widths.append(len(self.running))
-        step(self)
-
-    monkeypatch.setattr(scheduler.Schedule, "_step", spy)
+    widths = watched_steps(monkeypatch, lambda schedule: len(schedule.running))
     for room, most in ((1, 1), (int(6.5 * LIMIT * per_token / 0.35), 4)):
         widths.clear()
         monkeypatch.setattr(capacity, "_CPU_BYTES", room)

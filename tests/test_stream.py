@@ -11,6 +11,7 @@ import pytest
 import tiny
 from parallel import run_parallel
 from scripted import make_job, make_task
+from watched_steps import watched_steps
 
 from mstar_mega.config import Config, GenerationConfig, ParallelConfig
 from mstar_mega.data.types import Query
@@ -96,16 +97,9 @@ def test_a_sweep_in_one_pass_is_one_temperature_after_the_other(
 
 
 def test_slots_are_not_drained_between_blocks(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy: list[int] = []
-    step = scheduler.Schedule._step
-
-    def spy(self: scheduler.Schedule) -> None:
-        if self.source is not None:
-            busy.append(len(self.running))
-        step(self)
-
-    monkeypatch.setattr(scheduler.Schedule, "_step", spy)
+    steps = watched_steps(monkeypatch, lambda schedule: (schedule.source is not None, len(schedule.running)))
     draw(tmp_path, policy, [WARM], slots=8)
+    busy = [running for has_more, running in steps if has_more]
     assert len(busy) > 20 and min(busy) == 8, "slots wait while there is work"
 
 
