@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mstar_mega.models.description import other_kind
 from mstar_mega.platform.files import refuse_lfs_pointer
-from mstar_mega.platform.inputs import checked, open_input, read_object
+from mstar_mega.platform.inputs import checked, must_be_inside, open_input, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,6 +108,7 @@ class HFWeights:
         if not file.is_file():
             beside = ", ".join(sorted(path.name for path in self.directory.glob("*.safetensors"))) or "none"
             raise ValueError(f"{file} is missing (safetensors files present: {beside})")
+        must_be_inside(self.directory, file, "what it leads to would be read, and published with the model")
         try:
             # Opening compares the file's length with what its header announces.
             with safe_open(file, "pt", device="cpu") as shard:

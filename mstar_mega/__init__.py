@@ -1,6 +1,13 @@
 """Self-evolving training of large multimodal models (MSTaR) on megatron-core."""
 
+import os
+import sys
 from typing import TYPE_CHECKING
+
+# ``python -m`` looks for modules in the working directory first: a model's folder that somebody else has made must not
+# bring its own torch.py. ``mstar`` does not look there. Before anything else is imported.
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()] != [os.path.dirname(os.path.dirname(__file__))]:
+    del sys.path[0]
 
 from mstar_mega.platform.quiet import silence_normal_warnings
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from mstar_mega.platform.files import sha256_file
 
 FORMAT = 2
 """Raised whenever what an index holds changes."""
+_COMPUTED = re.compile(r"\b(AS|VIRTUAL)\b", re.IGNORECASE)
+"""In a table's definition; a table that is made of a query has a definition without it."""
 
 
 def build_index(path: Path, source: Path, settings: dict[str, Any], fill: Callable[[sqlite3.Connection], None]) -> bool:
@@ -32,9 +35,9 @@ def build_index(path: Path, source: Path, settings: dict[str, Any], fill: Callab
     wanted = {"format": FORMAT, "settings": settings, "size": stat.st_size}
     known = read_meta(path)
     if known is not None and all(known.get(name) == value for name, value in wanted.items()):
-        if known["mtime"] == stat.st_mtime_ns:
+        if known.get("mtime") == stat.st_mtime_ns:
             return False
-        if known["sha256"] == sha256_file(source):
+        if known.get("sha256") == sha256_file(source):
             with closing(sqlite3.connect(path)) as index, index:
                 _write_meta(index, {**known, "mtime": stat.st_mtime_ns})
             return False
@@ -67,7 +70,7 @@ def file_mark(path: Path, index: Path | None = None) -> dict[str, Any]:
     stat = path.stat()
     known = read_meta(index) if index is not None else None
     if known is not None and (known.get("size"), known.get("mtime")) == (stat.st_size, stat.st_mtime_ns):
-        return {"size": stat.st_size, "sha256": known["sha256"]}
+        return {"size": stat.st_size, "sha256": str(known.get("sha256"))}
     return {"size": stat.st_size, "sha256": sha256_file(path)}
 
 
@@ -77,10 +80,20 @@ def read_meta(path: Path) -> dict[str, Any] | None:
         return None
     try:
         with closing(connect(path)) as index:
+            if not _is_plain(index):
+                return None
             found = json.loads(index.execute("SELECT value FROM meta").fetchone()[0])
     except (sqlite3.Error, ValueError, TypeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _is_plain(index: sqlite3.Connection) -> bool:
+    """Whether an index has tables alone, which hold what they hold: a view or a computed column is a program, and may
+    run for ever."""
+    index.execute("PRAGMA trusted_schema = OFF")
+    made = index.execute("SELECT type, coalesce(sql, '') FROM sqlite_master").fetchall()
+    return all(kind == "index" or (kind == "table" and not _COMPUTED.search(text)) for kind, text in made)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -115,6 +128,8 @@ class IndexedFile:
             pair = connect(self.index), open(self.source, "rb")
         try:
             yield pair
+        except (sqlite3.Error, TypeError, OverflowError) as error:
+            raise ValueError(f"the index {self.index} is damaged ({error}): delete it, it is made again") from error
         finally:
             with self._lock:
                 self._open.append(pair)

@@ -9,12 +9,13 @@ and with gray of more than 8 bits scaled to them. The policies' original code do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from mstar_mega.config import DataConfig
+from mstar_mega.data.screen import FORMATS, MAX_PIXELS
 from mstar_mega.platform.inputs import open_input
 
 ROTATED, TRANSPARENT, DEEP = "rotated", "transparent", "deep"
@@ -34,9 +35,18 @@ _RANGES = (1, 255, 65_535)
 """Brightest values that deep gray usually has, where the format does not say."""
 
 
+def open_picture(raw: IO[bytes]) -> Image.Image:
+    """A picture, nothing of it decoded yet. Raises OSError for another format than :data:`FORMATS`, some of which
+    Pillow would hand to another program, and ValueError for more than ``MAX_PIXELS``."""
+    picture = Image.open(raw, formats=FORMATS)
+    if picture.size[0] * picture.size[1] > MAX_PIXELS:
+        raise ValueError(f"it is {picture.size[0]} x {picture.size[1]} pixels, more than {MAX_PIXELS}")
+    return picture
+
+
 def file_size(path: str) -> tuple[int, int]:
     """(width, height) of a file as it lies; only its head is read. Raises OSError where it is no picture."""
-    with open_input(path) as raw, Image.open(raw) as picture:
+    with open_input(path) as raw, open_picture(raw) as picture:
         return picture.size
 
 

@@ -83,6 +83,8 @@ def has_surrogate(text: str) -> bool:
 
 def read_row(file: BinaryIO, offset: int, length: int) -> Any:
     """The value of a row that :func:`read_rows` found without a problem. Raises ValueError if it is no longer JSON."""
+    if not (0 <= offset and 0 <= length <= MAX_ROW_BYTES):
+        raise ValueError(f"there is no row of {length} bytes at byte {offset}")
     file.seek(offset)
     return json.loads(file.read(length))
 

@@ -15,13 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, TypeAdapter
+
 from mstar_mega.data.index import file_mark
 from mstar_mega.data.rows import MAX_ROW_BYTES
 from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.simple import RIGHT_SHAPE
 from mstar_mega.data.types import image_digest
 from mstar_mega.platform.files import write_text_atomic
-from mstar_mega.platform.inputs import must_be_regular, open_input, read_object
+from mstar_mega.platform.inputs import checked, must_be_regular, open_input, read_object
 
 ROWS_FILE, PICTURES, SOURCE_FILE = "rows.jsonl", "pictures", "source.json"
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
@@ -29,6 +31,21 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 _SAVED = "state.json"
 """In a folder that ``datasets`` saved: its arrow files in their order."""
 _BATCH = 256
+_BATCH_BYTES = 1 << 26
+"""Rows of more than this together are taken one by one."""
+_MOST_TIMES, _LEAST_ROOM = 200, 1 << 24
+"""A table's rows take at most so many times its own bytes, and so many bytes more: tables are compressed."""
+
+
+class _Part(BaseModel):
+    filename: str
+
+
+class _State(BaseModel):
+    data_files: list[_Part] = Field([], alias="_data_files")
+
+
+_STATE = TypeAdapter(_State)
 
 
 def is_table(path: Path) -> bool:
@@ -56,8 +73,13 @@ def as_rows(path: Path, dir: Path) -> tuple[Path, Path | None]:
         shutil.rmtree(made, ignore_errors=True)
         (made / PICTURES).mkdir(parents=True)
         with open(made / ROWS_FILE, "w", encoding="utf-8") as file:
+            room = _LEAST_ROOM + _MOST_TIMES * mark["size"]
             for row in _plain_rows(_read(path), made / PICTURES):
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                room -= file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                if room < 0:
+                    raise ValueError(
+                        f"{path} is {mark['size']:,} bytes and unpacks to more than {_MOST_TIMES} times that"
+                    )
         write_text_atomic(made / SOURCE_FILE, json.dumps(mark) + "\n")
     return made / ROWS_FILE, (made / PICTURES if any((made / PICTURES).iterdir()) else None)
 
@@ -74,8 +96,8 @@ def parts_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if (path / _SAVED).is_file():
-        named = [each.get("filename") for each in read_object(path / _SAVED).get("_data_files", [])]
-        files = [path / Path(str(name)).name for name in named]
+        saved = checked(_STATE, read_object(path / _SAVED), path / _SAVED)
+        files = [path / Path(each.filename).name for each in saved.data_files]
         if files and all(file.is_file() for file in files):
             return files
     if (path / "train" / _SAVED).is_file():
@@ -123,11 +145,22 @@ def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in _batches(path):
             _check_columns(path, batch.schema.names)
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+            yield from _rows_of(batch)
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, pa.ArrowException):
             raise
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
+    if batch.nbytes <= _BATCH_BYTES:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        if row.nbytes > MAX_BYTES + MAX_ROW_BYTES:
+            raise ValueError(f"a row of the table has {row.nbytes:,} bytes, more than the {MAX_BYTES:,} of a picture")
+        yield from row.to_pylist()
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import tokenizers
 
-from mstar_mega.data.tokenizer_schema import added_controls, check_tokenizer_json, config_controls
+from mstar_mega.data.tokenizer_schema import added_controls, check_tokenizer_json, config_controls, harmless
 from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import MOST_JSON, read_input
 
@@ -184,7 +185,8 @@ class FastTokenizer(Tokenizer):
         text = self.path.read_text(encoding="utf-8")
         try:
             content = _as_published(json.loads(text))
-            self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
+            with _no_panic("it"):
+                self._model = tokenizers.Tokenizer.from_str(json.dumps(harmless(content)))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path} is not a tokenizer.json: {error}") from error
         self._model.encode_special_tokens = True
@@ -211,7 +213,7 @@ class FastTokenizer(Tokenizer):
                 self._texts[id] = piece.replace(SPACE_MARK, " ")
         self._spellings = {id: piece.encode() for piece, id in self._controls.items()}
         self._byte_ids = {value[0]: id for id, value in self._bytes.items() if len(value) == 1}
-        ids = self._model.encode("a", add_special_tokens=False).ids
+        ids = self._library_ids("a")
         self._first_space = "".join(self._pieces(ids)) == " a"
         for sample in ("  a \n\n b ", "\u00e9\U0001f600", "a\u4f60"):
             if self.decode(self.encode(sample)) != sample:
@@ -224,10 +226,26 @@ class FastTokenizer(Tokenizer):
         """See :meth:`Tokenizer.encode`."""
         check_utf8(text)
         ids: list[int] = []
-        for id in self._model.encode(text, add_special_tokens=False).ids:
+        for id in self._library_ids(text):
             # Merges may build the spelling of a control symbol; it is then spelt in bytes.
             ids.extend((self._byte_ids[byte] for byte in self._spellings[id]) if id in self._spellings else (id,))
         return ids
+
+    def _library_ids(self, text: str) -> list[int]:
+        with _no_panic(self.path):
+            ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+@contextmanager
+def _no_panic(where: object) -> Iterator[None]:
+    """Where the library gives up on a file in a way that passes ``except Exception``, raise ValueError instead."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise ValueError(f"{where} fails in the library: {' '.join(str(error).split())[:200]}") from None
 
 
 def _as_published(content: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class _Model(BaseModel):
     vocab: dict[str, Annotated[int, Field(strict=True, ge=0, lt=MOST_IDS)]]
 
 
+_MOST_PARTS = 16
+_NORMALIZERS = ("Sequence", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD")
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+
 class _TokenizerJson(BaseModel):
     model: _Model
     added_tokens: list[_AddedToken] | None = None
@@ -43,9 +48,25 @@ class _TokenizerJson(BaseModel):
     normalizer: dict[str, Any] | None = None
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    normalizers: list[_Part] = []
+    pretokenizers: list[_Part] = []
+    prepend: Annotated[str, Field(max_length=_MOST_PARTS)] = ""
+    pattern: Any = None
+    content: str = ""
+
+    def parts(self) -> list[_Part]:
+        """This one and those inside it."""
+        return [self, *(part for each in (*self.normalizers, *self.pretokenizers) for part in each.parts())]
+
+
 _CONFIG = TypeAdapter(_TokenizerConfig)
 _ADDED = TypeAdapter(dict[_Spelling, Id])
 _WHOLE = TypeAdapter(_TokenizerJson)
+_PART = TypeAdapter(_Part)
 
 
 def config_controls(file: Path) -> dict[str, int]:
@@ -67,3 +88,35 @@ def check_tokenizer_json(file: Path) -> None:
         checked(_WHOLE, read_object(file), file)
     except ValueError as error:
         raise ValueError(f"{file} is not a tokenizer.json: {str(error).removeprefix(f'{file}: ')}") from None
+
+
+def harmless(content: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json without the parts that are of no use here, and that could make a text as long as its author
+    likes, or end the process inside the library. Raises ValueError where a part that is needed could.
+
+    A text that is encoded becomes at most a few times as long.
+    """
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its model is {str(model['type'])[:40]!r}: only BPE is read")
+    if affix := next((name for name in _AFFIXES if model.get(name)), None):
+        raise ValueError(f"model.{affix} is {str(model[affix])[:40]!r}: only null is read")
+    for part in _parts(content, "normalizer"):
+        if part.type not in _NORMALIZERS:
+            raise ValueError(f"normalizer {part.type[:40]!r} is none of {', '.join(_NORMALIZERS)}")
+        before = part.pattern.get("String") if isinstance(part.pattern, dict) else None
+        if part.type == "Replace" and not (isinstance(before, str) and len(part.content) <= len(before)):
+            raise ValueError("normalizer 'Replace' makes a text longer, or has a pattern: it may replace a plain text")
+    if sum(part.type == "ByteLevel" for part in _parts(content, "pre_tokenizer")) > 1:
+        raise ValueError("pre_tokenizer 'ByteLevel' stands twice")
+    unused = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    return {**content, **unused, "model": {**model, "dropout": None}}
+
+
+def _parts(content: dict[str, Any], name: str) -> list[_Part]:
+    if content.get(name) is None:
+        return []
+    parts = checked(_PART, content[name], name).parts()
+    if len(parts) > _MOST_PARTS:
+        raise ValueError(f"{name} has {len(parts)} parts, more than {_MOST_PARTS}")
+    return parts

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mstar_mega.platform.inputs import open_input
+from mstar_mega.platform.inputs import must_be_inside, open_input
 
 _KNOWN = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|video_preprocessor_config|tokenizer|"
@@ -20,6 +20,7 @@ _KNOWN = re.compile(
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json|\..*")
 """And hidden files."""
 _SHOWN = 5
+_PUBLISHED = "it would be copied and published with the model"
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def model_files(directory: str | Path) -> list[str]:
     directory = Path(directory)
     names = [name for name in _present(directory) if _KNOWN.fullmatch(name)]
     for name in names:
-        _must_be_inside(directory, directory / name)
+        must_be_inside(directory, directory / name, _PUBLISHED)
     return names
 
 
@@ -54,15 +55,3 @@ def copy_model_files(directory: str | Path, target: Path) -> list[str]:
 
 def _present(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_file())
-
-
-def _must_be_inside(directory: Path, path: Path) -> None:
-    place, home = path.resolve(), directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(place.is_relative_to(each) for each in allowed):
-        raise ValueError(
-            f"{path} is a link that leads out of {directory}: it would be copied and published with the model. "
-            "Put the file itself there, or remove the link"
-        )

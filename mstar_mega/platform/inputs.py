@@ -40,6 +40,33 @@ def must_be_regular(path: str | Path) -> None:
     _must_be_regular(os.stat(path).st_mode, path)
 
 
+def must_be_inside(directory: str | Path, path: str | Path, why: str) -> None:
+    """Raise ValueError where a link in ``path`` leads out of ``directory``; ``why`` that matters, for the message.
+
+    Hugging Face's cache keeps the files of a snapshot in ``blobs``, which belongs to it.
+    """
+    place, home = Path(path).resolve(), Path(directory).resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(place.is_relative_to(each) for each in allowed):
+        raise ValueError(
+            f"{path} is a link that leads out of {directory}: {why}. Put the file itself there, or remove the link"
+        )
+
+
+def refuse_links_out(directory: str | Path, why: str) -> None:
+    """:func:`must_be_inside` for every link below a directory that is there."""
+    folders = [Path(directory)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    must_be_inside(directory, entry.path, why)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+
+
 def read_input(path: str | Path, most: int) -> bytes:
     """A file's bytes. Raises ValueError where there are more than ``most``, and as :func:`open_input`."""
     with open_input(path) as file:

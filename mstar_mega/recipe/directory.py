@@ -33,7 +33,7 @@ from mstar_mega.platform import watch
 from mstar_mega.platform.distributed import broadcast_object
 from mstar_mega.platform.files import write_text_atomic
 from mstar_mega.platform.holder import Hold, take
-from mstar_mega.platform.inputs import checked, read_object
+from mstar_mega.platform.inputs import checked, read_object, refuse_links_out
 from mstar_mega.rewards.selection import CEILING, require_check
 
 FILES_FILE = "files.json"
@@ -42,6 +42,7 @@ LOCK_FILE = ".lock"
 _AFTER_REQUEUE_S = 300.0
 SHOWN = 6
 """So many changed settings are named; where there are more, a forgotten --config is behind them."""
+_WRITTEN = "a job would write there. A run lies in one directory, which may be a link itself; data.dir may be elsewhere"
 REASONS = 3
 """So many reasons are given for a set that nothing is left of."""
 
@@ -91,6 +92,8 @@ def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterato
 
     def take() -> Path | None:
         nonlocal hold, view
+        if directory.is_dir():
+            refuse_links_out(directory, _WRITTEN)
         try:
             hold = _take(config, directory, trains)
         except PermissionError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mstar_mega.data.pictures import DEFAULT, PictureReading, is_plain
+from mstar_mega.data.pictures import DEFAULT, PictureReading, is_plain, open_picture
 from mstar_mega.data.screen import MAX_BYTES
 from mstar_mega.data.types import ImageRef, image_digest
 from mstar_mega.platform.inputs import read_input
@@ -45,7 +45,7 @@ def shown_picture(image: ImageRef, reading: PictureReading = DEFAULT) -> Shown:
     if image_digest(content) != image.digest:
         raise ValueError("the file has changed since the run used it")
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(io.BytesIO(content)) as picture:
             kind = _EMBEDDABLE.get(picture.format or "")
             large = max(picture.size) > MOST_SIDE or len(content) > MOST_IMAGE_BYTES
             words = []

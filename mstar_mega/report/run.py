@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mstar_mega.platform.inputs import read_input
+from mstar_mega.platform.inputs import read_input, refuse_links_out
 from mstar_mega.report.event_schema import sound
 from mstar_mega.report.metrics import METRICS_FILE, Event, scan_metrics
 from mstar_mega.settings import CONFIG_FILE
@@ -49,8 +49,13 @@ class Run:
 
 
 def load_run(run_dir: str | Path) -> Run:
-    """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``."""
+    """Read a run directory at any moment of the run. What is damaged is left out and named in ``problems``.
+
+    Raises ValueError for a link that leads out of it.
+    """
     directory = Path(run_dir)
+    if directory.is_dir():
+        refuse_links_out(directory, "what it leads to would be shown as the run's")
     events: list[Event] = []
     problems: list[str] = []
     try:

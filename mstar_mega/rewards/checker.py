@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from mstar_mega.rewards.equality import Algebra, Pair
 
 __all__ = ["AnswerChecker", "Verdict"]
 
+_PACKAGE = str(Path(__file__).parents[2])
 _START_SECONDS = 120.0
 _MEMO_SIZE = 4096
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
@@ -118,7 +120,8 @@ class AnswerChecker:
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
         environment |= {
-            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+            "PYTHONPATH": os.pathsep.join([*(os.path.abspath(entry) for entry in sys.path if entry), _PACKAGE]),
+            "PYTHONSAFEPATH": "1",
             "PYTHONHASHSEED": "0",  # sympy orders some of its work by hash
             "OMP_NUM_THREADS": "1",
         }
@@ -129,6 +132,7 @@ class AnswerChecker:
             stderr=subprocess.DEVNULL,
             bufsize=0,  # nothing left to flush, and to fail, when the pipe of a dead worker is closed
             env=environment,
+            cwd=os.path.sep,  # Python looks in the working directory first, where anybody's files may lie
             start_new_session=True,  # an interrupt from the terminal is for the job, which then closes the pipe
         )
         reply, _ = _read_line(self._worker, _START_SECONDS)

@@ -29,6 +29,8 @@ CONFIG_FILE = "config.yaml"
 """In a run directory: its settings, resolved."""
 END_OF_FILE = "...\n"
 """YAML's own end marker: a settings file of a run directory that lacks it was cut off."""
+_BESIDE = (".lock", "metrics.jsonl", "checkpoints", "rollouts", "files.json", "summary.json")
+"""What else a run directory has."""
 _MEND = "restore it, or delete it and give the same command again, which writes it anew from the command's settings"
 
 _FREE_TO_CHANGE = (
@@ -84,8 +86,15 @@ def parse(
 
 
 def _is_written_by_a_run(path: Path) -> bool:
-    """Whether a settings file is a run's own, and so no word of the user's: functions that it names do not run."""
-    return path.name == CONFIG_FILE and read_input(path, MOST_BYTES).endswith(END_OF_FILE.encode())
+    """Whether a settings file is a run's own, and so no word of the user's: functions that it names do not run.
+
+    By what lies beside it as well: whoever hands on a run directory may leave the end marker out.
+    """
+    place = path.resolve()
+    if place.name != CONFIG_FILE:
+        return False
+    marked = END_OF_FILE.strip().encode() in read_input(place, MOST_BYTES).splitlines()
+    return marked or any((place.parent / name).exists() for name in _BESIDE)
 
 
 def load(path: str | Path) -> Config:

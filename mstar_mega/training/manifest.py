@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, together
 from mstar_mega.platform.files import sha256_file
-from mstar_mega.platform.inputs import checked, read_input, read_json, read_object
+from mstar_mega.platform.inputs import checked, must_be_inside, read_input, read_json, read_object
 from mstar_mega.training import index
 from mstar_mega.training.index import INDEX, TORCH_INDEX, Index
 
@@ -101,6 +101,8 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         if manifest.get("format") != FORMAT:
             return {}, f"{file} has format {manifest.get('format')!r}; this program reads format {FORMAT}"
         checked(_SCHEMA, manifest, file)
+        for name in manifest["files"]:
+            must_be_inside(path, path / name, "a checkpoint's files lie in it")
     except FileNotFoundError:
         return {}, f"{file} is missing"
     except (OSError, ValueError) as error:

@@ -173,7 +173,9 @@ def _write(path: Path, data: bytes) -> None:
     a power cut spoils differs from its digest and is written again."""
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        part.write_bytes(data)
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # never through a link that somebody has put there
+            file.write(data)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar_mega.data.pictures import DEFAULT, PictureReading
-from mstar_mega.data.screen import FORMATS
+from mstar_mega.data.pictures import DEFAULT, PictureReading, open_picture
 from mstar_mega.data.tokenizer import Tokenizer
 from mstar_mega.data.types import ImageRef, Query
 from mstar_mega.models.mapping import Head, Mapping, Source, interleaved, linear, same, score_heads, vocabulary
@@ -108,9 +107,9 @@ class Family(ABC):
 def opened(image: ImageRef, reading: PictureReading = DEFAULT) -> Iterator[Image.Image]:
     """The RGB picture of a reference as the settings read it. Raises ValueError naming the file."""
     try:
-        with open_input(image.path) as raw, Image.open(raw, formats=FORMATS) as file:
+        with open_input(image.path) as raw, open_picture(raw) as file:
             picture = reading.read(file)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{image.path}: not a readable image ({error})") from error
     yield picture
 
