@@ -43,6 +43,7 @@ from mstar_mega.models.mapping import Mapping, head_of
 from mstar_mega.platform import distributed
 from mstar_mega.platform.distributed import FailedTogether, broadcast_object, on_main, together
 from mstar_mega.platform.files import sync_tree
+from mstar_mega.platform.inputs import must_be_inside
 from mstar_mega.platform.terminal import say
 from mstar_mega.training.checkpoint import write_checkpoint, write_plain_state
 from mstar_mega.training.manifest import verify_checkpoint
@@ -226,6 +227,7 @@ def _model_files(checkpoint: Path, like: Path | None, made: Path) -> Path:
     """Where config.json and the tokenizer are; those of a named size are written into ``made``."""
     own, config = checkpoint / MODEL_FILES, run_config(checkpoint)
     if like is None and own.is_dir():
+        must_be_inside(checkpoint, own, "its files would be published with the model")
         return own
     if like is None and config is not None and config.model.checkpoint is not None:
         like = Path(config.model.checkpoint)

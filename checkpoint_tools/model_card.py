@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import shlex
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +22,7 @@ ORIGINAL = "README.original.md"
 """The base model's own card, where it has one."""
 _PATHS = ("run.dir", "data.path", "data.images", "data.dir", "data.warmup_file", "model.checkpoint", "prm.checkpoint")
 """Settings whose folders are nobody else's business."""
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]-]*")
 _NOT_SHOWN = ("run.", "parallel.", "kernels.", "report.", "benchmark.")
 
 
@@ -89,8 +92,9 @@ def _argument(name: str, value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if name in _PATHS:
-        return _shown(PurePath(str(value)).name)
-    return _shown(str(value).replace(" ", ""))
+        return _shown(shlex.quote(PurePath(str(value)).name))
+    text = str(value).replace(" ", "")
+    return _shown(text if _PLAIN.fullmatch(text) else shlex.quote(text))  # it will be copied into a shell
 
 
 def _shown(text: str) -> str:

@@ -120,6 +120,26 @@ def test_conversion_copies_known_names_and_nothing_from_outside(
 
 
 @pytest.mark.usefixtures("job_of_one")
+def test_weights_and_pieces_are_not_taken_from_behind_a_link(tmp_path: Path) -> None:
+    hf, outside = tmp_path / "hf", tmp_path / "outside"
+    make_checkpoint(hf, "internvl2")
+    hf_to_megatron(hf, tmp_path / "there")
+    outside.mkdir()
+    for source, name in (
+        (hf, "model.safetensors"),
+        (tmp_path / "there", "__0_0.distcp"),
+        (tmp_path / "there", "model"),
+    ):
+        (source / name).rename(outside / name)
+        (source / name).symlink_to(outside / name)
+        way = ["hf-to-megatron", "--hf"] if source == hf else ["megatron-to-hf", "--checkpoint"]
+        assert cli.main(["convert", *way, str(source), "--out", str(tmp_path / "out")]) == 2
+        assert not (tmp_path / "out").exists()
+        (source / name).unlink()
+        (outside / name).rename(source / name)
+
+
+@pytest.mark.usefixtures("job_of_one")
 def test_links_inside_and_into_the_cache_are_followed(tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "models--x/blobs"
     make_checkpoint(snapshot, "internvl2")

@@ -18,6 +18,7 @@ from tiny_families import make_model_directory
 
 from mstar_mega.config import DataConfig
 from mstar_mega.data import disk
+from mstar_mega.data.digits import task as digits
 from mstar_mega.data.tables import as_rows, parts_of
 from mstar_mega.data.tokenizer import FastTokenizer
 
@@ -79,6 +80,19 @@ def test_a_saved_folders_state_of_another_shape(tmp_path: Path, state: Any) -> N
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"state\.json"):
         parts_of(tmp_path)
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path: Path) -> None:
+    """``data.dir`` of a run that somebody has handed on may be anywhere."""
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/letter.txt").write_text("mine")
+    path = stream(tmp_path / "x.arrow", pa.table({"question": ["?"]}))
+    with pytest.raises(ValueError, match="'letter.txt', which is no part of a table"):
+        as_rows(path, tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
+    with pytest.raises(OSError, match="another program's file"):
+        digits.build(DataConfig(warmup_examples=1, labelled_queries=1), tmp_path, 0)
+    assert "my app" in (tmp_path / "manifest.json").read_text() and (tmp_path / "table/letter.txt").exists()
 
 
 # ------------------------------------------------------------------------------------------------ indices

@@ -70,6 +70,7 @@ def as_rows(path: Path, dir: Path) -> tuple[Path, Path | None]:
     made = dir / "table"
     mark = mark_of(path)
     if not _is_made_of(made, mark):
+        _must_be_ours(made)
         shutil.rmtree(made, ignore_errors=True)
         (made / PICTURES).mkdir(parents=True)
         with open(made / ROWS_FILE, "w", encoding="utf-8") as file:
@@ -82,6 +83,12 @@ def as_rows(path: Path, dir: Path) -> tuple[Path, Path | None]:
                     )
         write_text_atomic(made / SOURCE_FILE, json.dumps(mark) + "\n")
     return made / ROWS_FILE, (made / PICTURES if any((made / PICTURES).iterdir()) else None)
+
+
+def _must_be_ours(made: Path) -> None:
+    """Before the folder is deleted: ``data.dir`` may be any, and may come from a run that somebody has handed on."""
+    if made.is_dir() and (others := {path.name for path in made.iterdir()} - {ROWS_FILE, PICTURES, SOURCE_FILE}):
+        raise ValueError(f"{made} holds {sorted(others)[0]!r}, which is no part of a table: choose another data.dir")
 
 
 def _is_made_of(made: Path, mark: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from typing import TextIO
 
 _STEERING = re.compile(
@@ -44,9 +45,19 @@ class _Visible(logging.Formatter):
 
 
 def tame_logging() -> None:
-    """Warnings of a program that sets up no logging of its own are printed as :func:`say` does."""
+    """Warnings, Python's too, of a program that sets up no logging of its own are printed as :func:`say` does."""
+    warnings.formatwarning = _visible_warning
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Visible())
+
+
+_plain_warning = warnings.formatwarning
+
+
+def _visible_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return visible(_plain_warning(message, category, filename, lineno, line))
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -85,12 +85,28 @@ def _make_tokenizers(folder: Path) -> None:
         make_model_directory(family, folder / family)
 
 
+def spoil_parts(file: Path, random: Random) -> None:
+    """Its few settings rather than one of the thousands of pieces."""
+    content = json.loads(file.read_text())
+    named = [name for name in content if name not in ("model", "added_tokens")]
+    few = {name: content[name] for name in named} | {
+        "model": {name: value for name, value in content["model"].items() if name not in ("vocab", "merges")}
+    }
+    found = mutated(few, random)
+    if isinstance(found, dict):
+        model = found.get("model")
+        content |= found | {"model": content["model"] | (model if isinstance(model, dict) else {})}
+    file.write_text(as_text(content, random), errors="surrogatepass")
+
+
 def spoil_tokenizer(folder: Path, random: Random) -> list[Command]:
     from mstar_mega.models.description import family_from_hf
 
     hf = folder / random.choice(FAMILIES)
     file = random.choice([path for path in hf.iterdir() if path.name.startswith(("tokenizer", "added"))])
-    if file.suffix == ".json":
+    if file.name == "tokenizer.json" and random.random() < 0.4:
+        spoil_parts(file, random)
+    elif file.suffix == ".json":
         spoil_json(file, random)
     else:
         spoil_bytes(file, random)
@@ -219,19 +235,19 @@ def spoil_rollouts(folder: Path, random: Random) -> list[Command]:
 
 
 TARGETS: dict[str, Target] = {
-    "config": Target(_make_hf, spoil_config, 80),
-    "weight_map": Target(_make_hf, spoil_weight_map, 20),
-    "safetensors": Target(_make_hf, spoil_safetensors, 20),
+    "config": Target(_make_hf, spoil_config, 60),
+    "weight_map": Target(_make_hf, spoil_weight_map, 12),
+    "safetensors": Target(_make_hf, spoil_safetensors, 12),
     "tokenizer": Target(_make_tokenizers, spoil_tokenizer, 40),
-    "index": Target(_make_checkpoint, spoil_index, 20),
-    "torch_index": Target(_make_checkpoint, spoil_torch_index, 20),
-    "manifest": Target(_make_checkpoint, spoil_manifest, 20),
-    "piece": Target(_make_checkpoint, spoil_piece, 15),
-    "metrics": Target(_make_run, spoil_metrics, 6),
-    "rollouts": Target(_make_rollouts, spoil_rollouts, 25),
-    "rows": Target(make_rows, spoil_rows, 6),
+    "index": Target(_make_checkpoint, spoil_index, 12),
+    "torch_index": Target(_make_checkpoint, spoil_torch_index, 12),
+    "manifest": Target(_make_checkpoint, spoil_manifest, 12),
+    "piece": Target(_make_checkpoint, spoil_piece, 8),
+    "metrics": Target(_make_run, spoil_metrics, 3),
+    "rollouts": Target(_make_rollouts, spoil_rollouts, 20),
+    "rows": Target(make_rows, spoil_rows, 5),
     "benchmark": Target(make_benchmarks, spoil_benchmark, 40),
-    "settings": Target(make_settings, spoil_settings, 6),
+    "settings": Target(make_settings, spoil_settings, 5),
 }
 
 

@@ -5,6 +5,7 @@ Problem i of a set depends on (seed, set, i) only, so a larger set begins with t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -151,9 +152,14 @@ def _write_images(problems: dict[str, Problem], dir: Path, seed: int) -> dict[st
 
 
 def _known_digests(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Digest by id of the pictures that the manifest lists; none if it is missing, damaged or of other settings."""
+    """Digest by id of the pictures that the manifest lists; none if it is missing, damaged or of other settings.
+
+    Raises FileExistsError for another program's file of that name, which would be written over.
+    """
     try:
         manifest = read_object(path)
+        if not manifest.keys() & {"settings", "images"}:
+            raise FileExistsError(errno.EEXIST, "it is another program's file: choose another data.dir", str(path))
         if manifest["settings"] != settings:
             return {}
         return {str(id): str(value) for id, value in manifest["images"].items()}
