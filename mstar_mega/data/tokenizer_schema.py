@@ -37,6 +37,9 @@ class _Model(BaseModel):
 
 _MOST_PARTS = 16
 _NORMALIZERS = ("Sequence", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD")
+_SAVED_AGAIN = (
+    "it is no Llama tokenizer, or another program saved it again; copy tokenizer.json from the original model"
+)
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
@@ -103,7 +106,7 @@ def harmless(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model.{affix} is {str(model[affix])[:40]!r}: only null is read")
     for part in _parts(content, "normalizer"):
         if part.type not in _NORMALIZERS:
-            raise ValueError(f"normalizer {part.type[:40]!r} is none of {', '.join(_NORMALIZERS)}")
+            raise ValueError(f"normalizer {part.type[:40]!r} is none of {', '.join(_NORMALIZERS)}: {_SAVED_AGAIN}")
         before = part.pattern.get("String") if isinstance(part.pattern, dict) else None
         if part.type == "Replace" and not (isinstance(before, str) and len(part.content) <= len(before)):
             raise ValueError("normalizer 'Replace' makes a text longer, or has a pattern: it may replace a plain text")
