@@ -6,6 +6,7 @@ where a name should be would end in a traceback somewhere behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -56,10 +57,11 @@ def must_be_inside(directory: str | Path, path: str | Path, why: str) -> None:
 
 
 def refuse_links_out(directory: str | Path, why: str) -> None:
-    """:func:`must_be_inside` for every link below a directory that is there."""
+    """:func:`must_be_inside` for every link below a directory that is there, also while a job works in it."""
     folders = [Path(directory)]
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        # A folder may have been moved since; one that cannot be looked into leads nowhere.
+        with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_symlink():
                     must_be_inside(directory, entry.path, why)
