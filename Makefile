@@ -1,6 +1,7 @@
 # make run    set up everything and run the main job on the built-in task  (ARGS="--seed 1" adds arguments)
 # make test   set up everything and run the tests, two files at a time     (ARGS="-n 0 -k resume": one process, some)
 #             MCORE=0.19.2 (also with run, smoke): with that megatron-core, in an environment of its own
+#             TORCH_INDEX=URL (at the first make): torch and what it needs from that index, as its CPU build
 # make smoke  every stage in a minute     make lint  style and types     make setup  only the environment, in .venv
 # make kernel-report  compile every kernel for an H100 (no GPU needed)     make gpu-check  kernels and a bf16 run on a GPU
 # make fuzz   mutated files of every kind at every command, ten minutes; seeds nobody tried (ARGS="--seconds 3600")
@@ -12,6 +13,7 @@ PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
 MCORE ?=
+TORCH_INDEX ?=
 
 VENV := .venv$(MCORE:%=-mcore-%)
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ $(STAMP): setup.py constraints.txt mstar_mega/__init__.py
 	    "make setup: $(PYTHON) is Python %d.%d, but 3.10 to 3.13 is needed: make setup PYTHON=python3.12" % v[:2] or \
 	    sys.platform != "linux" and "make setup: megatron-core has wheels for Linux only; use a container or WSL" or 0)'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(TORCH_INDEX:%=--index-url %) torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(if $(MCORE),$(PIP_OVER) 'megatron-core==$(MCORE)')
 	@touch $@

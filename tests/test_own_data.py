@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,29 +176,27 @@ def test_bare_answers_and_a_file_exclude_each_other() -> None:
 
 
 def test_the_walk_through_of_the_page_at_small_size(tmp_path: Path) -> None:
-    """Charts made by the script, read from its CSV; trained on bare answers, without a PRM, to the report."""
-    import subprocess
-    import sys
-
-    from jobs import Job
-
+    """Charts made by the script, read from its CSV; the config ``own`` on them: bare answers, no PRM, to the report."""
     script = Path(__file__).parents[1] / "examples" / "own" / "charts.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), "40"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "questions.csv"), done.stderr
-    settings = {
-        "data.name": "mathv360k", "data.path": tmp_path / "questions.csv", "data.warmup_answers": "true",
-        "data.labelled_share": 1, "data.validation_queries": 4, "data.test_queries": 4, "data.template": "plain",
-        "data.warmup_examples": "null", "data.labelled_queries": "null", "data.unlabelled_queries": "null",
-        "warmup.epochs": 8, "evolve.interval": 1, "evolve.epochs": 1, "evolve.responses": 4,
-        "selection.rule": "random_k", "temperature.mode": "pass_at_k", "evaluation.k": 2,
+    smaller = {
+        "data.validation_queries": 4, "data.test_queries": 4, "warmup.epochs": 14, "warmup.optimizer.warmup_steps": 2,
+        "warmup.optimizer.batch_size": 16, "evolve.interval": 1, "evolve.epochs": 1, "evolve.responses": 2,
+        "temperature.responses": 2, "temperature.queries": 4, "evaluation.k": 2, "generation.max_new_tokens": 8,
     }  # fmt: skip
-    job = Job(tmp_path / "run", 1, *(f"--{name}={value}" for name, value in settings.items()))
-    assert job.wait() == 0, job.output
-    assert "report:" in job.output and (tmp_path / "run" / "report.html").is_file()
-    assert not list((tmp_path / "run" / "checkpoints").glob("prm*")), "no PRM is trained"
-    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run = tmp_path / "run"
+    words = ["evolve", "--config", "own", "--data.path", tmp_path / "questions.csv", "--run.dir", run]
+    words += [word for name, value in smaller.items() for word in (f"--{name}", value)]
+    job = subprocess.run(
+        [sys.executable, "-m", "mstar_mega", *map(str, words)], capture_output=True, text=True, timeout=1800
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "report:" in job.stdout and (run / "report.html").is_file()
+    assert not list((run / "checkpoints").glob("prm*")), "no PRM is trained"
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert not [event for event in events if event["event"] == "skipped"]
     losses = [event["loss"] for event in events if event["event"] == "step" and event["stage"] == "warmup"]
     assert losses[-1] < losses[0] / 2, "it learns how an answer is written"

@@ -33,7 +33,7 @@ from mstar_mega.recipe.blocks import Wanted, stream_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
 from mstar_mega.recipe.fit import load_start
-from mstar_mega.recipe.job import newest_policy, open_job
+from mstar_mega.recipe.opening import newest_policy, open_job
 from mstar_mega.recipe.outside_prm import load_outside_prm
 from mstar_mega.recipe.prm import load_prm
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, sample_blocks, sampling_limits, score_responses

@@ -9,21 +9,18 @@ from functools import partial
 from mstar_mega.config import Config
 from mstar_mega.data.screen import MAX_BYTES, problem_of, readable_image
 from mstar_mega.data.types import ImageRef, Query, image_digest
-from mstar_mega.models.build import build_model
 from mstar_mega.platform.distributed import barrier, broadcast_object, devices_in_words
 from mstar_mega.platform.inputs import read_input
 from mstar_mega.recipe.context import Job, Timer
 from mstar_mega.recipe.directory import build_task, on_main
-from mstar_mega.recipe.evaluate import exploration_in_words, measure_exploration, measure_greedy
-from mstar_mega.recipe.fit import STAGES, Standing, find_standing, load_start
+from mstar_mega.recipe.evaluate import exploration_in_words
+from mstar_mega.recipe.fit import STAGES, Standing, find_standing
 from mstar_mega.recipe.generate import can_resume
 from mstar_mega.recipe.intervals import next_interval
 from mstar_mega.recipe.method import needs_prm, resolve_method
-from mstar_mega.recipe.opening import newest_policy, open_job
-from mstar_mega.recipe.prm import load_prm
-from mstar_mega.recipe.rollouts import Actors, gather_groups
+from mstar_mega.recipe.opening import open_job
+from mstar_mega.recipe.rollouts import gather_groups
 from mstar_mega.recipe.session import Session
-from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.report.accounting import generated, in_words
 from mstar_mega.report.html import write_report
 from mstar_mega.report.metrics import METRICS_FILE, comparable, read_metrics
@@ -120,25 +117,19 @@ def evaluate(config: Config) -> None:
     With other settings than the run's the responses get directories of their own.
     """
     with open_job(config, trains=False) as job, job.quiet(True):
-        policy, position = newest_policy(job)
-        actors = Actors(job, policy, load_prm(job, policy, position.refreshed) if needs_prm(config) else None)
-        at = f"_step_{position.step:06d}" if position.step else ""
-        done = position.iteration if at else position.iteration - 1
-        at += "_changed" if differences(load(job.dir), config) else ""
-        for split in ("validation", "test"):
-            accuracy = measure_greedy(job, actors, "evaluate", done, split, at)
+        session = Session.of_newest(job)
+        session.find_prm()
+        greedy, exploration = session.measure("_changed" if differences(load(job.dir), config) else "")
+        for split, accuracy in greedy.items():
             job.progress.say(f"{split}: greedy accuracy {100 * (accuracy or 0.0):.1f}%")
-        result = measure_exploration(job, actors, "evaluate", done, at)
-        job.progress.say(f"validation: {exploration_in_words(result)}")
+        job.progress.say(f"validation: {exploration_in_words(exploration)}")
 
 
 def warmup_data(config: Config) -> None:
     """Make a warm-up set from the labelled queries with the weights that a run would start from."""
     config = replace(config, data=replace(config.data, warmup_file=None))  # it may name the set that is to be made
     with open_job(config, partial(build_task, warms_up=False)) as job, job.quiet(True):
-        model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
-        load_start(job, model)
-        make_warmup_set(job, model)
+        Session.of_start(job).make_warmup_set()
 
 
 def generate(config: Config, question: str, images: Sequence[str], responses: int, temperature: float) -> None:

@@ -21,18 +21,21 @@ from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import all_gather_objects, barrier
 from mstar_mega.recipe.annotate import annotate
 from mstar_mega.recipe.context import Job
-from mstar_mega.recipe.evaluate import Split, split_queries
+from mstar_mega.recipe.evaluate import Split, measure_exploration, measure_greedy, split_queries
 from mstar_mega.recipe.evolve import evolve
-from mstar_mega.recipe.fit import STAGES, Position, Standing, save
+from mstar_mega.recipe.fit import STAGES, Position, Standing, load_start, save
 from mstar_mega.recipe.method import needs_prm
 from mstar_mega.recipe.opening import newest_policy
 from mstar_mega.recipe.prm import load_prm, train_prm
 from mstar_mega.recipe.rollouts import Actors, Sampling, gather_groups, judge, sample_groups, score_responses
 from mstar_mega.recipe.warmup import warmup, warmup_batches
+from mstar_mega.recipe.warmup_data import make_warmup_set
 from mstar_mega.rewards.reader import PRM
 from mstar_mega.rewards.selection import select, weight_of
 from mstar_mega.training.batches import Batches, Examples, TrainGroup, split_into_epochs
 from mstar_mega.training.trainer import StepStats, Trainer
+
+SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
 class Session:
@@ -51,9 +54,16 @@ class Session:
     def of_newest(cls, job: Job) -> Session:
         """Of the newest policy of a run directory, to look at. Raises ValueError where there is none."""
         model, position = newest_policy(job)
-        session = cls(job, model=model)
+        session = cls(job, Standing(STAGES[-1], 0, position), model)
         session.position = position
         return session
+
+    @classmethod
+    def of_start(cls, job: Job) -> Session:
+        """Of the weights that a run would start from, to look at."""
+        model = build_model(job.config, job.family, draw=job.config.model.checkpoint is None)
+        load_start(job, model)
+        return cls(job, model=model)
 
     @property
     def task(self) -> Task:
@@ -210,6 +220,24 @@ class Session:
         settings = self.job.config.evaluation
         groups = self._judged(split, settings.k, 1.0)
         return measure(groups, settings.k, settings.reward_k, self.job.config.selection.distinct)
+
+    def measure(self, at: str = "") -> tuple[dict[Split, float | None], Exploration]:
+        """Greedy accuracy by split, and exploration, of the newest policy: what ``mstar evaluate`` does.
+
+        Unlike :meth:`evaluate` the responses and figures are kept in the run directory. ``at`` sets those of other
+        settings apart.
+        """
+        position = self.position
+        at = (f"_step_{position.step:06d}" if position.step else "") + at
+        done = position.iteration if position.step else position.iteration - 1
+        greedy: dict[Split, float | None] = {}
+        for split in SPLITS:
+            greedy[split] = measure_greedy(self.job, self.actors, "evaluate", done, split, at)
+        return greedy, measure_exploration(self.job, self.actors, "evaluate", done, at)
+
+    def make_warmup_set(self) -> Path:
+        """Let the policy write reasoning to the labelled queries' gold answers; see :mod:`.warmup_data`."""
+        return make_warmup_set(self.job, self.actors)
 
     def _judged(self, split: Split | Sequence[Query], responses: int, temperature: float) -> list[Group]:
         queries = split_queries(self.job, split) if isinstance(split, str) else split

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mstar_mega.data.types import Query, Response
 from mstar_mega.data.written_out import write
-from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import all_gather_objects, barrier
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
@@ -46,14 +45,13 @@ def kept_responses(responses: Sequence[Response], most: int) -> list[Response]:
     return list(chosen.values())[:most]
 
 
-def make_warmup_set(job: Job, policy: LMM) -> Path:
+def make_warmup_set(job: Job, actors: Actors) -> Path:
     """Sample, judge and filter; writes ``warmup_set.jsonl`` in the run directory. Collective.
 
     Killed, the same command goes on from the blocks that are on disk. Raises ValueError where nothing was kept.
     """
     settings = job.config.warmup
     plain = {query.id: query for query in job.task.labelled[: settings.queries or None]}
-    actors = Actors(job, policy, None)
     sampling = Sampling(NAME, settings.temperature, settings.responses)
     asked = [with_gold_answer(query) for query in plain.values()]
     mine: list[tuple[str, list[str]]] = []

@@ -181,7 +181,10 @@ def kinds_plot(run: Run) -> Plot | None:
     if not events:
         return None
     first, last = events[0]["by_kind"], events[-1]["by_kind"]
-    kinds = sorted(last, key=lambda kind: (number(last, kind) or 0.0, kind))[:MOST_KINDS]
+    measured = [kind for kind in last if number(last, kind) is not None]
+    if not measured:
+        return None
+    kinds = sorted(measured, key=lambda kind: (_share_of(last, kind), kind))[:MOST_KINDS]
     labels = [short(kind.replace("_", " ")) for kind in kinds]
 
     def draw(axes: Axes) -> None:
@@ -204,11 +207,9 @@ def kinds_plot(run: Run) -> Plot | None:
     caption = "Greedy test accuracy by kind of question, at the start and now."
     if events[-1].get("kind_queries"):
         caption += " Bars: ± one standard error."
-    if len(last) > len(kinds):
-        caption += f" The {len(kinds)} lowest of {len(last)}."
-    described = ", ".join(
-        f"{label} {100 * (number(last, k) or 0.0):.0f}%" for k, label in zip(kinds, labels, strict=True)
-    )
+    if len(measured) > len(kinds):
+        caption += f" The {len(kinds)} lowest of {len(measured)}."
+    described = ", ".join(f"{label} {100 * _share_of(last, k):.0f}%" for k, label in zip(kinds, labels, strict=True))
     return Plot("kinds", "Accuracy by kind", caption, svg_of("kinds", draw, height, labels), f"now: {described}")
 
 

@@ -19,6 +19,7 @@ _RELATIVE_ERROR = 1e-9
 _ROUNDING = 1e-30
 _ROUNDING_OF_DECIMALS = 1e-14
 _DIGITS = 40
+_MAX_DIGITS = 400
 
 
 def serve() -> None:
@@ -58,7 +59,9 @@ def symbolically_equal(answer: str, gold: str) -> bool:
     target, candidate = _parsed_gold(gold), _parsed(answer)
     if not target or not candidate:
         return False
-    found = _compare(target[0], candidate[0])
+    found = _same_inequality(target[0], candidate[0])
+    if found is None:
+        found = _compare(target[0], candidate[0])
     if found is not None:
         return found
     return bool(math_verify.verify(list(target), candidate, timeout_seconds=None))
@@ -70,6 +73,30 @@ def nearly_equal(first: str, second: str, decimals: int) -> bool:
     if len(values) != 2 or None in values:
         return False
     return bool(abs(values[0] - values[1]) <= 0.5 * 10**-decimals * (1 + _RELATIVE_ERROR))
+
+
+def _same_inequality(first: Any, second: Any) -> bool | None:
+    """Of inequalities in one unknown, by what solves them: ``x > 3`` is ``3 < x`` and the interval ``(3, \\infty)``;
+    None where that does not tell."""
+    solutions = [_solutions(each) for each in (first, second)]
+    if solutions == [None, None]:
+        return None
+    if None not in solutions and first.free_symbols != second.free_symbols:
+        return False
+    one, other = (each if found is None else found for each, found in zip((first, second), solutions, strict=True))
+    return bool(one == other) or None
+
+
+def _solutions(expression: Any) -> Any:
+    """The real numbers that an inequality in one unknown allows; None for anything else."""
+    sympy = importlib.import_module("sympy")
+    kinds = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan, sympy.And, sympy.Or)
+    if not isinstance(expression, kinds) or len(expression.free_symbols) != 1:
+        return None
+    try:
+        return expression.as_set()
+    except Exception:  # sympy raises anything here
+        return None
 
 
 def _compare(first: Any, second: Any) -> bool | None:
@@ -98,8 +125,18 @@ def _compare(first: Any, second: Any) -> bool | None:
     pair = (first, second)
     if any(isinstance(each, sympy.Float) for each in pair) and any(each.is_rational is False for each in pair):
         return False  # no decimal is a root or pi
-    decimal = any(each.has(sympy.Float) for each in pair)  # math-verify keeps fifteen digits of one
-    return bool(difference <= (_ROUNDING_OF_DECIMALS if decimal else _ROUNDING) * size)
+    if any(each.has(sympy.Float) for each in pair):  # math-verify keeps fifteen digits of one
+        return bool(difference <= _ROUNDING_OF_DECIMALS * size)
+    return bool(difference <= _ROUNDING * size) and _is_zero(first - second)
+
+
+def _is_zero(difference: Any) -> bool:
+    """Whether an exact expression is nothing: sympy computes more digits until it finds one, or has seen enough."""
+    sympy = importlib.import_module("sympy")
+    try:
+        return bool(difference.evalf(2, maxn=_MAX_DIGITS, strict=True) == 0)
+    except sympy.core.evalf.PrecisionExhausted:
+        return True
 
 
 def _number(expression: Any) -> Any:

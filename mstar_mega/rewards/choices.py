@@ -11,7 +11,7 @@ from mstar_mega.rewards.equality import equal, same_text
 from mstar_mega.rewards.frames import readings
 
 _LETTER = re.compile(
-    r"(?:(?:option|choice|answer|letter|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?: ?选项)?(?![\w'’]))"
+    r"(?:(?:option|choice|answer|letter|选项|选) ?)?(?:\(([a-z])\)|\[([a-z])\]|(?<![a-z])([a-z])(?: ?选?项)?(?![\w'’]))"
     r"!?(?:[).:,] ?(?:[-→=] )?| ?[→=] ?| ?- | |(?<=[a-z])-|-(?![0-9.]))?(.+)?",
     re.IGNORECASE,
 )

@@ -199,6 +199,8 @@ def _equal(given: str, wanted: str, *, member: bool = False) -> bool | Algebra:
         return True
     if _BASE.search(given) or _BASE.search(wanted):
         return _in_base(given) == _in_base(wanted) is not None
+    if _INEQUALITY.search(given) or _INEQUALITY.search(wanted):
+        return False if answer or gold else _algebra(given, wanted)
     lists = _lists_equal(given, wanted)
     if lists is not None:
         return lists
@@ -212,6 +214,7 @@ def _algebra(given: str, wanted: str) -> bool | Algebra:
     return Algebra((pair,)) if pair else False
 
 
+_INEQUALITY = re.compile(r"[<>≤≥]|\\(?:[lg]eq?|[lg]t)(?![a-z])")
 _OPERATION = re.compile(r"[\\^√!]")
 _SYMBOL = re.compile(r"(?<![\\A-Za-z])(?!(?:pi|sqrt)(?![a-z]))[A-Za-z]")
 

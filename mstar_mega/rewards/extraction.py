@@ -31,6 +31,7 @@ _COUNTED = re.compile(
 _COMPOUND = re.compile(r"[/\\^×{]|[0-9] [0-9]|\b[mM]inus\b|\b[nN]egative\b|^[^0-9]*$|[^\x00-\x7f]")
 """A number that is more than digits, if the statement is one."""
 _OUT_OF = re.compile(r"([0-9]+) (?:[a-z]{1,20} ){0,3}(?:out )?of (?:the )?[0-9]+\b")
+_REASON = re.compile(r",? (?:since|because|as there) ", re.IGNORECASE)
 _MAX_VALUE = 100
 """A longer text is more than a value."""
 _LIST = re.compile(r"\[[^\[\]]{1,2000}\]")
@@ -69,6 +70,8 @@ def _find_number(text: str, kind: Kind) -> str:
             return found[0] if "=" not in statement or _begins_with_number(statement) else found[-1]
     parts = sentences(text)
     last = parts[-1] if parts else ""
+    said = _REASON.split(last, maxsplit=1)[0]  # "12, since there were 15 and 3 are gone"
+    last = said if numbers(said) else last
     if "=" in last:
         behind = numbers(last.rpartition("=")[2])
         if behind:

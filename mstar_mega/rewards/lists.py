@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 
 from mstar_mega.rewards.frames import chain
-from mstar_mega.rewards.quantities import MAX_LIST_CHARS
+from mstar_mega.rewards.quantities import MAX_LIST_CHARS, parse_quantity
 
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _JOINT = re.compile(r"(?:, ?|; ?)?\b(and|or)\b |([;,]) |(;)|(,)")
+_PARTS = re.compile(r"(?<=[A-Za-z'\"°]),? ?(?:and )?(?=[0-9])")
+"""Between the parts of ``3 ft 4 in`` or ``1 hour and 30 minutes``."""
 _THOUSANDS = re.compile(r"[^0-9]*[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]).*")
 
 
@@ -38,11 +40,16 @@ def parse_list(text: str) -> Members | None:
     marks, items = _split(inner)
     if marks == {"bare"} and not opening and _THOUSANDS.fullmatch(inner):
         items = [inner]
+    parts = _PARTS.split(inner) if not opening and inner[:1].isdecimal() else ()
+    if len(parts) > 1 and all(quantity and quantity[1] for quantity in map(parse_quantity, parts)):
+        return Members("", tuple(parts), True)
     names = [chain(item) for item in items]
     labels = [next(iter(each.names)) for each in names if len(each.names) == 1]
-    if labels != sorted(labels):  # (x, y) is not (y, x)
-        return None
     values = [each.members[0] if len(each.members) == 1 else item for each, item in zip(names, items, strict=True)]
+    if labels != sorted(labels):  # y = 3, x = 2 is x = 2, y = 3, and (y, x) is not (x, y)
+        if len(labels) < len(items):
+            return None
+        values = [value for _, value in sorted(zip(labels, values, strict=True))]
     signed = [value for value in values if "±" in value]
     if signed:
         values = [

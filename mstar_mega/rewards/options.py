@@ -33,7 +33,7 @@ _BEGINS = re.compile(
     r"(?:\*\*)?[(\[]?(?:([B-Z]|A(?!:))\)?(?:\*\*)?(?:[.:;)\]](?:\*\*)?\s| [-–—] )"
     r"|([A-Z])\)?(?:\*\*)?(?:[ \t]*\n|,? (?:because|since|as) ))"
 )
-_MARKED = re.compile(r"(?<![\w'’])([A-Z])[.:)](?=[\s*])")
+_MARKED = re.compile(r"(?<![\w'’(])([A-Z])[.:)](?=[\s*])")
 _JUDGED = re.compile(
     r"^[ \t]*\(?([A-Z])[).:](?:[^\n]{0,200}?[-:–—])?[ \t]*"
     r"(yes|no|correct|incorrect|true|false|right|wrong|✓|✔|✗|✘|x)\W*$",

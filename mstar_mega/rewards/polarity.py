@@ -29,7 +29,9 @@ _STATES = re.compile(
     r"|\b(?:is|are|was|were|has|have|had|does|do|did|can|will|would|could)\b|n't\b",
     re.IGNORECASE,
 )
-_DENIES = re.compile(r"\b(?:not|no|never|neither|none)\b|n't\b", re.IGNORECASE)
+_DENIES = re.compile(
+    r"\b(?:not|no|never|neither|none)\b|n't\b|\b(?:is|are|was|were) (?:false|incorrect|wrong|untrue)\b", re.IGNORECASE
+)
 
 
 def yes_and_no(options: Mapping[str, str]) -> tuple[str, str] | None:

@@ -47,9 +47,9 @@ WORDS = (
     "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion)"
 )
 _WORDS = re.compile(rf"(?:\b(?:minus|negative) )?\b{WORDS}\b(?:(?:[ -]| and | point ){WORDS}\b){{0,12}}", re.IGNORECASE)
-_CHINESE = re.compile("负?[0-9]{0,9}[零一二两三四五六七八九十百千万亿点]{1,16}")
+_CHINESE = re.compile("负?[0-9]{0,9}[零一二两三四五六七八九十百千万亿点]{1,16}(?:分之[一二两三四五六七八九十百]{1,8})?")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(rf"([0-9.,]{{1,20}}|an?) ({'|'.join(_SCALES)})", re.IGNORECASE)
+_SCALED = re.compile(rf"([+-]?[0-9.,]{{1,20}}|an?) ({'|'.join(_SCALES)})\b", re.IGNORECASE)
 _PARTS = ("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _PART = re.compile(
     rf"(?:([\w -]{{1,60}}?) and )?(?:([\w -]{{1,60}}?)[ -])?({'|'.join(_PARTS)}|halve|fourth)s?", re.IGNORECASE
@@ -123,6 +123,8 @@ def read_number_words(text: str) -> str:
         return sign + digits if re.fullmatch(r"[0-9.]+", digits) else text
     if _CHINESE.fullmatch(text):
         try:
+            if "分之" in text:
+                return str(cn2an.transform(text))
             return f"{cn2an.cn2an(text.replace('两', '二'), 'smart'):g}"
         except ValueError:
             return text
@@ -178,7 +180,7 @@ def _parsed_quantity(text: str) -> Quantity | None:
     number = parse_number(text)
     if number is not None:
         return number, NONE
-    words = _WORDS.match(text) if text[:1].isalpha() else None
+    words = _SCALED.match(text) or (_WORDS.match(text) if text[:1].isalpha() else None)
     bare, unit = split_unit(read_number_words(words[0]) + text[words.end() :] if words else text)
     number = parse_number(bare) if unit else None
     return None if number is None else (number, unit)

@@ -39,11 +39,12 @@ _OWN = {
     "centigrade": "=celsius", "摄氏度": "=celsius", "°f": "=fahrenheit", "degf": "=fahrenheit",
     "fahrenheit": "=fahrenheit", "C": "=celsius coulomb", "F": "=fahrenheit farad", "unit": "=unit", "rad": "=radian",
     "radian": "=radian", "弧度": "=radian", "bit": "=bit", "byte": "=byte", "b": "", "B": "=byte", "pixel": "=pixel",
-    "px": "=pixel", "ppm": "=ppm", "rpm": "=rpm", "db": "=decibel", "decibel": "=decibel", "kilo": "kilogram",
-    "rev": "=revolution", "revolution": "=revolution", "turn": "=revolution", "kmph": "kilometer_per_hour",
-    "kmh": "kilometer_per_hour", "Nm": "newton_meter", "amp": "ampere", "gm": "gram", "bpm": "=bpm",
+    "px": "=pixel", "ppm": "=ppm", "db": "=decibel", "decibel": "=decibel", "kilo": "kilogram", "rev": "=revolution",
+    "revolution": "=revolution", "turn": "=revolution", "rpm": "=revolution/minute", "beat": "=beat",
+    "bpm": "=beat/minute", "frame": "=frame", "fps": "=frame/second", "kmph": "kilometer/hour", "kmh": "kilometer/hour",
+    "Nm": "newton*meter", "amp": "ampere", "gm": "gram",
     "ton": "ton metric_ton", "Cal": "kilocalorie", '"': "inch", "''": "inch", "'": "foot", "pc": "parsec",
-    "au": "astronomical_unit", "pa": "pascal", "kwh": "kilowatt_hour", "mah": "milliampere_hour", "米": "meter",
+    "au": "astronomical_unit", "pa": "pascal", "kwh": "kilowatt*hour", "mah": "milliampere*hour", "米": "meter",
     "公尺": "meter", "厘米": "centimeter", "公分": "centimeter", "毫米": "millimeter", "分米": "decimeter",
     "千米": "kilometer", "公里": "kilometer", "克": "gram", "千克": "kilogram", "公斤": "kilogram", "毫克": "milligram",
     "吨": "metric_ton",
@@ -51,20 +52,23 @@ _OWN = {
     "月": "month", "年": "year", "岁": "year", "牛": "newton", "牛顿": "newton", "焦耳": "joule", "瓦": "watt",
     "伏": "volt", "安": "ampere", "欧姆": "ohm",
 }  # fmt: skip
-_PRODUCTS = {"newton_meter": ("newton", "meter"), "kilowatt_hour": ("kilowatt", "hour"),
-             "milliampere_hour": ("milliampere", "hour")}  # fmt: skip
 _LETTERS = frozenset("mgslLthNJWVAKTHΩ")
 """The units of one letter: other letters are more often a variable, or a constant of nature to pint."""
 _PREFIXED_MONEY = re.compile(r"([-+]?) ?((?:[A-Za-z]{0,2} ?\$|[€£¥₹₩₽₺฿₫₱₦]|[A-Za-z]{2,3}\.?)) ?([-+]?[0-9.].*)")
 
-_WORD = r"(?:[A-Za-zμΩ°\"'$€£¥₹₩¢ł]+|[\u4e00-\u9fff]{1,4})\.?"
+_RATE = re.compile(r"([0-9.,]+)( ?/ ?[A-Za-z].*| per .*)")
+"""Behind a sign of money: ``15/h``."""
+
+_WORD = r"(?:°?[A-Za-zμΩ\"'$€£¥₹₩¢ł]+|°|[\u4e00-\u6bce\u6bd0-\u9fff]{1,4})\.?"  # all but 每, "per"
 _POWER = r"(?:\^?\{?-?[1-4]\}?| squared| cubed)?"
 _FACTOR = rf"(?:(?:square|sq|cubic|cu)\.? ?|平方|立方)?{_WORD}{_POWER}"
-_UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/] ?\(?| per | )?{_FACTOR}\)?){{0,4}}\)?")
+_UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/-] ?\(?| per |每| )?{_FACTOR}\)?){{0,4}}\)?")
 _BORDER = re.compile(r"(?:(?<=[0-9%.})π…])|(?<=\\pi))( ?)(?=[^0-9%.})…\s*^/+\-=,;_])")
 _GLUED = re.compile("[A-Za-z]|st|nd|rd|th")
 """Right behind a number: algebra, and orders."""
 _FRACTION = re.compile(r"\\frac ?\{ ?([^{}0-9\\]{1,20}?) ?\} ?\{ ?([^{}0-9\\]{1,20}?) ?\}$")
+_TWO_WORDS = re.compile("[A-Za-z]{3,} [A-Za-z]{3,}")
+"""What pint may know with an underscore: light years."""
 _COUNTED = re.compile(
     r"(?:[a-z]+ ){0,2}(?:([a-z]{3,})s|(people|persons?|men|women|children|sheep|fish))(?: (?:old|each|in total|left))?"
     r"|([\u4e00-\u9fff]{1,3})",
@@ -77,7 +81,7 @@ _NOT_COUNTED = frozenset(
     " billion dozen".split()
 )
 _TEMPERATURE = re.compile(r"(?:degrees?|deg\.?|°) ?(c(?:elsius|entigrade)?|f(?:ahrenheit)?)\b", re.IGNORECASE)
-_TOKEN = re.compile(rf"(square|sq|cubic|cu)\.? ?|(平方|立方)|([*·/()]| per )|({_WORD})({_POWER})|( )")
+_TOKEN = re.compile(rf"(square|sq|cubic|cu)\.? ?|(平方|立方)|([*·/()-]| per |每)|({_WORD})({_POWER})|( )")
 
 
 def split_unit(text: str) -> tuple[str, Unit]:
@@ -92,6 +96,9 @@ def split_unit(text: str) -> tuple[str, Unit]:
         sign = money[2].replace(" ", "")
         meaning = read_unit(sign)
         if meaning and all(name.startswith("=") for name in _OWN.get(sign.rstrip(".").lower(), "").split()):
+            rate = _RATE.fullmatch(money[3])
+            if rate and (per := _read_rate(sign + rate[2])):
+                return money[1] + rate[1], per
             bare, behind = split_unit(money[1] + money[3])
             return (bare, meaning) if meaning & behind else (money[1] + money[3], meaning)
     plain = _FRACTION.sub(r"\1/\2", text) if "\\frac" in text else text
@@ -112,6 +119,8 @@ def read_unit(text: str) -> Unit:
     text = _TEMPERATURE.sub(lambda match: f"°{match[1][0]}", text.removeprefix("US ").removeprefix("U.S. "))
     if len(text) > MAX_UNIT_CHARS or not _UNIT.fullmatch(text):
         return NONE
+    if _TWO_WORDS.fullmatch(text) and (found := _registry().parse_unit_name(text.lower().replace(" ", "_"))):
+        return frozenset(_meaning(found[0][0] + found[0][1]))
     factors: list[list[Meaning]] = []
     sign, below, pending = 1, False, 1
     position = 0
@@ -124,7 +133,7 @@ def read_unit(text: str) -> Unit:
         if before or chinese:
             pending = 2 if (before or chinese) in ("square", "sq", "平方") else 3
         elif joint:
-            if joint in ("/", " per "):
+            if joint in ("/", " per ", "每"):
                 sign, below = -1, True
             elif joint == "(":
                 pass
@@ -203,11 +212,16 @@ def _read_word(word: str) -> tuple[Meaning, ...]:
 
 
 def _meaning(name: str) -> tuple[Meaning, ...]:
-    """pint's unit of that name in root units; a name behind ``=`` is a dimension of its own."""
+    """pint's unit of that name in root units; a name behind ``=`` is a dimension of its own; ``*`` and ``/`` join
+    two."""
+    top, sign, below = name.partition("/") if "/" in name else name.partition("*")
+    if sign:
+        return tuple(
+            _product((one, _raised(other, -1 if sign == "/" else 1)))
+            for one, other in itertools.product(_meaning(top), _meaning(below))
+        )
     if name.startswith("="):
         return (("1", frozenset({(name, 1)})),)
-    if name in _PRODUCTS:
-        return (_product(tuple(meaning for part in _PRODUCTS[name] for meaning in _meaning(part))),)
     factor, root = _registry().get_root_units(name, check_nonmult=False)
     names = frozenset((str(each), int(count)) for each, count in root._units.items() if count == int(count))
     names = frozenset(each for each in names if each[0] != "radian")
