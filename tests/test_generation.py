@@ -15,7 +15,6 @@ from watched_steps import watched_steps
 
 from mstar_mega.config import GenerationConfig
 from mstar_mega.generation import capacity, scheduler
-from mstar_mega.generation.cache import Slab, group_table
 from mstar_mega.generation.engine import Engine, Request, Sample, SampleSpec
 from mstar_mega.kernels.noise import counters, key_of
 from mstar_mega.kernels.sampling import sample_with_logprob
@@ -26,7 +25,6 @@ from mstar_mega.models.packing import PackedBatch, Prompt, next_token_targets, p
 LIMIT = 14
 # One token in eight or so ends a sample, so lengths differ.
 VOCABULARY: Any = SimpleNamespace(stop_tokens=frozenset(range(60, 125)), banned_tokens=[6, 7, 8])
-
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 
@@ -266,9 +264,8 @@ def test_a_forced_start_continues_exactly(model: LMM, slots: int, prefill: int) 
 def test_continuations_of_one_start_differ_by_key(model: LMM) -> None:
     request = make_requests(1)[1]
     draft = tiny.tokens(3, 6)[0]
-    drawn = make_engine(model).generate(
-        [Request(request.prompt, [SampleSpec(key_of("b", i), 0, 4) for i in range(6)], [draft])], 1.0
-    )[0]
+    continued = Request(request.prompt, [SampleSpec(key_of("b", i), 0, 4) for i in range(6)], [draft])
+    (drawn,) = make_engine(model).generate([continued], 1.0)
     assert len({tuple(sample.tokens) for sample in drawn}) > 3
     assert all(len(sample.tokens) <= LIMIT - 4 for sample in drawn)
     for sample in drawn:
@@ -285,8 +282,7 @@ def test_each_image_is_encoded_and_each_prompt_prefilled_once(
     model: LMM, monkeypatch: pytest.MonkeyPatch, slots: int, prefill: int
 ) -> None:
     requests = make_requests()
-    tiles: list[int] = []
-    streams: list[int] = []
+    tiles, streams = list[int](), list[int]()
     vision = model.vision.forward
     prefilling = scheduler.run_packed
 
@@ -329,14 +325,6 @@ def test_generation_leaves_the_model_as_it_was(model: LMM) -> None:
     assert model.training and torch.is_grad_enabled()
 
 
-def test_group_table_finds_every_slot_in_its_group() -> None:
-    entry = torch.tensor([2, 0, 2, 2, 0, 4, 2])
-    table, place = group_table(entry, 5)
-    assert table.shape == (5, 4)
-    assert table.flatten()[place].tolist() == list(range(7))
-    assert (place // 4).tolist() == entry.tolist()
-
-
 def test_prompts_wait_for_room_in_the_slab(model: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make_engine(model).generate(make_requests(), 1.0)
     longest = max(len(request.prompt.tokens) for request in make_requests())
@@ -359,23 +347,3 @@ def test_slots_are_as_many_as_memory_holds(model: LMM, monkeypatch: pytest.Monke
         monkeypatch.setattr(capacity, "_CPU_BYTES", room)
         check_same(make_engine(model, slots="auto").generate(make_requests(), 1.0), expected)
         assert max(widths) == most
-
-
-def test_the_slab_gives_no_place_twice_and_takes_all_back() -> None:
-    slab, chance = Slab(500, 16), random.Random(0)
-    held: list[tuple[int, int]] = []
-    refused = 0
-    for _ in range(400):
-        if held and chance.random() < 0.5:
-            slab.release(*held.pop(chance.randrange(len(held))))
-            continue
-        place = slab.allocate(chance.randint(1, 120))
-        refused += place is None
-        held += [place] if place else []
-        taken = sorted(held)
-        assert all(start + size <= after for (start, size), (after, _) in zip(taken, taken[1:], strict=False))
-        assert all(start % 16 == 0 and start + size <= slab.tokens for start, size in taken)
-    assert refused > 5
-    for place in held:
-        slab.release(*place)
-    assert slab.allocate(slab.tokens) == (0, slab.tokens)

@@ -113,7 +113,7 @@ def test_a_shipped_config_goes_by_its_name_and_a_file_by_its_path(
     Path("digits").write_text("seed: 7\n")  # a file of that name is the user's
     assert settings.parse(["--config", "digits"]).seed == 7
     for text, said in (
-        ("digts", "did you mean 'digits'? There are digits, easy_vqa"),
+        ("digts", "did you mean 'digits'? If not, there are digits, easy_vqa"),
         ("examples/configs/smoke.yaml", "did you mean --config smoke?"),
         ("mine.yaml", "cannot read the settings file mine.yaml: No such file or directory"),
     ):

@@ -11,7 +11,7 @@ import tiny_families
 import torch
 from parallel import run_parallel
 from PIL import Image
-from test_linear_logprob import peak_bytes
+from test_linear_memory import peak_bytes
 
 from mstar_mega import kernels
 from mstar_mega.config import Config, KernelsConfig, OptimizerConfig, ParallelConfig

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mstar_mega.kernels import draw
 from mstar_mega.kernels.dispatch import uses_triton
-from mstar_mega.kernels.linear_logprob import linear_logits
+from mstar_mega.kernels.linear_head import linear_logits
 from mstar_mega.kernels.noise import counters, mix
 from mstar_mega.kernels.sampling import allowed_ids, conclude, draw_rows, narrowed
 from mstar_mega.models.decoder import at_least

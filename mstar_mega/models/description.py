@@ -6,6 +6,7 @@ the same files without the weights.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mstar_mega.platform.files import refuse_lfs_pointer
 from mstar_mega.platform.inputs import read_object
 
 ADAPTER = "adapter_config.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_FILES = "model"
 """Folder inside a converted checkpoint."""
 MOST_BYTES = 1 << 24
@@ -28,7 +30,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         if other := other_kind(directory):
             raise ValueError(other)
-        raise FileNotFoundError(f"{path} is missing: {directory} is not a model directory")
+        name = str(directory)
+        hub = (
+            f". Is it a hub name? `hf download {name} --local-dir DIR`, then give DIR"
+            if _HUB_NAME.fullmatch(name)
+            else ""
+        )
+        raise FileNotFoundError(f"{path} is missing: {directory} is not a model directory{hub}")
     refuse_lfs_pointer(path)
     return read_object(path, MOST_BYTES)
 

@@ -27,7 +27,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logits, linear_logprob
+from mstar_mega.kernels.linear_head import linear_logits
+from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
 from mstar_mega.models.attention import AttentionPlan
 from mstar_mega.models.connectors import build_connector

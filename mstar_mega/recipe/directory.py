@@ -114,7 +114,8 @@ def run_directory(config: Config, is_main: bool, trains: bool = True) -> Iterato
 
 
 def _unusable(directory: Path, error: OSError) -> str:
-    return f"run.dir {directory} cannot be used: {error.strerror}. Choose another --run.dir"
+    why = "it is a file, not a folder" if isinstance(error, FileExistsError) else error.strerror
+    return f"run.dir {directory} cannot be used: {why}. Choose another --run.dir"
 
 
 def _view_of(directory: Path) -> Path:

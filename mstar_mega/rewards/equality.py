@@ -15,6 +15,7 @@ from mstar_mega.rewards.quantities import (
     parse_number,
     parse_quantity,
     quantities_equal,
+    read_number_words,
     units_agree,
 )
 from mstar_mega.rewards.units import split_unit
@@ -224,15 +225,12 @@ def _is_unfinished(gold: str) -> bool:
     return bool(_OPERATION.search(gold)) and not _SYMBOL.search(split_unit(gold)[0])
 
 
-_BASE_NAMES = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
 def _in_base(text: str) -> tuple[str, int] | None:
     match = _IN_BASE.fullmatch(text)
     if match is None:
         return None
-    base = (match[2] or match[3]).lower()
-    number = int(base) if base.isdigit() else _BASE_NAMES.index(base) if base in _BASE_NAMES else 0
+    base = read_number_words((match[2] or match[3]).lower())
+    number = int(base) if base.isdigit() else 0
     return match[1].lower().lstrip("0") or "0", number
 
 

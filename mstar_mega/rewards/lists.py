@@ -6,6 +6,7 @@ import functools
 import re
 from dataclasses import dataclass
 
+from mstar_mega.rewards.dressing import encloses
 from mstar_mega.rewards.frames import chain
 from mstar_mega.rewards.quantities import MAX_LIST_CHARS, parse_quantity
 
@@ -35,7 +36,7 @@ def parse_list(text: str) -> Members | None:
     if len(text) > MAX_LIST_CHARS:
         return None
     text = text.replace("\\{", "{").replace("\\}", "}").replace("\\langle", "(").replace("\\rangle", ")").strip()
-    opening = text[0] if text[:1] in _BRACKETS and text.endswith(_BRACKETS[text[0]]) and _closes_last(text) else ""
+    opening = text[0] if text[:1] in _BRACKETS and encloses(text, text[0], _BRACKETS[text[0]]) else ""
     inner = text[1:-1].strip() if opening else text
     marks, items = _split(inner)
     if marks == {"bare"} and not opening and _THOUSANDS.fullmatch(inner):
@@ -58,15 +59,6 @@ def parse_list(text: str) -> Members | None:
     if len(values) < 2 or not all(values):
         return None
     return Members(opening, tuple(values), not (signed or "or" in marks or opening == "{"))
-
-
-def _closes_last(text: str) -> bool:
-    depth = 0
-    for index, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return index == len(text) - 1
-    return False
 
 
 def _split(text: str) -> tuple[set[str], list[str]]:

@@ -55,4 +55,5 @@ def first_comment(name: str) -> str:
 
 def _advice(name: str) -> str:
     near = difflib.get_close_matches(name, shipped_names(), n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + f"There are {', '.join(shipped_names())}"
+    meant = f"did you mean '{near[0]}'? If not, " if near else ""
+    return f"{meant}there are {', '.join(shipped_names())}"
