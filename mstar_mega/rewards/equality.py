@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mstar_mega.rewards.dressing import squeeze
 from mstar_mega.rewards.frames import Chain, chain
@@ -126,6 +127,7 @@ _IN_BASE = re.compile(
     r"\(?([0-9a-z]{1,64})\)?(?:_\{? ?([0-9]{1,2}|[a-z]{3,8}) ?\}?| ?\(?(?:in )?base ([0-9]{1,2}|[a-z]{3,8})\)?)", re.I
 )
 _TWICE = re.compile(r"([^()]{1,80}) \((?:(approximately |approx\.? |about |≈ ?)|or |= ?)?([^()]{1,80})\)")
+_NUMBER = re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
 _DECIMAL = re.compile(r"-? ?[0-9]+\.([0-9]+)")
 
 
@@ -133,6 +135,8 @@ def equal(given: str, wanted: str) -> bool | Algebra:
     """Whether a cleaned answer is the cleaned gold answer. Neither may be empty."""
     if given == wanted:
         return True
+    if _NUMBER.fullmatch(given) and _NUMBER.fullmatch(wanted):  # most answers are
+        return Fraction(given) == Fraction(wanted)
     answer, gold = chain(_restated(given)), chain(wanted)
     if len(gold.members) > 1:  # an equation: as it stands
         return same_text(given, wanted) or _algebra(given, wanted)
@@ -198,15 +202,17 @@ def _equal(given: str, wanted: str, *, member: bool = False) -> bool | Algebra:
         return quantities_equal(answer, gold)
     if same_text(given, wanted):
         return True
+    if not member and (gold or (answer and not _is_unfinished(wanted))):
+        return False
+    if _PROSE.fullmatch(given) and _PROSE.fullmatch(wanted):
+        return False
     if _BASE.search(given) or _BASE.search(wanted):
         return _in_base(given) == _in_base(wanted) is not None
     if _INEQUALITY.search(given) or _INEQUALITY.search(wanted):
-        return False if answer or gold else _algebra(given, wanted)
+        return _algebra(given, wanted)
     lists = _lists_equal(given, wanted)
     if lists is not None:
         return lists
-    if not member and (gold or (answer and not _is_unfinished(wanted))):
-        return False
     return _algebra(given, wanted)
 
 
@@ -215,6 +221,10 @@ def _algebra(given: str, wanted: str) -> bool | Algebra:
     return Algebra((pair,)) if pair else False
 
 
+_PROSE = re.compile(
+    r"(?!.*\b(?:and|or|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|sqrt)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,}){0,12}", re.IGNORECASE
+)
+"""Words that are neither a list nor mathematics."""
 _INEQUALITY = re.compile(r"[<>≤≥]|\\(?:[lg]eq?|[lg]t)(?![a-z])")
 _OPERATION = re.compile(r"[\\^√!]")
 _SYMBOL = re.compile(r"(?<![\\A-Za-z])(?!(?:pi|sqrt)(?![a-z]))[A-Za-z]")

@@ -180,7 +180,8 @@ def _parsed_quantity(text: str) -> Quantity | None:
     number = parse_number(text)
     if number is not None:
         return number, NONE
-    words = _SCALED.match(text) or (_WORDS.match(text) if text[:1].isalpha() else None)
+    words = _WORDS.match(text) if text[:1].isalpha() else None
+    words = words or (_SCALED.match(text) if text.count(" ") > 1 else None)
     bare, unit = split_unit(read_number_words(words[0]) + text[words.end() :] if words else text)
     number = parse_number(bare) if unit else None
     return None if number is None else (number, unit)
@@ -214,7 +215,7 @@ _CLOCK = re.compile(
 
 def parse_clock(text: str) -> tuple[int, bool] | None:
     """A time of day as (seconds, whether the half of the day is known): ``5:30 P.M.``, ``17:30``, ``5 pm``."""
-    match = _CLOCK.fullmatch(text)
+    match = _CLOCK.fullmatch(text) if text[:1].isdigit() else None
     if match is None or not (match[4] or (match[2] and ":" in text)):
         return None
     hours, minutes, seconds = int(match[1]), int(match[2] or 0), int(match[3] or 0)

@@ -60,7 +60,7 @@ _RATE = re.compile(r"([0-9.,]+)( ?/ ?[A-Za-z].*| per .*)")
 """Behind a sign of money: ``15/h``."""
 
 _WORD = r"(?:°?[A-Za-zμΩ\"'$€£¥₹₩¢ł]+|°|[\u4e00-\u6bce\u6bd0-\u9fff]{1,4})\.?"  # all but 每, "per"
-_POWER = r"(?:\^?\{?-?[1-4]\}?| squared| cubed)?"
+_POWER = r"(?:(?:\^|(?<=\w))\{?-?[1-4]\}?| squared| cubed)?"
 _FACTOR = rf"(?:(?:square|sq|cubic|cu)\.? ?|平方|立方)?{_WORD}{_POWER}"
 _UNIT = re.compile(rf"\(?{_FACTOR}(?:(?: ?[*·/-] ?\(?| per |每| )?{_FACTOR}\)?){{0,4}}\)?")
 _BORDER = re.compile(r"(?:(?<=[0-9%.})π…])|(?<=\\pi))( ?)(?=[^0-9%.})…\s*^/+\-=,;_])")
