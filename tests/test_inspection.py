@@ -11,6 +11,7 @@ from hf_directories import make_checkpoint
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
 from mstar_mega.checkpoint_tools.inspection import inspect
 from mstar_mega.config import OptimizerConfig
+from mstar_mega.models.description import read_config
 from mstar_mega.training.checkpoint import save_checkpoint
 from mstar_mega.training.trainer import Trainer
 
@@ -53,3 +54,10 @@ def test_inspect_names_what_is_no_checkpoint(tmp_path: Path) -> None:
         inspect(tmp_path)
     with pytest.raises(ValueError, match="there is no such directory"):
         inspect(tmp_path / "none")
+
+
+def test_a_hub_name_is_answered_with_the_download_command(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`hf download OpenGVLab/InternVL2-1B --local-dir DIR`"):
+        read_config("OpenGVLab/InternVL2-1B")
+    with pytest.raises(FileNotFoundError, match="is not a model directory$"):
+        read_config(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 from parallel import run_parallel
 
@@ -113,3 +114,12 @@ def test_training_files_that_one_rank_does_not_see(tmp_path: Path) -> None:
         "data.images": Path("b"),
         "data.dir": Path("c"),
     }
+
+
+@pytest.mark.usefixtures("job_of_one")
+def test_a_file_in_the_run_directorys_place_is_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("in the way")
+    config = Config(run=RunConfig(dir=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="cannot be used: it is a file, not a folder"), run_directory(config, True):
+        pass
+    assert (tmp_path / "run").read_text() == "in the way"
