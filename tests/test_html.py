@@ -211,7 +211,7 @@ def test_questions_by_kind_have_errors_where_they_were_counted(tmp_path: Path) -
 
 def test_a_kind_without_a_share_is_not_said_to_have_none_right(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    evaluation(log, "evolve", 1, "test", 0.5, by_kind={"sum": 0.25, "count": None})
+    evaluation(log, "evolve", 1, "test", 0.5, by_kind={"sum": 0.25, "count": float("nan")})
     log.close()
     plot = next(plot for plot in all_plots(load_run(tmp_path)) if plot.name == "kinds")
     assert plot.described == "now: sum 25%" and "count" not in plot.svg

@@ -183,7 +183,7 @@ def test_the_walk_through_of_the_page_at_small_size(tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "questions.csv"), done.stderr
     smaller = {
-        "data.validation_queries": 4, "data.test_queries": 4, "warmup.epochs": 14, "warmup.optimizer.warmup_steps": 2,
+        "data.validation_queries": 4, "data.test_queries": 4, "warmup.epochs": 4, "warmup.optimizer.warmup_steps": 2,
         "warmup.optimizer.batch_size": 16, "evolve.interval": 1, "evolve.epochs": 1, "evolve.responses": 2,
         "temperature.responses": 2, "temperature.queries": 4, "evaluation.k": 2, "generation.max_new_tokens": 8,
     }  # fmt: skip

@@ -181,7 +181,7 @@ def kinds_plot(run: Run) -> Plot | None:
     if not events:
         return None
     first, last = events[0]["by_kind"], events[-1]["by_kind"]
-    measured = [kind for kind in last if number(last, kind) is not None]
+    measured = [kind for kind in last if math.isfinite(_share_of(last, kind))]
     if not measured:
         return None
     kinds = sorted(measured, key=lambda kind: (_share_of(last, kind), kind))[:MOST_KINDS]
