@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mstar_mega import settings
 from mstar_mega.config import Config
+from mstar_mega.platform.inputs import refuse_links_out
 from mstar_mega.training.checkpoint import find_checkpoints
 from mstar_mega.training.manifest import MANIFEST
 
@@ -24,6 +25,7 @@ def newest_policy(path: Path) -> Path:
         )
     if not (path / "checkpoints").is_dir():
         return path
+    refuse_links_out(path / "checkpoints", "what it leads to would be published with the model")
     for stage in ("evolve", "warmup"):
         if found := find_checkpoints(path / "checkpoints" / stage):
             return found[0]

@@ -14,14 +14,18 @@ from PIL import EpsImagePlugin, Image
 from report_runs import make_run
 
 from mstar_mega import functions, settings
+from mstar_mega.checkpoint_tools.runs import newest_policy
 from mstar_mega.config import Config
 from mstar_mega.data.pictures import file_size
 from mstar_mega.data.types import ImageRef, image_digest
 from mstar_mega.platform.files import write_bytes_atomic
 from mstar_mega.platform.inputs import refuse_links_out
+from mstar_mega.recipe import benchmark
 from mstar_mega.recipe.directory import run_directory
+from mstar_mega.recipe.outside_prm import find_outside_prm
 from mstar_mega.report.images import shown_picture
 from mstar_mega.rewards.checker import AnswerChecker
+from mstar_mega.training.checkpoint import load_latest
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
 REPO = Path(__file__).parents[1]
@@ -117,6 +121,30 @@ def test_a_job_writes_through_no_link_out_of_its_run(tmp_path: Path, name: str, 
     with pytest.raises(ValueError, match="is a link that leads out of"), run_directory(config, True, trains):
         raise AssertionError("it was opened")
     assert (outside / "file").read_text() == "mine" and (outside / ".mine.tmp").is_dir()
+
+
+def test_another_run_is_looked_at_without_tidying_up_in_it(tmp_path: Path) -> None:
+    """A job may be writing a checkpoint there."""
+    writing = tmp_path / "warmup/.iteration_0000_step_000001.tmp"
+    writing.mkdir(parents=True)
+    assert load_latest(tmp_path / "warmup", dict, tidy=False) is None and writing.exists()
+    assert load_latest(tmp_path / "warmup", dict) is None and not writing.exists()
+
+
+def test_a_checkpoint_or_a_prm_is_not_read_through_links(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text(settings.dump(Config()))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/checkpoints/warmup").symlink_to(tmp_path / "elsewhere")
+    config = Config()
+    config.prm.checkpoint = str(tmp_path / "run")
+    for look in (
+        lambda: benchmark.settings_of(tmp_path / "run"),
+        lambda: find_outside_prm(config),
+        lambda: newest_policy(tmp_path / "run"),
+    ):
+        with pytest.raises(ValueError, match="is a link that leads out of"):
+            look()
 
 
 def test_links_that_stay_inside_and_a_run_that_is_a_link_itself_are_fine(tmp_path: Path) -> None:

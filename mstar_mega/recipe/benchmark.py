@@ -28,7 +28,7 @@ from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.lmm import LMM
 from mstar_mega.platform.distributed import barrier
 from mstar_mega.platform.files import sha256_file, write_text_atomic
-from mstar_mega.platform.inputs import read_object
+from mstar_mega.platform.inputs import read_object, refuse_links_out
 from mstar_mega.recipe.blocks import Wanted, stream_blocks
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.directory import on_main
@@ -119,6 +119,8 @@ def settings_of(checkpoint: Path) -> Config:
     if (checkpoint / MODEL_FILES).is_dir():
         family = family_from_hf(checkpoint / MODEL_FILES, with_tokenizer=False)
         return Config(model=ModelConfig(family=family.name, checkpoint=str(checkpoint)))
+    if checkpoint.is_dir():
+        refuse_links_out(checkpoint, "what it leads to would be read")
     if not (checkpoint / CONFIG_FILE).is_file():
         raise ValueError(
             f"{checkpoint} is neither a run directory (it has no {CONFIG_FILE}) nor a checkpoint that `mstar convert "

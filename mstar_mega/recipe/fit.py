@@ -131,7 +131,9 @@ def restore_weights(job: Job, model: LMM, stage: str, iteration: int = 0) -> Pos
 
     ``iteration``: see :func:`checkpoint_folder`.
     """
-    found = load_latest(checkpoint_folder(job, stage, iteration), lambda: {"model": model.sharded_state_dict()})
+    is_held = job.dir == Path(job.config.run.dir)  # and not another run, in which a job may be at work
+    folder = checkpoint_folder(job, stage, iteration)
+    found = load_latest(folder, lambda: {"model": model.sharded_state_dict()}, tidy=is_held)
     if found is None:
         return None
     state, common, path = found

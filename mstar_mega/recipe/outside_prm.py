@@ -14,6 +14,7 @@ from mstar_mega.models.description import MODEL_FILES, family_from_hf
 from mstar_mega.models.families.base import Family
 from mstar_mega.models.mapping import Head, head_of
 from mstar_mega.models.packing import prompt_bytes
+from mstar_mega.platform.inputs import refuse_links_out
 from mstar_mega.recipe.context import Job
 from mstar_mega.recipe.fit import finished_prm
 from mstar_mega.rewards.reader import PRM, Judgement, Mark, Reader
@@ -41,6 +42,8 @@ def find_outside_prm(config: Config) -> Outside:
     that they give.
     """
     path = Path(str(config.prm.checkpoint))
+    if path.is_dir():
+        refuse_links_out(path, "what it leads to would be read")
     if (path / MODEL_FILES).is_dir():
         checkpoint, family, head = path, family_from_hf(path / MODEL_FILES), head_of(read_index(path).tensors)
     elif (path / CONFIG_FILE).is_file():

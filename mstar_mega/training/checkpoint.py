@@ -167,13 +167,14 @@ def _read_plain_state(path: Path) -> dict[str, Any]:
 
 
 def load_latest(
-    directory: Path, template_fn: Callable[[], dict[str, Any]]
+    directory: Path, template_fn: Callable[[], dict[str, Any]], tidy: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any], Path] | None:
     """The newest undamaged checkpoint as (state, common, path), or None. Collective.
 
-    Each damaged one on the way is named in a warning. Leftovers of killed saves are removed.
+    Each damaged one on the way is named in a warning. ``tidy``: leftovers of killed saves are removed; not where
+    another job may be writing there.
     """
-    if dist.get_rank() == 0:
+    if tidy and dist.get_rank() == 0:
         _remove_leftovers(directory)
     for path in broadcast_object(find_checkpoints(directory)):
         try:
