@@ -84,6 +84,7 @@ setup(
     package_data={
         "mstar_mega": ["data/**/*.model", "report/**/*.html", "report/**/*.css", "report/**/*.js"],
         "mstar_mega.configs": ["*.yaml"],
+        "mstar_mega.kernels": ["*.c"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.kernels import attend
-from mstar_mega.kernels.dispatch import uses_triton
+from mstar_mega.kernels.dispatch import native_for, uses_triton
 from mstar_mega.kernels.language import INTERPRETED, cdiv, dot, jit, narrow, next_power_of_2, tl
 
 PREFIX = {"BM": 64, "BN": 64}
@@ -205,7 +205,12 @@ def work_items(prompts: Sequence[tuple[int, int, int]], members: Sequence[int], 
 
 def fits(q: Tensor) -> bool:
     """Whether the kernels take these queries [B, Hq, D]."""
-    return uses_triton("decode", q) and attend.fits(q)
+    return (uses_triton("decode", q) and attend.fits(q)) or native(q)
+
+
+def native(q: Tensor) -> bool:
+    """Whether they are those of ``native.c``, which read a prompt in one part and know no rows that are none."""
+    return not uses_triton("decode", q) and native_for("decode", q) is not None
 
 
 def decode_attention(
@@ -226,6 +231,15 @@ def decode_attention(
     B, Hq, D = q.shape
     _, Hk, limit, _ = k_own.shape
     rep = Hq // Hk
+    if native(q) and (lib := native_for("decode", q)) is not None:
+        places = (
+            q, k_slab, v_slab, k_own, v_own, reading.rows, reading.length, reading.members, reading.work
+        )  # fmt: skip
+        lib.decode_attention(
+            *(place.data_ptr() for place in places), int(reading.number), out.data_ptr(), PREFIX["BM"] + rep, limit,
+            Hk, rep, D, scale,
+        )  # fmt: skip
+        return out
     shared = {"D": D, "BD": max(16, next_power_of_2(D)), "INTERP": INTERPRETED}
     decode_prefix_kernel[(PROGRAMS if not INTERPRETED else 2,)](
         q, k_slab, v_slab, reading.work, reading.number, reading.members, parts, lse, B, Hk, rep, scale,

@@ -5,8 +5,8 @@
     swiglu:            y = silu(gate) * up
 
 The plain definitions are the operations of the training forward, in its order: in float32 on one device they give the
-same bits. The kernels compute in float32 and round once. Nothing here asks the host or allocates: results go to ``out``
-(kernels) or are new tensors (plain PyTorch); use what is returned.
+same bits. The kernels compute in float32 and round once; on the CPU they are compiled C (``native.c``). Nothing here asks
+the host or allocates: results go to ``out`` (kernels) or are new tensors (plain PyTorch); use what is returned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mstar_mega.kernels.dispatch import uses_triton
+from mstar_mega.kernels.dispatch import native_for, uses_triton
 from mstar_mega.kernels.language import INTERPRETED, cdiv, jit, narrow, next_power_of_2, tl
 from mstar_mega.kernels.norms import warps_for
 
@@ -92,6 +92,10 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ou
             BLOCK=block, ADD=delta is not None, INTERP=INTERPRETED, num_warps=warps_for(block),
         )  # fmt: skip
         return out
+    if (lib := native_for("decode", x)) is not None:
+        moved = None if delta is None else delta.data_ptr()
+        lib.add_rms_norm(x.data_ptr(), moved, weight.data_ptr(), out.data_ptr(), *x.shape, eps)
+        return out
     if delta is not None:
         x.add_(delta)
     return torch.nn.functional.rms_norm(x, (x.size(1),), weight, eps)
@@ -118,6 +122,11 @@ def rotate_and_store(
     """
     B, key_heads, columns, D = qkv.shape
     rep = columns - 2
+    if at is None and (lib := native_for("decode", qkv)) is not None:
+        places = (qkv, cos, sin, rows, length, prompt_length, out, k_cache, v_cache)
+        sizes = (k_cache.size(0), k_cache.size(2), key_heads, rep, D)
+        lib.rotate_and_store(*(place.data_ptr() for place in places), B, *sizes)
+        return out
     if at is None:
         rotate_store_kernel[(B * key_heads,)](
             qkv, cos, sin, rows, length, prompt_length, out, k_cache, v_cache, k_cache.size(0), k_cache.size(2),
@@ -136,6 +145,9 @@ def swiglu(h: Tensor, out: Tensor) -> Tensor:
     if uses_triton("decode", h):
         width = out.size(1)
         swiglu_kernel[(h.size(0), cdiv(width, BLOCK))](h, out, width, BLOCK=BLOCK, INTERP=INTERPRETED, num_warps=4)
+        return out
+    if (lib := native_for("decode", h)) is not None:
+        lib.swiglu(h.data_ptr(), out.data_ptr(), *out.shape)
         return out
     gate, up = h.chunk(2, dim=1)
     return torch.nn.functional.silu(gate).mul_(up)

@@ -1,12 +1,14 @@
 """Which implementation of a kernel runs: compiled Triton, Triton's interpreter, or plain PyTorch.
 
-Left to itself a kernel is Triton on CUDA tensors and plain PyTorch on all others. :func:`force_backend` chooses for
+Left to itself a kernel is Triton on CUDA tensors and plain PyTorch on all others; on the CPU a decode step's kernels are
+compiled C (``native.py``) where there is a compiler. :func:`force_backend` chooses for
 every kernel; :func:`turn_off` leaves single kernels to plain PyTorch. Triton's interpreter runs the same kernels on the
 CPU, for tests: it needs ``TRITON_INTERPRET=1`` in the environment before anything imports triton.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.config import KernelsConfig
+from mstar_mega.kernels import native
 from mstar_mega.kernels.language import HAS_TRITON, INTERPRETED
 
 Backend = Literal["triton", "interpreter", "torch"]
@@ -97,6 +100,13 @@ def uses_triton(kernel: str, tensor: Tensor) -> bool:
     if _forced is None and not tensor.is_cuda:
         return False
     return is_on(kernel) and backend(tensor.device) != "torch"
+
+
+def native_for(kernel: str, tensor: Tensor) -> ctypes.CDLL | None:
+    """The compiled CPU kernels where ``kernel`` runs as one of them on this tensor: left to itself, in float32."""
+    if _forced is not None or tensor.device.type != "cpu" or tensor.dtype != torch.float32 or not is_on(kernel):
+        return None
+    return native.library()
 
 
 def chunk_bytes() -> int:

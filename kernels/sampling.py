@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 from mstar_mega.kernels import draw
-from mstar_mega.kernels.dispatch import uses_triton
+from mstar_mega.kernels.dispatch import native_for, uses_triton
 from mstar_mega.kernels.noise import gumbel, mix
 from mstar_mega.kernels.top_p import Split, allowed_logits, of_ranks, top_p_kept
 
@@ -136,7 +136,19 @@ def draw_rows(
     start: int,
 ) -> Drawn:
     """The definition. ``allowed`` uint8 [V_local]; lower logits than ``floor`` [B] are left out; of those equal to it
-    the first ``ties`` [B, 1] stay, or all."""
+    the first ``ties`` [B, 1] stay, or all. On the CPU ``native.c`` does the same in two passes over a row."""
+    if (lib := native_for("sampling", logits)) is not None:
+        B, local = logits.shape
+        hot = temperature if isinstance(temperature, Tensor) else _of_rows(temperature, B, logits.device)
+        given = [logits, hot, allowed, floor, ties, counter]
+        token, found = torch.empty(B, dtype=torch.int64), torch.empty(4, B)
+        given = [None if x is None else x.contiguous() for x in given]
+        lib.draw_rows(
+            *(None if x is None else x.data_ptr() for x in given), B, local, valid, start, token.data_ptr(),
+            found.data_ptr(),
+        )  # fmt: skip
+        best, chosen, whole, survived = found.unbind(0)
+        return best, token, chosen, whole, survived
     raw = logits.float()
     greedy: bool | Tensor
     if isinstance(temperature, Tensor):

@@ -64,8 +64,10 @@ class Slab:
 class CacheManager:
     """Keys and values of one ``generate`` call on this pipeline stage."""
 
-    def __init__(self, model: LMM, slots: int, limit: int, tokens: int, granule: int, device: torch.device) -> None:
-        """``tokens``: of the slab; it must hold the longest prompt."""
+    def __init__(
+        self, model: LMM, slots: int, limit: int, tokens: int, granule: int, device: torch.device, padded: bool = True
+    ) -> None:
+        """``tokens``: of the slab; it must hold the longest prompt. ``padded``: more is read than was written."""
         size, ranks = model.size, model.tensor_group.size()
         self.heads, self.channels = size.kv_heads // ranks, size.head_dim
         self.slab = Slab(tokens, granule)
@@ -78,8 +80,8 @@ class CacheManager:
 
         def pair(*shape: int) -> KeyValues:
             # Zeros: padding is multiplied by weights of 0, and must not be NaN.
-            k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-            return KeyValues(k, v)
+            make = torch.zeros if padded else torch.empty
+            return KeyValues(*(make(shape, dtype=dtype, device=device) for _ in range(2)))
 
         for n in self.layers:
             self.cache.prefix[n] = pair(self.slab.tokens * self.heads * self.channels)

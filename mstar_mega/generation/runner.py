@@ -19,7 +19,7 @@ from torch import Tensor
 from mstar_mega.generation.cache import CacheManager, Entry, group_table
 from mstar_mega.generation.drawing import Drawer, Drawing
 from mstar_mega.generation.replay import Replay
-from mstar_mega.kernels.decode_attention import FIELDS, PlainReading, Reading, fits, work_items
+from mstar_mega.kernels.decode_attention import FIELDS, PlainReading, Reading, fits, native, work_items
 from mstar_mega.kernels.draw import Slots
 from mstar_mega.models.attention import bias_from_mask
 from mstar_mega.models.decoder import Decoder, StepInput, aligned
@@ -52,15 +52,18 @@ class Runner:
         device = next(model.parameters()).device
         self.model, self.cache, self.device = model, cache, device
         self.fused = kernels_fit(model, device)
-        self.decoder = Decoder(model, slots, positions, _PARTS if self.fused else 1, device)
+        queries = torch.empty(1, dtype=model.config.params_dtype, device=device)
+        self.native = self.fused and native(queries)
+        self.parts = (1 if self.native else _PARTS) if self.fused else 0
+        self.decoder = Decoder(model, slots, positions, self.parts, device)
         self.slots = Slots.of(slots, device)
         self.drawer = Drawer(model, self.slots, drawing, slots, device)
         self._hot: set[float] = set()
         self._plain: PlainReading | None = None
         self._rows = to_device([], device)
-        numbers = 3 * slots + 1 + FIELDS * _PARTS * slots
+        numbers = 3 * slots + 1 + FIELDS * self.parts * slots
         self._lists = torch.zeros(numbers if self.fused else 0, dtype=torch.int64, device=device)
-        self._buckets, self._replay = buckets(slots), replay
+        self._buckets, self._replay = [*range(slots + 1)] if self.native else buckets(slots), replay
         self._steps: dict[int, Callable[[], None]] = {}
         """By bucket."""
         self._bucket = self._count = 0
@@ -140,7 +143,7 @@ class Runner:
             prompts[entry.start] = entry.start, entry.capacity, entry.length
         decoder, counts = self.decoder, [len(rows) for rows in of_prompt.values()]
         rep = decoder.heads // decoder.key_heads
-        work, cuts = work_items(list(prompts.values()), counts, rep, decoder.key_heads, _PARTS)
+        work, cuts = work_items(list(prompts.values()), counts, rep, decoder.key_heads, self.parts)
         parts = [0] * len(entries)
         for rows, cut in zip(of_prompt.values(), cuts, strict=True):
             for row in rows:

@@ -245,11 +245,12 @@ class Schedule:
         known = self.longest if self.cache is None else 0
         self.longest = known or 2 * max(len(self.requests[work.request].prompt.tokens) for work in self.queue)
         # Plain PyTorch sees the slab as rows of one length.
-        granule = 16 if kernels_fit(self.model, self.device) else aligned(self.longest)
+        kernels = kernels_fit(self.model, self.device)
+        granule = 16 if kernels else aligned(self.longest)
         place = -(-self.longest // granule) * granule
         wanted = min(self.capacity, max(len(self.queue), self.capacity if self.source else 1)) * place
         tokens = max(place, slab_tokens(self.model, wanted, self.capacity * self.limit, self.device))
-        self.cache = CacheManager(self.model, self.capacity, self.limit, tokens, granule, self.device)
+        self.cache = CacheManager(self.model, self.capacity, self.limit, tokens, granule, self.device, not kernels)
         how = Drawing(self.config.top_k, self.config.top_p, self.terms.banned_tokens, self.terms.seed)
         positions = self.longest + self.limit
         self.runner = Runner(self.model, self.cache, self.capacity, positions, how, self.terms.replay())

@@ -76,7 +76,8 @@ class Decoder:
     """
 
     def __init__(self, model: LMM, capacity: int, positions: int, parts: int, device: torch.device) -> None:
-        """``capacity``: most rows; ``positions``: longest sequence; ``parts``: most parts of a prompt's attention."""
+        """``capacity``: most rows; ``positions``: longest sequence; ``parts``: most parts of a prompt's attention,
+        1 where the kernels are those for the CPU, 0 where none run."""
         language, size = model.language, model.size
         self.model, self.group = model, model.tensor_group
         ranks = self.group.size()
@@ -87,7 +88,7 @@ class Decoder:
         dtype = model.config.params_dtype
         self.cos, self.sin = model.rope.table(positions, dtype, device)
         self._ranks = torch.arange(self.key_heads, device=device)
-        self.fused = parts > 1
+        self.most_parts = parts
 
         def scratch(width: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(max(capacity, LEAST_ROWS), width, dtype=of, device=device)
@@ -162,7 +163,9 @@ class Decoder:
     def _product(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """x [B, K] @ weight [K, N], in ``out``."""
         B = x.size(0)
-        x = x if self.fused else at_least(x)
+        if B < LEAST_ROWS and self.most_parts <= 1:
+            # The kernels' results lie in scratch, and what lies there behind them does not matter.
+            x = x.as_strided((LEAST_ROWS, x.size(1)), x.stride()) if self.most_parts else at_least(x)
         return torch.mm(x, weight, out=out[: x.size(0)])[:B]
 
     def _sum(self, x: Tensor) -> Tensor:

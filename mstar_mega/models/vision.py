@@ -67,9 +67,9 @@ class VisionBlock(MegatronModule):
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         projected = self.proj(attended.transpose(1, 2).reshape(tiles, positions, -1))[0]
-        x = x + (self.ls1 * projected if self.layer_scale else projected)
+        x = torch.addcmul(x, self.ls1, projected) if self.layer_scale else x + projected
         moved = self.mlp(self.norm2(x))
-        return x + (self.ls2 * moved if self.layer_scale else moved)
+        return torch.addcmul(x, self.ls2, moved) if self.layer_scale else x + moved
 
 
 class Tower(MegatronModule):
