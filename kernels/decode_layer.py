@@ -5,8 +5,8 @@
     swiglu:            y = silu(gate) * up
 
 The plain definitions are the operations of the training forward, in its order: in float32 on one device they give the
-same bits. The kernels compute in float32 and round once; on the CPU they are compiled C (``native.c``). Nothing here asks
-the host or allocates: results go to ``out`` (kernels) or are new tensors (plain PyTorch); use what is returned.
+same bits. The kernels compute in float32 and round once; those for the CPU are compiled C (``native.c``). Nothing here
+asks the host or allocates: results go to ``out`` (kernels) or are new tensors (plain PyTorch); use what is returned.
 """
 
 from __future__ import annotations

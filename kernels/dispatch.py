@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs: compiled Triton, Triton's interpreter, or plain PyTorch.
 
-Left to itself a kernel is Triton on CUDA tensors and plain PyTorch on all others; on the CPU a decode step's kernels are
-compiled C (``native.py``) where there is a compiler. :func:`force_backend` chooses for
+Left to itself a kernel is Triton on CUDA tensors and plain PyTorch on all others; on the CPU a decode step's kernels
+are compiled C (``native.py``) where there is a compiler. :func:`force_backend` chooses for
 every kernel; :func:`turn_off` leaves single kernels to plain PyTorch. Triton's interpreter runs the same kernels on the
 CPU, for tests: it needs ``TRITON_INTERPRET=1`` in the environment before anything imports triton.
 """

@@ -1,9 +1,9 @@
 """The decode step's kernels for the CPU: ``native.c``, compiled once by the machine's own C compiler.
 
-As Triton compiles its kernels when they are first called, so does this; without a compiler, or where it fails, the plain
-definitions run. What was compiled lies in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``), under a name made of
-the source, the compiler and the processor, and is loaded from there only where nobody else could have written it; a
-home that cannot be used costs a compilation, one second, in each process.
+As Triton compiles its kernels when they are first called, so does this; without a compiler, or where it fails, the
+plain definitions run. What was compiled lies in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``), under a name
+made of the source, the compiler and the processor, and is loaded from there only where nobody else could have written
+it; a home that cannot be used costs a compilation, one second, in each process.
 """
 
 from __future__ import annotations

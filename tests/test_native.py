@@ -118,7 +118,7 @@ def test_a_token_in_a_step(heads: int, kv_heads: int, D: int) -> None:
 
 @pytest.mark.parametrize("width", [5, 64, 1001])
 def test_draws(width: int) -> None:
-    """As the plain definition draws: with bans, a floor, ties at it, ids that do not exist, hot, cold and greedy rows."""
+    """As the plain definition: with bans, a floor, ties at it, ids that do not exist, hot, cold and greedy rows."""
     B = 40
     logits, counter = (4 * randn(B, width)).round(decimals=1), randint(-(2**62), 2**62, (B,))
     hot = torch.tensor([1.0, 0.6, 0.0, 1.7, 1e-3] * (B // 5), dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_the_engine_draws_what_plain_pytorch_draws() -> None:
         for i in range(5)
     ]
     for more in ({}, {"top_k": 20}, {"top_p": 0.9}):
-        drawn = []
+        drawn: list[list[Any]] = []
         for name in (None, "torch"):
             with forced_backend(name):
                 assert attention.fits(torch.empty(1, 1, 8)) == (name is None)

@@ -32,7 +32,8 @@ class KernelsConfig:
     """Fused kernels of ``mstar_mega/kernels``. Each switch set to false leaves one to its plain PyTorch definition."""
 
     backend: Literal["auto", "triton", "interpreter", "torch"] = "auto"
-    """auto: Triton on CUDA, plain PyTorch on the CPU. interpreter: Triton's own, for tests (TRITON_INTERPRET=1)."""
+    """auto: Triton on CUDA; on the CPU plain PyTorch, and C for decode steps where there is a compiler. interpreter:
+    Triton's own, for tests (TRITON_INTERPRET=1)."""
     chunk_mb: int = 1024
     """Most MiB of logits, and of what is computed from them, that exist at once in training and scoring. In training a
     quarter of the rows is the most in any case."""
