@@ -11,6 +11,7 @@
 
 #define LANES 16
 typedef float vec __attribute__((vector_size(64)));
+typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64)));
 
 #define ROWS 8  /* query rows of a block: as many registers of sums */
@@ -23,23 +24,33 @@ static inline vec highest(vec a, vec b) { return choose(a > b, a, b); }
 
 /* The first n of LANES numbers, zeros behind; sizes that are known when compiled are instructions, not calls. */
 static inline vec load(const float *x, int64_t n) {
+    if (n >= LANES) return *(const loose *)x;
     vec v = {0};
-    if (n >= LANES) memcpy(&v, x, sizeof v);
-    else if (n == LANES / 2) memcpy(&v, x, sizeof v / 2);
+    if (n == LANES / 2) memcpy(&v, x, sizeof v / 2);
     else memcpy(&v, x, n * sizeof(float));
     return v;
 }
 
 static inline void store(float *x, vec v, int64_t n) {
-    if (n >= LANES) memcpy(x, &v, sizeof v);
+    if (n >= LANES) *(loose *)x = v;
     else if (n == LANES / 2) memcpy(x, &v, sizeof v / 2);
     else memcpy(x, &v, n * sizeof(float));
 }
 
+/* Do something with n numbers from i on, for all of width: LANES, which the compiler sees, and what is left. */
+#define EACH(width, ...)                                                                  \
+    do {                                                                                  \
+        int64_t i = 0;                                                                    \
+        for (; i + LANES <= (width); i += LANES) { const int64_t n = LANES; __VA_ARGS__ } \
+        if (i < (width)) { const int64_t n = (width) - i; __VA_ARGS__ }                   \
+    } while (0)
+
 static inline float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
 }
 
 static inline float top(vec v) {
@@ -101,27 +112,26 @@ static float *scratch(int64_t numbers) {
 void add_rms_norm(float *x, const float *delta, const float *weight, float *y, int64_t rows, int64_t width, float eps) {
     for (int64_t r = 0; r < rows; r++, x += width, y += width) {
         vec squares = {0};
-        for (int64_t i = 0; i < width; i += LANES) {
-            vec v = load(x + i, width - i);
+        EACH(width, {
+            vec v = load(x + i, n);
             if (delta) {
-                v += load(delta + r * width + i, width - i);
-                store(x + i, v, width - i);
+                v += load(delta + r * width + i, n);
+                store(x + i, v, n);
             }
             squares += v * v;
-        }
+        });
         float scale = 1.0f / sqrtf(sum(squares) / width + eps);
-        for (int64_t i = 0; i < width; i += LANES)
-            store(y + i, load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
+        EACH(width, store(y + i, load(x + i, n) * scale * load(weight + i, n), n););
     }
 }
 
 /* h [rows, 2 width] -> y [rows, width] = silu(first half) * second half. */
 void swiglu(const float *h, float *y, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; r++, h += 2 * width, y += width)
-        for (int64_t i = 0; i < width; i += LANES) {
-            vec gate = load(h + i, width - i);
-            store(y + i, gate / (1.0f + vexp(-gate)) * load(h + width + i, width - i), width - i);
-        }
+        EACH(width, {
+            vec gate = load(h + i, n);
+            store(y + i, gate / (1.0f + vexp(-gate)) * load(h + width + i, n), n);
+        });
 }
 
 /* See decode_layer.py. qkv [B, Hk, rep + 2, D], q [B, Hk * rep, D], caches [slots, Hk, limit, D]. */
@@ -148,34 +158,31 @@ void rotate_and_store(const float *qkv, const float *cos, const float *sin, cons
 /* scores[r][p] of ROWS rows with keys [first, first + KEYS), which lie turned, [D][KEYS]. */
 static void score(const float *q, const float *turned, float *scores, int64_t stride, int64_t D) {
     for (int64_t half = 0; half < ROWS; half += 4) {
-        vec s[4][4] = {{{0}}};
-        for (int64_t d = 0; d < D; d++) {
-            vec k[4];
-            memcpy(k, turned + d * KEYS, sizeof k);
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) s[i][j] += k[j] * q[(half + i) * D + d];
+        vec a[4] = {{0}}, b[4] = {{0}}, c[4] = {{0}}, e[4] = {{0}};
+        const float *row = q + half * D;
+        for (int64_t d = 0; d < D; d++, row++)
+            for (int j = 0; j < 4; j++) {
+                vec k = load(turned + d * KEYS + j * LANES, LANES);
+                a[j] += k * row[0], b[j] += k * row[D], c[j] += k * row[2 * D], e[j] += k * row[3 * D];
+            }
+        for (int j = 0; j < 4; j++) {
+            float *to = scores + half * stride + j * LANES;
+            store(to, a[j], LANES), store(to + stride, b[j], LANES);
+            store(to + 2 * stride, c[j], LANES), store(to + 3 * stride, e[j], LANES);
         }
-        for (int i = 0; i < 4; i++) memcpy(scores + (half + i) * stride, s[i], sizeof s[i]);
     }
 }
 
 /* Add sum over keys of weight[r][p] value[p] to out [ROWS][D]. */
 static void add_values(const float *weight, int64_t stride, const float *values, int64_t keys, float *out, int64_t D) {
-    for (int64_t d = 0; d < D; d += LANES) {
+    EACH(D, {
         vec o[ROWS] = {{0}};
-        if (D - d >= LANES) {
-            for (int64_t p = 0; p < keys; p++) {
-                vec v = load(values + p * D + d, LANES);
-                for (int r = 0; r < ROWS; r++) o[r] += v * weight[r * stride + p];
-            }
-        } else {
-            for (int64_t p = 0; p < keys; p++) {
-                vec v = load(values + p * D + d, D - d);
-                for (int r = 0; r < ROWS; r++) o[r] += v * weight[r * stride + p];
-            }
+        for (int64_t p = 0; p < keys; p++) {
+            vec v = load(values + p * D + i, n);
+            for (int r = 0; r < ROWS; r++) o[r] += v * weight[r * stride + p];
         }
-        for (int r = 0; r < ROWS; r++) store(out + r * D + d, load(out + r * D + d, D - d) + o[r], D - d);
-    }
+        for (int r = 0; r < ROWS; r++) store(out + r * D + i, load(out + r * D + i, n) + o[r], n);
+    });
 }
 
 /* See decode_attention.py: each work item is a whole prompt with up to most / rep rows that read it. */
@@ -215,8 +222,7 @@ void decode_attention(const float *q, const float *k_slab, const float *v_slab, 
                     own = length[slot];
                     for (int64_t j = 0; j < own; j++, key += D) {
                         vec products = {0};
-                        for (int64_t d = 0; d < D; d += LANES)
-                            products += load(queries + r * D + d, D - d) * load(key + d, D - d);
+                        EACH(D, products += load(queries + r * D + i, n) * load(key + i, n););
                         s[prefix + j] = sum(products);
                     }
                 }
@@ -237,11 +243,11 @@ void decode_attention(const float *q, const float *k_slab, const float *v_slab, 
                 int64_t b = member[r / rep], slot = rows[b], own = length[slot];
                 const float *w = scores + r * stride + prefix, *value = v_own + (slot * Hk + head) * limit * D;
                 float *to = out + ((b * Hk + head) * rep + r % rep) * D;
-                for (int64_t d = 0; d < D; d += LANES) {
-                    vec o = load(sums + r * D + d, D - d);
-                    for (int64_t j = 0; j < own; j++) o += load(value + j * D + d, D - d) * w[j];
-                    store(to + d, o / total[r], D - d);
-                }
+                EACH(D, {
+                    vec o = load(sums + r * D + i, n);
+                    for (int64_t j = 0; j < own; j++) o += load(value + j * D + i, n) * w[j];
+                    store(to + i, o / total[r], n);
+                });
             }
         }
     }
