@@ -85,13 +85,14 @@ def test_a_token_in_a_step(heads: int, kv_heads: int, D: int) -> None:
         reading = attention.Reading(
             rows[chosen], length, members, members, torch.tensor(work), torch.tensor([len(work)])
         )  # fmt: skip
+        k, v = own
         q = rotate_and_store(
-            qkv[chosen], cos, sin, reading.rows, length, prompt_length, *own, None, torch.empty(len(chosen), heads, D)
+            qkv[chosen], cos, sin, reading.rows, length, prompt_length, k, v, None, torch.empty(len(chosen), heads, D)
         )
         assert attention.native(q)
         nothing = torch.empty(0)
         return attention.decode_attention(
-            q, *slabs, *own, reading, D**-0.5, nothing, nothing, torch.empty_like(q)
+            q, slabs[0], slabs[1], k, v, reading, D**-0.5, nothing, nothing, torch.empty_like(q)
         )  # fmt: skip
 
     def turned(x: Tensor, at: int) -> Tensor:
