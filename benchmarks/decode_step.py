@@ -75,7 +75,7 @@ def build(layers: int) -> LMM:
     """The model with random weights."""
     size = replace(NARROW, layers=layers)
     config = transformer_config(
-        size, tensor=1, pipeline=1, sequence=False, dtype=DTYPE, recompute=False
+        size, dtype=DTYPE
     )  # fmt: skip
     model = LMM(VISION, size, config)
     initialize_weights(model, 0)

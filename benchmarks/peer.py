@@ -35,9 +35,7 @@ class Sizes:
 
 def build_ours(sizes: Sizes, seed: int) -> LMM:
     """This project's model, float32, random weights. The process group must be there."""
-    config = transformer_config(
-        sizes.language, tensor=1, pipeline=1, sequence=False, dtype=torch.float32, recompute=False
-    )
+    config = transformer_config(sizes.language, dtype=torch.float32)
     model = LMM(sizes.vision, sizes.language, config)
     initialize_weights(model, seed)
     return model.eval()

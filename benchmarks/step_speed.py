@@ -38,7 +38,7 @@ OWN, LIMIT = 150, 512
 def build(size: LanguageSize) -> LMM:
     """Random weights, drawn on the device."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    config = transformer_config(size, tensor=1, pipeline=1, sequence=False, dtype=dtype, recompute=False)
+    config = transformer_config(size, dtype=dtype)
     model = LMM(VISION, size, config).to(dtype=dtype, device=distributed.device())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable
+from bisect import bisect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mstar_mega.models.mapping import Mapping
+from mstar_mega.models.sizes import layers_of_stages
 from mstar_mega.platform.inputs import open_input
 from mstar_mega.training.index import DTYPES, INDEX, TORCH_INDEX, Index, Piece, Place, Whole
 from mstar_mega.training.manifest import read_index
@@ -42,13 +45,13 @@ def stored_place(name: str) -> tuple[str, int | None]:
     return found[1] + _RENAMED.get(found[3], found[3]), int(found[2])
 
 
-def stage_of(name: str, layers: int, pipeline: int) -> int:
-    """Pipeline stage that holds a parameter of a model with so many layers."""
+def stage_of(name: str, layers: Sequence[int]) -> int:
+    """Pipeline stage that holds a parameter of a model with so many layers on each stage."""
     _, layer = stored_place(name)
     if layer is not None:
-        return layer * pipeline // layers
+        return bisect(list(accumulate(layers)), layer)
     on_last = name.startswith(("language.decoder.", "language.output_layer.", "score_head", "likelihood_weights"))
-    return pipeline - 1 if on_last else 0
+    return len(layers) - 1 if on_last else 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class MegatronWriter:
         self._files = {}
 
     def _file_of(self, name: str, tensor_rank: int) -> int:
-        return stage_of(name, self.layers, self.pipeline) * self.tensor + tensor_rank
+        return stage_of(name, layers_of_stages(self.layers, self.pipeline)) * self.tensor + tensor_rank
 
     def _append_tensor(
         self, file: int, key: str, layer: int | None, whole: tuple[int, ...], start: tuple[int, ...], box: Tensor

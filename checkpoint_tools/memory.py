@@ -17,7 +17,7 @@ from mstar_mega.config import Config
 from mstar_mega.generation.capacity import MOST, slots_within
 from mstar_mega.models.build import DTYPES
 from mstar_mega.models.mapping import score_heads
-from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
+from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks, layers_of_stages
 from mstar_mega.recipe.method import needs_prm
 
 GRADIENT_BYTES = 4
@@ -76,10 +76,14 @@ class Layout:
     """Copies of the model, which share a distributed optimizer's state."""
 
 
-def is_possible(model: ModelMap, tensor: int, pipeline: int) -> bool:
+def is_possible(model: ModelMap, tensor: int, pipeline: int, first_stage_layers: int | None = None) -> bool:
     """Whether heads, channels and layers can be cut so."""
     cut = cut_over_tensor_ranks(model.vision, model.language).values()
-    return model.layers % pipeline == 0 and not any(number % tensor for number in cut)
+    try:
+        layers_of_stages(model.layers, pipeline, first_stage_layers)
+    except ValueError:
+        return False
+    return not any(number % tensor for number in cut)
 
 
 def rank_memory(model: ModelMap, config: Config, layout: Layout, outside: ModelMap | None = None) -> list[RankMemory]:
@@ -88,10 +92,10 @@ def rank_memory(model: ModelMap, config: Config, layout: Layout, outside: ModelM
     ``outside``: the PRM of ``prm.checkpoint``, which is not trained; None: it is made from the policy.
     """
     width = DTYPES[config.model.precision].itemsize
-    cut = (layout.tensor, layout.pipeline)
-    counts = parameter_counts(model, *cut)
+    counts = parameter_counts(model, layout.tensor, _stages(model, config, layout))
     scorer = outside or own_prm(model, config)
-    scoring = parameter_counts(scorer, *cut, freeze_vision=config.prm.freeze_vision)
+    of_scorer = _stages(scorer, config, layout)
+    scoring = parameter_counts(scorer, layout.tensor, of_scorer, freeze_vision=config.prm.freeze_vision)
     if not needs_prm(config):
         scoring = [(0, 0)] * layout.pipeline
     moments = 8 if width == 4 else 12  # two moments; below float32 also the weights' own float32 copy
@@ -116,9 +120,13 @@ def rank_memory(model: ModelMap, config: Config, layout: Layout, outside: ModelM
 
 def auto_slots(model: ModelMap, config: Config, layout: Layout, stages: Sequence[RankMemory], usable: int) -> int:
     """What ``generation.slots auto`` comes to where a rank has so many bytes: as the engine counts."""
-    per_token = _bytes_per_token(model, layout, DTYPES[config.model.precision].itemsize)
+    per_token = _bytes_per_token(model, config, layout, DTYPES[config.model.precision].itemsize)
     free = min(usable - stage.kept for stage in stages)
     return slots_within(max(0, free), per_token, config.generation.max_new_tokens)
+
+
+def _stages(model: ModelMap, config: Config, layout: Layout) -> list[int]:
+    return layers_of_stages(model.layers, layout.pipeline, config.parallel.first_stage_layers)
 
 
 def own_prm(model: ModelMap, config: Config) -> ModelMap:
@@ -128,12 +136,14 @@ def own_prm(model: ModelMap, config: Config) -> ModelMap:
     return replace(model, head=head, mappings=trunk + score_heads(model.language.hidden, head))
 
 
-def parameter_counts(model: ModelMap, tensor: int, pipeline: int, freeze_vision: bool = False) -> list[tuple[int, int]]:
-    """(trained, frozen) values on one rank of each stage."""
-    counts = [[0, 0] for _ in range(pipeline)]
+def parameter_counts(
+    model: ModelMap, tensor: int, stages: Sequence[int], freeze_vision: bool = False
+) -> list[tuple[int, int]]:
+    """(trained, frozen) values on one rank of each stage; ``stages``: layers on each."""
+    counts = [[0, 0] for _ in stages]
     for mapping in model.mappings:
         share = prod(mapping.shape) // (1 if mapping.layout == "replicated" else tensor)
-        stage = stage_of(mapping.name, model.layers, pipeline)
+        stage = stage_of(mapping.name, stages)
         is_frozen = freeze_vision and mapping.name.startswith(("vision.", "connector."))
         counts[stage][is_frozen or _is_frozen(mapping.name, model.vision)] += share
     return [(trained, frozen) for trained, frozen in counts]
@@ -157,17 +167,21 @@ def most_image_tokens(vision: VisionSize) -> int:
     return MOST_TILES * per_tile
 
 
-def _language_layer(t: LanguageSize, tensor: int, sequence: bool) -> float:
-    """Values that one layer keeps for its backward pass, per token."""
+def _language_layer(t: LanguageSize, tensor: int, sequence: bool, mlp: bool = True) -> float:
+    """Values that one layer keeps for its backward pass, per token; without ``mlp``, its inner ones are recomputed."""
     whole = 4 * t.hidden / (tensor if sequence else 1)  # two norms' inputs and outputs
     attention = (2 * t.heads + 2 * t.kv_heads) * t.head_dim / tensor  # q, k, v and what attention gives
-    return whole + attention + 4 * t.ffn / tensor  # gate, up, silu, product
+    return whole + attention + (4 * t.ffn / tensor if mlp else 0)  # gate, up, silu, product
 
 
-def _vision_values(v: VisionSize, tensor: int) -> float:
+def _vision_values(v: VisionSize, tensor: int, recompute: bool) -> float:
     """Values that the tower keeps for its backward pass, per patch."""
-    layer = 4 * v.hidden + (4 * v.hidden + 2 * v.ffn) / tensor
-    return (v.layers - v.unused_layers) * layer + 3 * v.hidden
+    layer, layers = _vision_layer(v, tensor), v.layers - v.unused_layers
+    return (layers * v.hidden + layer if recompute else layers * layer) + 3 * v.hidden
+
+
+def _vision_layer(v: VisionSize, tensor: int) -> float:
+    return 4 * v.hidden + (4 * v.hidden + 2 * v.ffn) / tensor
 
 
 def _patches(v: VisionSize, tokens: int) -> int:
@@ -194,15 +208,19 @@ def _activations(model: ModelMap, config: Config, layout: Layout, stage: int, wi
     v, t = model.vision, model.language
     tokens = largest_microbatch(model, config, layout.microbatch_tokens)
     image_tokens = max(layout.microbatch_tokens, longest_prompt(model, config))
-    layers = t.layers // layout.pipeline
+    layers = _stages(model, config, layout)[stage]
     one = _language_layer(t, layout.tensor, config.parallel.sequence)
     in_flight = layout.pipeline - stage
-    if config.model.recompute:
-        values = tokens * (in_flight * layers * t.hidden + one)
-    else:
+    if config.model.recompute == "none":
         values = in_flight * tokens * layers * one
+    else:  # what is kept, and one layer's values while they are there again
+        kept: float = t.hidden
+        if config.model.recompute == "selective":
+            kept = _language_layer(t, layout.tensor, config.parallel.sequence, mlp=False)
+        values = tokens * (in_flight * layers * kept + one)
     if stage == 0:
-        values += in_flight * _patches(v, image_tokens) * _vision_values(v, layout.tensor)
+        of_patch = _vision_values(v, layout.tensor, config.model.recompute_vision)
+        values += in_flight * _patches(v, image_tokens) * of_patch
     total = values * width
     if stage == layout.pipeline - 1:
         total += tokens * t.padded_vocab / layout.tensor * (width + 4 + 4)  # logits, float32 copy and gradient
@@ -218,15 +236,15 @@ def _planned_cache(stage: RankMemory, model: ModelMap, config: Config, layout: L
     return max(_cache(1, model, config, layout, width), min(_cache(MOST, model, config, layout, width), room))
 
 
-def _bytes_per_token(model: ModelMap, layout: Layout, width: int) -> int:
+def _bytes_per_token(model: ModelMap, config: Config, layout: Layout, width: int) -> int:
     t = model.language
-    return 2 * t.kv_heads * t.head_dim // layout.tensor * (t.layers // layout.pipeline) * width
+    return 2 * t.kv_heads * t.head_dim // layout.tensor * max(_stages(model, config, layout)) * width
 
 
 def _cache(slots: int, model: ModelMap, config: Config, layout: Layout, width: int) -> int:
     prompts = ceil(slots / config.evolve.responses)
     tokens = slots * config.generation.max_new_tokens + prompts * longest_prompt(model, config)
-    return tokens * _bytes_per_token(model, layout, width)
+    return tokens * _bytes_per_token(model, config, layout, width)
 
 
 def _prefill(model: ModelMap, config: Config, layout: Layout, stage: int, width: int) -> int:
@@ -234,5 +252,5 @@ def _prefill(model: ModelMap, config: Config, layout: Layout, stage: int, width:
     v, t, tokens = model.vision, model.language, config.generation.prefill_tokens
     values = tokens * _language_layer(t, layout.tensor, config.parallel.sequence)
     if stage == 0:
-        values = max(values, _patches(v, tokens) * (4 * v.hidden + (4 * v.hidden + 2 * v.ffn) / layout.tensor))
+        values = max(values, _patches(v, tokens) * _vision_layer(v, layout.tensor))
     return int(values * width)

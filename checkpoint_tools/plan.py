@@ -129,11 +129,13 @@ def choices(model: ModelMap, config: Config, gpus: int, tokens: int, shared: boo
     models = [model] if outside is None else [model, outside]
     for tensor in range(1, min(gpus, _LARGEST_TENSOR) + 1):
         for pipeline in range(1, gpus // tensor + 1):
-            if gpus % (tensor * pipeline) or not all(is_possible(one, tensor, pipeline) for one in models):
+            first = config.parallel.first_stage_layers if pipeline > 1 else None
+            if gpus % (tensor * pipeline) or not all(is_possible(one, tensor, pipeline, first) for one in models):
                 continue
             parallel = ParallelConfig(
                 tensor=tensor,
                 pipeline=pipeline,
+                first_stage_layers=first,
                 sequence=config.parallel.sequence and tensor > 1,
                 distributed_optimizer=config.parallel.distributed_optimizer if shared is None else shared,
             )

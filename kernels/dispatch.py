@@ -32,6 +32,7 @@ KERNELS = (
     "norms",
     "attention",
     "decode",
+    "flash_attention",
 )
 """Each is also a switch of the ``kernels`` settings."""
 

@@ -189,7 +189,11 @@ def test_weights_stay_where_they_are() -> None:
     query = Query("q", "?", (), "1")
     for shared in (False, True):
         trainer = Trainer(
-            model, OptimizerConfig(lr=0.01), lambda _: tiny.prompt(0, 9), 10, distributed_optimizer=shared
+            model,
+            OptimizerConfig(lr=0.01),
+            lambda _: tiny.prompt(0, 9),
+            10,
+            ParallelConfig(distributed_optimizer=shared),
         )
         places = {name: weight.data_ptr() for name, weight in weights_of(model).items()}
         before = trainer.copy_weights()

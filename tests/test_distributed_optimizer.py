@@ -25,7 +25,7 @@ def make_trainer(distributed: bool, seed: int = 0) -> Trainer:
     model, family = tiny.build(parallel, seed=seed, precision="bfloat16")
     # Steps are smaller than the spacing of most bfloat16 weights: the float32 copies must be kept.
     config = OptimizerConfig(lr=1e-4, eps=1e-5, clip_grad=0.5)
-    return Trainer(model, config, family.prompt, 10, distributed_optimizer=distributed)
+    return Trainer(model, config, family.prompt, 10, parallel)
 
 
 def train(distributed: bool, groups: list[TrainGroup], folder: str) -> dict[str, Any]:

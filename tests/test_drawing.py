@@ -11,7 +11,7 @@ import torch
 from tiny_families import NAMES, make_model_directory
 
 from mstar_mega.checkpoint_tools.convert import hf_to_megatron
-from mstar_mega.config import Config, ModelConfig, PRMConfig
+from mstar_mega.config import Config, ModelConfig, ParallelConfig, PRMConfig
 from mstar_mega.models.build import build_family, build_model
 from mstar_mega.models.lmm import LMM
 from mstar_mega.recipe.context import Job
@@ -41,7 +41,9 @@ def test_a_checkpoint_goes_over_every_weight(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    trainer = Trainer(model, config.warmup.optimizer, cast(Any, None), 1, distributed_optimizer=distributed_optimizer)
+    trainer = Trainer(
+        model, config.warmup.optimizer, cast(Any, None), 1, ParallelConfig(distributed_optimizer=distributed_optimizer)
+    )
     load_start(job, trainer)
     assert with_nan(model) == []
     assert not any(weight.isnan().any() for weight in full_precision_weights(trainer.optimizer))

@@ -151,7 +151,7 @@ def test_recomputation_changes_nothing_but_the_work(policy: LMM, monkeypatch: py
         return attend(self, layer, *args)
 
     monkeypatch.setattr(GroupPlan, "attend", counted)
-    again, _ = tiny.build(recompute=True)
+    again, _ = tiny.build(recompute="full")
     again.load_state_dict(policy.state_dict())
     again.train()
     losses, gradients, passes = [], [], []

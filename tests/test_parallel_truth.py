@@ -29,7 +29,11 @@ LAYOUTS = {
     "1x1x2": (2, ParallelConfig()),
     "2x1x1, sequence": (2, ParallelConfig(tensor=2, sequence=True)),
     "1x1x2, distributed optimizer": (2, ParallelConfig(distributed_optimizer=True)),
-    "2x1x2, distributed optimizer": (4, ParallelConfig(tensor=2, distributed_optimizer=True)),
+    "1x1x2, overlapped": (2, ParallelConfig(overlap_reduction=True)),
+    "2x1x2, distributed optimizer, overlapped": (
+        4,
+        ParallelConfig(tensor=2, distributed_optimizer=True, overlap_reduction=True),
+    ),
 }
 STEPS, MORE = 6, 3  # a wrong schedule shows two steps after a resume
 
@@ -83,8 +87,7 @@ def make_trainer(parallel: ParallelConfig, head: Head, seed: int = 0) -> tuple[T
     config = OptimizerConfig(
         lr=3e-3, schedule="cosine", min_lr=1e-4, clip_grad=0.5, eps=1e-5, microbatch_tokens=120
     )  # fmt: skip
-    cut = parallel.distributed_optimizer
-    return Trainer(model, config, family.prompt, STEPS + MORE, distributed_optimizer=cut), family
+    return Trainer(model, config, family.prompt, STEPS + MORE, parallel), family
 
 
 def train(trainer: Trainer, groups: list[TrainGroup], steps: range) -> list[StepStats]:

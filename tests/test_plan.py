@@ -66,7 +66,7 @@ def allocated(
         model.vision.requires_grad_(False)
         model.connector.requires_grad_(False)
     prompt = Prompt(list(range(5, 25)), [], None)
-    trainer = Trainer(model, OptimizerConfig(), lambda query: prompt, 10, distributed_optimizer=distributed_optimizer)
+    trainer = Trainer(model, OptimizerConfig(), lambda query: prompt, 10, parallel)
     scores: list[Any] = [[[3]], [[1.0]]] if is_prm else []
     trainer.step([TrainGroup(Query("q", "?", (), "1"), [[7, 8, 9, 10]], *scores)])
     (part,) = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
@@ -138,7 +138,7 @@ def test_published_sizes(family: str) -> None:
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> None:
     model = map_of(PUBLISHED[family], "vocabulary", Path("config.json"))
-    config = Config(model=ModelConfig(family=family, precision="bfloat16", recompute=True))
+    config = Config(model=ModelConfig(family=family, precision="bfloat16", recompute="full"))
     wanted = config.evolve.optimizer.microbatch_tokens
     for memory in (80 * 10**9, 40 * 10**9):
         best = recommend(model, config, 8, memory)
@@ -157,7 +157,7 @@ def test_what_is_recommended_fits_and_less_cut_layouts_do_not(family: str) -> No
 
 def test_a_distributed_optimizer_is_recommended_only_for_a_cut_that_needs_it() -> None:
     model = map_of(PUBLISHED["internvl2"], "vocabulary", Path("config.json"))
-    config = Config(model=ModelConfig(family="internvl2", precision="bfloat16", recompute=True))
+    config = Config(model=ModelConfig(family="internvl2", precision="bfloat16", recompute="full"))
 
     def best(gigabytes: float, gpus: int = 8) -> Choice:
         found = recommend(model, config, gpus, int(gigabytes * 1e9 / USABLE))

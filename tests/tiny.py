@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mstar_mega.config import Config, ModelConfig, ParallelConfig
+from mstar_mega.config import Config, ModelConfig, ParallelConfig, Recompute
 from mstar_mega.models.build import build_model
 from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.models.initialization import canonical_name
@@ -39,7 +39,7 @@ def build(
     parallel: ParallelConfig | None = None,
     head: Head = "vocabulary",
     seed: int = 0,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[LMM, InternVL2]:
     """Lay the ranks out and make this rank's stage of a fresh model."""

@@ -17,9 +17,9 @@ from mstar_mega.config.measuring import BenchmarkConfig, EvaluationConfig, Repor
 __all__ = [
     "AnnotateConfig", "BenchmarkConfig", "Config", "DataConfig", "DataName", "EvaluationConfig", "EvolveConfig",
     "GenerationConfig", "KernelsConfig", "LossMean", "Method", "ModelConfig", "OptimizerConfig", "PRMConfig",
-    "ParallelConfig", "PromptsConfig", "Reduction", "ReportConfig", "RewardConfig", "RewardName", "RunConfig",
-    "SelectionConfig", "SelectionRule", "TemperatureConfig", "TemperatureMode", "TemplateName", "WarmupConfig",
-    "WeightName",
+    "ParallelConfig", "PromptsConfig", "Recompute", "Reduction", "ReportConfig", "RewardConfig", "RewardName",
+    "RunConfig", "SelectionConfig", "SelectionRule", "TemperatureConfig", "TemperatureMode", "TemplateName",
+    "WarmupConfig", "WeightName",
 ]  # fmt: skip
 
 Method = Literal["continuous", "iterative_rft", "rest_em", "sft"]
@@ -28,6 +28,7 @@ SelectionRule = Literal[
 ]  # fmt: skip
 Reduction = Literal["min", "prod", "mean", "last"]
 LossMean = Literal["token", "response"]
+Recompute = Literal["none", "selective", "full"]
 TemperatureMode = Literal["reward_pass_at_k", "pass_at_k", "fixed"]
 RewardName = Literal["answer"]
 WeightName = Literal["none", "reward", "score"]
@@ -65,11 +66,16 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    first_stage_layers: int | None = None
+    """Layers of the language model on the first pipeline stage, which has the vision tower as well; None: as many as on
+    each of the others."""
     sequence: bool = False
     """Sequence parallelism of the language model's norms and residuals (needs tensor > 1)."""
     distributed_optimizer: bool = False
     """Share the optimizer's state (12 bytes a parameter in bfloat16) out over the data-parallel ranks. Sums are then
     taken in another order: results are equal but for rounding."""
+    overlap_reduction: bool | None = None
+    """Add up gradients over the data-parallel ranks while the backward pass goes on; None: on CUDA. Same sums."""
 
 
 @dataclass
@@ -82,8 +88,14 @@ class ModelConfig:
     checkpoint: str | None = None
     """A converted checkpoint (``mstar convert``): sizes, tokenizer and first weights come from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
-    """Recompute each transformer layer in the backward pass instead of storing its activations."""
+    recompute: Recompute = "none"
+    """What of the language model's layers is computed again in the backward pass instead of being kept. selective: core
+    attention and MLP, the most of what a layer keeps; full: all but each layer's input."""
+    recompute_vision: bool = False
+    """Keep only each vision block's input, likewise."""
+    fused_layers: bool | None = None
+    """In training, megatron's fused SwiGLU and residual addition (through torch.compile); None: on CUDA. Where apex's
+    ``fused_weight_gradient_mlp_cuda`` is importable, weight gradients are also added up inside their product."""
 
 
 @dataclass

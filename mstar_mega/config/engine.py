@@ -53,3 +53,6 @@ class KernelsConfig:
     """Attention of many responses to one prompt, in training and scoring."""
     decode: bool = True
     """What a decode step does between its matrix products, attention included."""
+    flash_attention: bool = True
+    """Attention within prompts and within pictures by flash-attn, on CUDA in bfloat16 where it is importable (``pip
+    install flash-attn``); else torch's own."""

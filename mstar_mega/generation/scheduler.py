@@ -288,7 +288,7 @@ class Schedule:
         multiple = self.model.stream_multiple
         batch = pack(
             [r.prompt for r in chosen], [r.drafts for r in chosen], -(-LEAST_ROWS // multiple) * multiple,
-            self.rope.regimes, device=self.device, align=LEAST_ROWS,
+            self.rope.regimes, device=self.device, align=LEAST_ROWS, unpadded=self.model.unpadded_prompts,
         )  # fmt: skip
         batch.plan.keep = True
         hidden = run_packed(self.model, batch)

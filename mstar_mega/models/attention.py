@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mstar_mega.kernels.flash import Spans, attention
 from mstar_mega.kernels.prefix_attention import causal_attention, prefix_attention
 
 
@@ -84,7 +85,12 @@ class GroupPlan:
     response_allowed: Tensor | None
     """bool [G, n, R]"""
     stream_from: Tensor
-    """[T]: where each stream token stands in the concatenation of flattened prompts and flattened responses."""
+    """[T]: where each stream token stands in the concatenation of flattened prompts and flattened responses; with
+    ``spans``, of the prompts one after another and flattened responses."""
+    spans: Spans | None = None
+    """Where the prompts begin in ``prompt_tokens``: for flash-attn, which wants no padding."""
+    prompt_tokens: Tensor | None = None
+    """[prompt tokens], with ``spans``: stream positions."""
     keep: bool = False
     """Store every layer's keys and values in ``prompts`` and ``responses`` (prefill)."""
     prompts: dict[int, KeyValues] = field(default_factory=dict)
@@ -101,16 +107,18 @@ class GroupPlan:
             self._own_bias = bias_from_mask(causal)[None, None, :, :R]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        G, P = self.prompt_index.shape
         k_prompt, v_prompt = k[self.prompt_index], v[self.prompt_index]
-        out = causal_attention(q[self.prompt_index], k_prompt, v_prompt, scale)
-        parts = [out.reshape(G * P, *out.shape[2:])]
+        if self.spans is not None:
+            packed_q, packed_k, packed_v = (x[self.prompt_tokens] for x in (q, k, v))
+            parts = [attention(packed_q, packed_k, packed_v, self.spans, causal=True, scale=scale)]
+        else:
+            parts = [causal_attention(q[self.prompt_index], k_prompt, v_prompt, scale).flatten(0, 1)]
         # One transposed copy per layer serves every response, and later the cache.
         k_prompt, v_prompt = (x.transpose(1, 2).contiguous() for x in (k_prompt, v_prompt))
         if self.keep:
             self.prompts[layer] = KeyValues(k_prompt, v_prompt)
         if self.response_index is not None:
-            _, n, R = self.response_index.shape
+            G, n, R = self.response_index.shape
             k_own, v_own = (x[self.response_index].transpose(2, 3).contiguous() for x in (k, v))
             if self.keep:
                 self.responses[layer] = KeyValues(k_own.flatten(0, 1), v_own.flatten(0, 1))

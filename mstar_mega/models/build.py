@@ -16,7 +16,7 @@ from mstar_mega.models.families.internvl2 import InternVL2
 from mstar_mega.models.initialization import initialize_weights
 from mstar_mega.models.lmm import LMM, transformer_config
 from mstar_mega.models.mapping import Head
-from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks
+from mstar_mega.models.sizes import LanguageSize, VisionSize, cut_over_tensor_ranks, layers_of_stages
 from mstar_mega.platform.distributed import device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +50,7 @@ def _family(model: ModelConfig) -> Family:
 
 def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) -> None:
     """Raise ValueError, with the numbers, where a size cannot be cut over the tensor or pipeline ranks."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor = config.parallel.tensor
     cut = cut_over_tensor_ranks(vision, language)
     for what, number in cut.items():
         if number % tensor:
@@ -58,11 +58,7 @@ def check_divisible(config: Config, vision: VisionSize, language: LanguageSize) 
                 f"parallel.tensor {tensor} does not divide the model's {number} {what} "
                 f"({config.model.family}, {config.model.size}); use a divisor of {math.gcd(*cut.values())}"
             )
-    if language.layers % pipeline:
-        raise ValueError(
-            f"parallel.pipeline {pipeline} does not divide the model's {language.layers} layers "
-            f"({config.model.family}, {config.model.size}); use a divisor of {language.layers}"
-        )
+    layers_of_stages(language.layers, config.parallel.pipeline, config.parallel.first_stage_layers)
 
 
 def build_model(config: Config, family: Family, head: Head = "vocabulary", draw: bool = True) -> LMM:
@@ -75,12 +71,11 @@ def build_model(config: Config, family: Family, head: Head = "vocabulary", draw:
     dtype = DTYPES[config.model.precision]
     transformer = transformer_config(
         family.language,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        sequence=config.parallel.sequence,
         dtype=dtype,
+        parallel=config.parallel,
         recompute=config.model.recompute,
+        fused=device().type == "cuda" if config.model.fused_layers is None else config.model.fused_layers,
     )
-    model = LMM(family.vision, family.language, transformer, head)
+    model = LMM(family.vision, family.language, transformer, head, config.model.recompute_vision)
     initialize_weights(model, config.seed, draw)
     return model.to(device=device(), dtype=dtype)

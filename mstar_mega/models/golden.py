@@ -57,7 +57,8 @@ def logits(model: LMM, case: Case) -> Tensor:
     with inference(model):
         where = next(model.parameters()).device
         batch = pack(
-            case.prompts, [[] for _ in case.prompts], model.stream_multiple, model.rope.regimes, device=where
+            case.prompts, [[] for _ in case.prompts], model.stream_multiple, model.rope.regimes, device=where,
+            unpadded=model.unpadded_prompts,
         )  # fmt: skip
         hidden = run_packed(model, batch)
         longest = max(len(prompt.tokens) for prompt in case.prompts)

@@ -7,6 +7,7 @@ head; the process reward model (PRM) is the same trunk with a score head.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mstar_mega.config import ParallelConfig, Recompute
+from mstar_mega.kernels import flash
 from mstar_mega.kernels.linear_head import linear_logits
 from mstar_mega.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from mstar_mega.kernels.process_scores import span_sums, step_scores
@@ -38,13 +41,22 @@ from mstar_mega.models.packing import PackedBatch, StepIndex
 from mstar_mega.models.rope import Rope
 from mstar_mega.models.sizes import LanguageSize, VisionSize
 from mstar_mega.models.vision import build_tower
+from mstar_mega.platform.distributed import device
+
+WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""An extension of NVIDIA's apex (built with ``--cuda_ext``): adds a product to a float32 gradient in one kernel."""
 
 
 class LMM(MegatronModule):
     """One pipeline stage of the model."""
 
     def __init__(
-        self, vision: VisionSize, language: LanguageSize, config: TransformerConfig, head: Head = "vocabulary"
+        self,
+        vision: VisionSize,
+        language: LanguageSize,
+        config: TransformerConfig,
+        head: Head = "vocabulary",
+        recompute_vision: bool = False,
     ) -> None:
         super().__init__(config)
         self.size = language
@@ -56,7 +68,7 @@ class LMM(MegatronModule):
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.rope = Rope(language.head_dim, language.rope_theta, language.rope_scaling)
         if self.pre_process:
-            self.vision = build_tower(_vision_config(config, vision), vision)
+            self.vision = build_tower(_vision_config(config, vision), vision, recompute_vision)
             self.connector = build_connector(config, vision)
         self.language = LanguageModel(
             config, language.padded_vocab, self.pre_process, self.post_process, head=head != "linear"
@@ -72,6 +84,11 @@ class LMM(MegatronModule):
         """Streams must be this many tokens long, times anything."""
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
+    @property
+    def unpadded_prompts(self) -> bool:
+        """Whether attention within prompts is flash-attn's; see ``pack``."""
+        return flash.takes(next(self.parameters()).device, self.config.params_dtype, self.size.head_dim)
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Called by megatron's schedules with the previous stage's output."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -86,7 +103,7 @@ class LMM(MegatronModule):
         """Token embeddings [T, hidden] with image features written over their positions (first stage only)."""
         embedded = self.embed_tokens(batch.tokens)
         if batch.pixels is None:
-            return embedded
+            return with_zero_gradients(embedded, [*self.vision.parameters(), *self.connector.parameters()])
         features = self.image_features(batch.pixels.to(embedded.device, embedded.dtype), batch.grids)
         if batch.feature_index is not None:
             features = features[batch.feature_index]
@@ -178,9 +195,39 @@ class LMM(MegatronModule):
             logits = logits + self.likelihood_weights[0] * of_response + self.likelihood_weights[1] * of_step
         return logits
 
+    def no_loss(self, hidden: Tensor) -> Tensor:
+        """Zero, for a batch without anything to train on; every parameter gets a gradient (last stage)."""
+        heads = [] if self.head == "vocabulary" else self.score_parameters()
+        if self.head != "linear":
+            heads.append(self.language.output_layer.weight)
+        return with_zero_gradients(hidden, heads).sum() * 0.0
+
     def score_parameters(self) -> list[nn.Parameter]:
         """What a score head has besides the policy's weights (last stage)."""
         return [self.score_head, *([self.likelihood_weights] if self.head == "likelihood" else [])]
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def with_zero_gradients(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """``x`` itself; in its backward pass each trained parameter gets a gradient of zeros.
+
+    A reduction that starts as soon as gradients are complete waits for every parameter in every batch.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not (torch.is_grad_enabled() and trained):
+        return x
+    wide: Tensor = _ZeroGradients.apply(x, *trained)
+    return wide
 
 
 def _mark_shards(model: nn.Module) -> None:
@@ -198,9 +245,19 @@ def _mark_shards(model: nn.Module) -> None:
 
 
 def transformer_config(
-    size: LanguageSize, *, tensor: int, pipeline: int, sequence: bool, dtype: torch.dtype, recompute: bool
+    size: LanguageSize,
+    *,
+    dtype: torch.dtype,
+    parallel: ParallelConfig | None = None,
+    recompute: Recompute = "none",
+    fused: bool = False,
 ) -> TransformerConfig:
-    """The language model's megatron configuration; no fusion that needs CUDA."""
+    """The language model's megatron configuration.
+
+    ``fused``: megatron's own fusions that need no TransformerEngine, weight gradients only where apex's extension is
+    there and the model on CUDA.
+    """
+    parallel = parallel or ParallelConfig()
     return TransformerConfig(
         num_layers=size.layers,
         hidden_size=size.hidden,
@@ -216,9 +273,10 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=size.init_std,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        sequence_parallel=sequence,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers if parallel.pipeline > 1 else None,
+        sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -226,14 +284,15 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # unused, but variable lengths refuse the default
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["core_attn", "mlp"] if recompute == "selective" else None,
         use_cpu_initialization=True,
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=fused and device().type == "cuda" and find_spec(WEIGHT_GRADIENTS) is not None,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -253,6 +312,12 @@ def _vision_config(config: TransformerConfig, size: VisionSize) -> TransformerCo
         normalization="LayerNorm",
         gated_linear_unit=False,
         add_bias_linear=True,
+        bias_activation_fusion=False,  # its GELUs are its own, and it adds no dropout
+        bias_dropout_fusion=False,
         sequence_parallel=False,
         pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=None,
+        recompute_granularity=None,  # megatron's layers only; see Tower.recompute
+        recompute_method=None,
+        recompute_num_layers=None,
     )

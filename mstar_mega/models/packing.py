@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mstar_mega.kernels.flash import Spans
 from mstar_mega.models.attention import GroupPlan
 from mstar_mega.platform.devices import to_device
 
@@ -108,6 +109,7 @@ def pack(
     *,
     device: torch.device | None = None,
     align: int = 1,
+    unpadded: bool = False,
 ) -> PackedBatch:
     """Pack groups into one stream.
 
@@ -119,6 +121,7 @@ def pack(
             once for each; its images are still encoded once.
         device: where the indices go; None: the host. Pixels stay there until the model reads them.
         align: attention pads prompts and responses to a multiple of it.
+        unpadded: attention within prompts is flash-attn's, which takes them without padding.
     """
     copies = _copies(prompts, responses, regimes)
     G = len(copies)
@@ -141,12 +144,16 @@ def pack(
     starts: list[list[int]] = [[0] * len(group) for group in responses]
     predictor: list[list[int]] = [[0] * len(group) for group in responses]
     last_prompt: dict[int, int] = {}
+    prompt_lengths = [len(prompts[copy.group].tokens) for copy in copies]
+    prompt_rows = [sum(prompt_lengths[:g]) if unpadded else g * P for g in range(G + 1)]
+    prompt_tokens: list[int] = []
     for g, copy in enumerate(copies):
         prompt = prompts[copy.group]
         length, start = len(prompt.tokens), len(tokens)
         prompt_index[g, :length] = torch.arange(start, start + length, device="cpu")
         prompt_allowed[g, :length] = True
-        stream_from += range(g * P, g * P + length)
+        stream_from += range(prompt_rows[g], prompt_rows[g] + length)
+        prompt_tokens += range(start, start + length)
         image_index += [start + p for p in prompt.image_positions]
         feature_index += range(first_feature[copy.group], first_feature[copy.group + 1])
         tokens += prompt.tokens
@@ -159,7 +166,7 @@ def pack(
             starts[of_group][number], predictor[of_group][number] = begin, last
             response_index[g, j, : len(response)] = torch.arange(begin, begin + len(response), device="cpu")
             response_allowed[g, j, : len(response)] = True
-            row = G * P + (g * n + j) * R
+            row = prompt_rows[G] + (g * n + j) * R
             stream_from += range(row, row + len(response))
             tokens += response
             positions += range(length, length + len(response))
@@ -182,6 +189,8 @@ def pack(
         response_index.to(where) if R else None,
         response_allowed.to(where) if R else None,
         there(stream_from),
+        Spans.of(prompt_lengths, where) if unpadded else None,
+        there(prompt_tokens) if unpadded else None,
     )
     return PackedBatch(
         there(tokens),

@@ -97,6 +97,23 @@ class LanguageSize:
         return -(-self.vocab // 128) * 128
 
 
+def layers_of_stages(layers: int, pipeline: int, first: int | None = None) -> list[int]:
+    """Layers on each pipeline stage; ``first``: so many on the first of several, an equal share on each of the others.
+
+    Raises ValueError, with the settings' names, where they cannot be shared out so.
+    """
+    if pipeline == 1 or first is None:
+        if layers % pipeline:
+            raise ValueError(f"parallel.pipeline {pipeline} does not divide the model's {layers} layers")
+        return [layers // pipeline] * pipeline
+    if not 0 < first < layers or (layers - first) % (pipeline - 1):
+        raise ValueError(
+            f"parallel.first_stage_layers {first} leaves {max(layers - first, 0)} of the model's {layers} layers to "
+            f"the other {pipeline - 1} of {pipeline} stages (parallel.pipeline): not a multiple of {pipeline - 1}"
+        )
+    return [first] + [(layers - first) // (pipeline - 1)] * (pipeline - 1)
+
+
 def cut_over_tensor_ranks(vision: VisionSize, language: LanguageSize) -> dict[str, int]:
     """What tensor-parallel ranks share among them, by its name: their number must divide each."""
     shared = {

@@ -8,16 +8,19 @@ the vision tower.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor, nn
 
+from mstar_mega.kernels import flash
 from mstar_mega.models.norms import LayerNorm
 from mstar_mega.models.sizes import Activation, VisionSize
 
@@ -60,13 +63,18 @@ class VisionBlock(MegatronModule):
             self.ls1 = nn.Parameter(torch.ones(hidden))
             self.ls2 = nn.Parameter(torch.ones(hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[tiles, positions, hidden] -> the same."""
+    def forward(self, x: Tensor, spans: flash.Spans | None = None) -> Tensor:
+        """[tiles, positions, hidden] -> the same. ``spans``: where pictures begin, for flash-attn; else each row is
+        one."""
         tiles, positions, _ = x.shape
         qkv = self.qkv(self.norm1(x))[0].view(tiles, positions, -1, 3, self.config.kv_channels)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        projected = self.proj(attended.transpose(1, 2).reshape(tiles, positions, -1))[0]
+        if spans is not None:
+            q, k, v = qkv.flatten(0, 1).unbind(2)
+            attended = flash.attention(q, k, v, spans, causal=False)
+        else:
+            q, k, v = qkv.permute(3, 0, 2, 1, 4)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        projected = self.proj(attended.reshape(tiles, positions, -1))[0]
         x = torch.addcmul(x, self.ls1, projected) if self.layer_scale else x + projected
         moved = self.mlp(self.norm2(x))
         return torch.addcmul(x, self.ls2, moved) if self.layer_scale else x + moved
@@ -79,9 +87,10 @@ class Tower(MegatronModule):
     parameters: they are loaded, saved and exported like all others.
     """
 
-    def __init__(self, config: TransformerConfig, size: VisionSize) -> None:
+    def __init__(self, config: TransformerConfig, size: VisionSize, recompute: bool = False) -> None:
         super().__init__(config)
         self.grid, self.used = size.grid, size.layers - size.unused_layers
+        self.recompute = recompute
         self.patch_embedding = nn.Conv2d(
             3, config.hidden_size, size.patch_size, stride=size.patch_size, bias=size.patch_bias
         )
@@ -94,12 +103,20 @@ class Tower(MegatronModule):
         if self.post_norm is not None and not self.applies_post_norm:
             self.post_norm.requires_grad_(False)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Embedded patches through norms and used blocks."""
+    def encode(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Embedded patches [pictures, positions, hidden] through norms and used blocks.
+
+        ``lengths``: the rows are one, [1, all positions, hidden], in which pictures of these lengths stand one after
+        another; only for flash-attn.
+        """
         if self.pre_norm is not None:
             x = self.pre_norm(x)
+        spans = None
+        if lengths is not None or flash.takes(x.device, x.dtype, self.config.kv_channels):
+            spans = flash.Spans.of(lengths or [x.size(1)] * x.size(0), x.device)
+        recompute = self.recompute and self.training and x.requires_grad and torch.is_grad_enabled()
         for block in self.blocks[: self.used]:
-            x = block(x)
+            x = checkpoint(partial(block, spans=spans), False, x) if recompute else block(x, spans)
         if self.post_norm is not None and self.applies_post_norm:
             x = self.post_norm(x)
         return x
@@ -119,8 +136,8 @@ class Tower(MegatronModule):
 class VisionTower(Tower):
     """Square tiles -> patch features, the class token dropped (InternViT, CLIP)."""
 
-    def __init__(self, config: TransformerConfig, size: VisionSize) -> None:
-        super().__init__(config, size)
+    def __init__(self, config: TransformerConfig, size: VisionSize, recompute: bool = False) -> None:
+        super().__init__(config, size, recompute)
         self.class_embedding = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.grid**2, config.hidden_size))
 
@@ -140,8 +157,8 @@ class StripTower(Tower):
     that length. So a slice's features depend on the length that it is filled up to; it travels with the slice.
     """
 
-    def __init__(self, config: TransformerConfig, size: VisionSize) -> None:
-        super().__init__(config, size)
+    def __init__(self, config: TransformerConfig, size: VisionSize, recompute: bool = False) -> None:
+        super().__init__(config, size, recompute)
         self.position_embedding = nn.Parameter(torch.empty(self.grid**2, config.hidden_size))
 
     def forward(self, pixels: Tensor, grids: Tensor) -> Tensor:
@@ -159,13 +176,18 @@ class StripTower(Tower):
         empty = torch.zeros_like(embedded[0][:1])
         if self.patch_embedding.bias is not None:
             empty = empty + self.patch_embedding.bias
-        features: list[Tensor] = [empty] * len(counts)
+        strips = [
+            torch.cat([patches, empty.expand(length - count, -1)])
+            + self.position_embedding[strip_positions(length, self.grid).to(pixels.device)]
+            for patches, count, length in zip(embedded, counts, filled, strict=True)
+        ]
+        if flash.takes(empty.device, empty.dtype, self.config.kv_channels):  # of any lengths at once
+            features = list(self.encode(torch.cat(strips)[None], filled)[0].split(filled))
+            return nn.utils.rnn.pad_sequence(features, batch_first=True)
+        features = list(strips)
         for length in sorted(set(filled)):
             chosen = [i for i, n in enumerate(filled) if n == length]
-            strips = [torch.cat([embedded[i], empty.expand(length - counts[i], -1)]) for i in chosen]
-            places = strip_positions(length, self.grid).to(pixels.device)
-            encoded = self.encode(torch.stack(strips) + self.position_embedding[places])
-            for i, strip in zip(chosen, encoded, strict=True):
+            for i, strip in zip(chosen, self.encode(torch.stack([strips[i] for i in chosen])), strict=True):
                 features[i] = strip
         return nn.utils.rnn.pad_sequence(features, batch_first=True)
 
@@ -201,6 +223,6 @@ def row_parallel(
     )  # fmt: skip
 
 
-def build_tower(config: TransformerConfig, size: VisionSize) -> Tower:
-    """The tower of a size; ``config`` is the vision tower's own."""
-    return StripTower(config, size) if size.tower == "strips" else VisionTower(config, size)
+def build_tower(config: TransformerConfig, size: VisionSize, recompute: bool = False) -> Tower:
+    """The tower of a size; ``config`` is the vision tower's own. ``recompute``: keep only each block's input."""
+    return StripTower(config, size, recompute) if size.tower == "strips" else VisionTower(config, size, recompute)

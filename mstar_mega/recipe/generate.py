@@ -198,7 +198,10 @@ def _gaps(job: Job, policy: LMM, group: Group, temperature: float) -> torch.Tens
     the whole sequence, so that the two rightly differ.
     """
     tokens = [[response.tokens for response in group.responses]]
-    batch = pack([job.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes, device=device())
+    batch = pack(
+        [job.prompt(group.query)], tokens, policy.stream_multiple, policy.rope.regimes, device=device(),
+        unpadded=policy.unpadded_prompts,
+    )  # fmt: skip
     source, target = next_token_targets(batch, tokens)
     with inference(policy):
         hidden = run_packed(policy, batch)

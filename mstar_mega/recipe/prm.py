@@ -85,8 +85,7 @@ def _train(
     if weights is not None:
         model.load_state_dict(weights)
         weights.clear()  # with the last reference to the PRM before, whose memory the training may need
-    cut = job.config.parallel.distributed_optimizer
-    trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), distributed_optimizer=cut)
+    trainer = Trainer(model, settings.optimizer, job.prompt, len(batches), job.config.parallel)
     position = restore(job, trainer, "prm", after) or start
     note_more_steps(job, "prm", position, len(batches))
     if not position.finished:

@@ -90,8 +90,7 @@ class Session:
         """The policy with its optimizer, from the start's weights."""
         config = self.job.config
         model = self._model or build_model(config, self.job.family, draw=config.model.checkpoint is None)
-        cut = config.parallel.distributed_optimizer
-        return Trainer(model, config.warmup.optimizer, self.job.prompt, self.warmup_steps, distributed_optimizer=cut)
+        return Trainer(model, config.warmup.optimizer, self.job.prompt, self.warmup_steps, config.parallel)
 
     @cached_property
     def actors(self) -> Actors:

@@ -106,7 +106,10 @@ def _score(prm: PRM, part: list[_Read]) -> int:
     if not steps:
         return too_long
     where = next(model.parameters()).device
-    batch = pack([each.prompt for each in part], tokens, model.stream_multiple, model.rope.regimes, device=where)
+    batch = pack(
+        [each.prompt for each in part], tokens, model.stream_multiple, model.rope.regimes, device=where,
+        unpadded=model.unpadded_prompts,
+    )  # fmt: skip
     hidden = run_packed(model, batch)
     scores = torch.empty(len(steps), device=where)
     if hidden is not None:

@@ -62,6 +62,7 @@ _NAMES_OF_RULE = (
         _COUNT,
         """
         run.checkpoint_every_steps run.keep_checkpoints parallel.tensor parallel.pipeline
+        parallel.first_stage_layers
         data.warmup_examples data.labelled_queries data.validation_queries data.test_queries data.prefetch_mb
         data.max_prompt_tokens generation.max_new_tokens
         generation.prefill_tokens generation.queries_per_block
@@ -154,6 +155,8 @@ def _validate_pairs(config: Config) -> None:
         raise ValueError("data.warmup_answers is true and data.warmup_file is given: the warm-up takes one of them")
     if config.data.name == "digits" and config.data.template is not None:
         raise ValueError("data.template is set, and the questions of data.name digits come ready: leave it out")
+    if config.parallel.first_stage_layers is not None and config.parallel.pipeline == 1:
+        raise ValueError("parallel.first_stage_layers is given and parallel.pipeline is 1: there is one stage")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ValueError("parallel.sequence is True: it needs parallel.tensor of at least 2, which is 1")
     if config.evolve.max_steps == 0 and config.evolve.passes == 0:

@@ -69,7 +69,7 @@ class TokenLoss:
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum of losses, ``count``) on the last stage."""
         if not self.source.numel():
-            return hidden.sum() * 0.0, hidden.new_zeros((), dtype=torch.int)
+            return model.no_loss(hidden), hidden.new_zeros((), dtype=torch.int)
         loss = model.token_loss(hidden[self.source], self.target, self.weight)
         return loss, hidden.new_full((), self.count, dtype=torch.int)
 
@@ -93,7 +93,7 @@ class StepLoss:
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum of losses, ``count``) on the last stage."""
         if not self.label.numel():
-            nothing = sum((parameter.sum() * 0.0 for parameter in model.score_parameters()), hidden.sum() * 0.0)
+            nothing = model.no_loss(hidden)
             return nothing, hidden.new_zeros((), dtype=torch.int)
         logits = model.step_logits(hidden, self.steps)
         entropy = torch.nn.functional.binary_cross_entropy_with_logits
@@ -270,12 +270,13 @@ def microbatches(
     multiple: int,
     regimes: Regimes | None = None,
     device: torch.device | None = None,
+    unpadded: bool = False,
 ) -> list[Microbatch]:
     """Cut one rank's share of a step into packed microbatches of at most ``microbatch_tokens`` tokens.
 
     A query's responses that do not fit together are divided, each part behind a prompt of its own: the same loss and
     gradients at the price of a second prompt. Only a prompt with a single response may be longer than the bound.
-    ``device``: where the indices go; None: the host.
+    ``device``, ``unpadded``: as :func:`pack` takes them.
     """
     parts = [
         (part, prompt)
@@ -287,7 +288,9 @@ def microbatches(
     # Neighbours of like length waste less padding inside attention.
     order = sorted(range(len(parts)), key=lambda i: (sizes[i], i))
     cuts = cut_by_size(order, sizes.__getitem__, settings.microbatch_tokens)
-    return [_microbatch([parts[i] for i in cut], settings.loss_mean, multiple, regimes, device) for cut in cuts]
+    return [
+        _microbatch([parts[i] for i in cut], settings.loss_mean, multiple, regimes, device, unpadded) for cut in cuts
+    ]
 
 
 def _size(group: TrainGroup, prompt: Prompt) -> int:
@@ -308,11 +311,11 @@ def _divided(group: TrainGroup, prompt: int, limit: int, regimes: Regimes | None
 
 def _microbatch(
     parts: Sequence[tuple[TrainGroup, Prompt]], loss_mean: LossMean, multiple: int, regimes: Regimes | None,
-    device: torch.device | None,
+    device: torch.device | None, unpadded: bool,
 ) -> Microbatch:  # fmt: skip
     groups = [group for group, _ in parts]
     responses = [group.responses for group in groups]
-    packed = pack([prompt for _, prompt in parts], responses, multiple, regimes, device=device)
+    packed = pack([prompt for _, prompt in parts], responses, multiple, regimes, device=device, unpadded=unpadded)
     tokens = sum(_size(group, prompt) for group, prompt in parts)
     own = None
     if any(group.weights is not None for group in groups):

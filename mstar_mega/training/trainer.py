@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from mstar_mega.config import OptimizerConfig
+from mstar_mega.config import OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
 from mstar_mega.models.lmm import LMM
 from mstar_mega.models.packing import Prompt
@@ -58,16 +58,20 @@ class Trainer:
         config: OptimizerConfig,
         prompt_of: Callable[[Query], Prompt],
         total_steps: int,
-        distributed_optimizer: bool = False,
+        parallel: ParallelConfig | None = None,
     ) -> None:
+        """``parallel``: of its settings those that say how gradients and optimizer state are shared; None: defaults."""
+        parallel = parallel or ParallelConfig()
         self.model, self.config, self.prompt_of = model, config, prompt_of
-        self._total_steps, self._distributed = total_steps, distributed_optimizer
+        self._total_steps, self._distributed = total_steps, parallel.distributed_optimizer
         self.optimizer: Any = None
+        overlap = device().type == "cuda" if parallel.overlap_reduction is None else parallel.overlap_reduction
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
+            grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=self._distributed
         )
         self.wrapped = DistributedDataParallel(model.config, ddp_config, model)
         model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = self.wrapped.no_sync if overlap else None
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -142,7 +146,8 @@ class Trainer:
         mine = self.share(groups) or [_without_loss(groups[0])]
         model = self.model
         batches = microbatches(
-            mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes, device()
+            mine, self.prompt_of, self.config, model.stream_multiple, model.rope.regimes, device(),
+            model.unpadded_prompts,
         )  # fmt: skip
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
