@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mstar_mega.kernels import attend
-from mstar_mega.kernels.dispatch import uses_triton
+from mstar_mega.kernels.dispatch import chunk_bytes, uses_triton
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal self-attention [G, P, Hq, D] over right-padded rows; rows past a row's length hold finite garbage."""
+    if q.is_cuda and q.dtype == torch.float32:
+        # With shared key heads torch has no float32 kernel on CUDA that does without all scores at once.
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
@@ -53,7 +57,44 @@ def prefix_attention(
     """
     if uses_triton("attention", q) and attend.fits(q):
         return _PrefixAttention.apply(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
-    return _prefix_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
+    return _plain(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
+
+
+def _plain(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_bias: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    own_bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """The definition on so many continuations, or rows of one, at a time that their scores fit into a chunk
+    (``kernels.chunk_mb``). With gradients, the scores of several chunks are computed again in the backward."""
+    G, n, R, Hq, _ = q.shape
+    L = k_own.size(3)
+    most = max(1, chunk_bytes() // (4 * G * Hq * (k_prefix.size(2) + L)))
+    if most >= n * R:
+        return _prefix_reference(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
+    own_bias = own_bias.expand(G, n, R, L)
+
+    def part(some: slice, rows: slice) -> Tensor:
+        inputs = (q[:, some, rows], k_prefix, v_prefix, prefix_bias, k_own[:, some], v_own[:, some])
+        arguments = (*inputs, own_bias[:, some, rows], scale)
+        if not torch.is_grad_enabled():
+            return _prefix_reference(*arguments)
+        kept: Tensor = checkpoint(_prefix_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return kept
+
+    if most >= R:
+        return torch.cat([part(some, slice(None)) for some in _slices(n, most // R)], dim=1)
+    whole = [torch.cat([part(some, rows) for rows in _slices(R, most)], dim=2) for some in _slices(n, 1)]
+    return torch.cat(whole, dim=1)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _prefix_reference(

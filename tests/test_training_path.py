@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from mstar_mega.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from mstar_mega.data.types import Query
 from mstar_mega.kernels import dispatch, flash
+from mstar_mega.kernels.prefix_attention import prefix_attention
 from mstar_mega.models import build, lmm
 from mstar_mega.models.build import build_model, check_divisible
 from mstar_mega.models.description import family_from_hf
@@ -277,3 +279,43 @@ def test_layers_of_stages() -> None:
     parallel = ParallelConfig(pipeline=2, first_stage_layers=2)
     with pytest.raises(ValueError, match="first_stage_layers 2 leaves 0 of the model's 2 layers"):
         check_divisible(Config(parallel=parallel), family.vision, family.language)
+
+
+# -- plain attention in chunks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "R", "kilobytes"), [(5, 3, 40), (3, 17, 25), (4, 7, 1)])
+def test_plain_attention_never_has_more_scores_than_a_chunk(
+    n: int, R: int, kilobytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of continuations, of rows of one, and of single rows."""
+    generator = torch.Generator().manual_seed(n)
+    G, Hq, Hk, P, D = 2, 4, 2, 301, 8
+    shapes = ((G, n, R, Hq, D), (G, Hk, P, D), (G, Hk, P, D), (G, n, Hk, R, D), (G, n, Hk, R, D))
+    q, k_prefix, v_prefix, k_own, v_own = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    prefix_bias = torch.zeros(G, P).masked_fill(torch.arange(P) > torch.tensor([[290], [P]]), -torch.inf)
+    own_bias = torch.zeros(R, R).masked_fill(torch.ones(R, R, dtype=torch.bool).triu(1), -torch.inf)[None, None]
+    direction = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+
+    def run() -> tuple[Tensor, ...]:
+        out = prefix_attention(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, 0.3)
+        return (out, *torch.autograd.grad((out * direction).sum(), (q, k_prefix, v_prefix, k_own, v_own)))
+
+    whole = run()
+    monkeypatch.setattr(dispatch, "_chunk_bytes", kilobytes * 1024)
+    rows: list[int] = []
+    module = import_module("mstar_mega.kernels.prefix_attention")
+    real = module._prefix_reference
+
+    def counted(some: Tensor, *others: Any) -> Tensor:
+        rows.append(some[..., 0, 0].numel())
+        return real(some, *others)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(module, "_prefix_reference", counted)
+    for one, other in zip(run(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    bytes_of_row = 4 * Hq * (P + R)
+    assert len(rows) > 2 and max(rows) <= max(G, kilobytes * 1024 // bytes_of_row)
+    assert sum(rows) == 2 * G * n * R, "once forward, once again in the backward"
