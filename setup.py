@@ -47,8 +47,8 @@ TRANSFORMERS = "transformers>=5.0,<6"
 EASY_VQA = "easy-vqa>=1.0,<2"
 LIGER = 'liger-kernel>=0.6; platform_system == "Linux"'
 
-# In no extra, for they are built against the CUDA and torch that are there: NVIDIA's apex (fused Adam, norms of gradients,
-# fused weight gradients, all through megatron-core) and flash-attn>=2.5 (attention within prompts and pictures).
+# In no extra, for they are built against the CUDA and torch that are there: NVIDIA's apex (through megatron-core its
+# fused Adam, norms of gradients and weight gradients) and flash-attn>=2.5 (attention within prompts and pictures).
 EXTRAS = {
     # Detected at run time; every kernel has a reference in plain PyTorch beside it.
     "gpu": [TRITON],

@@ -311,7 +311,7 @@ def test_plain_attention_never_has_more_scores_than_a_chunk(
 
     def counted(some: Tensor, *others: Any) -> Tensor:
         rows.append(some[..., 0, 0].numel())
-        return real(some, *others)  # type: ignore[no-any-return]
+        return real(some, *others)
 
     monkeypatch.setattr(module, "_prefix_reference", counted)
     for one, other in zip(run(), whole, strict=True):
