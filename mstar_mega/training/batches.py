@@ -93,8 +93,7 @@ class StepLoss:
     def __call__(self, model: LMM, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum of losses, ``count``) on the last stage."""
         if not self.label.numel():
-            nothing = model.no_loss(hidden)
-            return nothing, hidden.new_zeros((), dtype=torch.int)
+            return model.no_loss(hidden), hidden.new_zeros((), dtype=torch.int)
         logits = model.step_logits(hidden, self.steps)
         entropy = torch.nn.functional.binary_cross_entropy_with_logits
         loss = entropy(logits, self.label, self.weight, reduction="sum")
