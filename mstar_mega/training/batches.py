@@ -274,8 +274,7 @@ def microbatches(
     """Cut one rank's share of a step into packed microbatches of at most ``microbatch_tokens`` tokens.
 
     A query's responses that do not fit together are divided, each part behind a prompt of its own: the same loss and
-    gradients at the price of a second prompt. Only a prompt with a single response may be longer than the bound.
-    ``device``, ``unpadded``: as :func:`pack` takes them.
+    gradients. Only a prompt with a single response may be longer than the bound. Others: see :func:`pack`.
     """
     parts = [
         (part, prompt)
