@@ -156,7 +156,8 @@ def test_seed_and_counter_are_the_whole_source_of_randomness() -> None:
 
 def test_sampling_reads_bfloat16_logits_exactly() -> None:
     logits = case_logits().bfloat16()
-    low, full = sample_case(logits, "plain"), sample_case(logits.float(), "plain")
+    with forced_backend("torch"):  # in float32 alone a kernel in C may be there
+        low, full = sample_case(logits, "plain"), sample_case(logits.float(), "plain")
     assert torch.equal(low.token, full.token) and torch.equal(low.log_prob, full.log_prob)
 
 

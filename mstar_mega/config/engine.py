@@ -54,5 +54,4 @@ class KernelsConfig:
     decode: bool = True
     """What a decode step does between its matrix products, attention included."""
     flash_attention: bool = True
-    """Attention within prompts and within pictures by flash-attn, on CUDA in bfloat16 where it is importable (``pip
-    install flash-attn``); else torch's own."""
+    """Attention within prompts and within pictures by ``flash_attn`` on CUDA in bfloat16, where it is importable."""
