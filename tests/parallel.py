@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -186,6 +187,7 @@ def _work(rank: int, world_size: int, folder: str, connection: Connection) -> No
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    gc.freeze()  # what was imported need not be searched after each call
     while True:
         try:
             function, args = connection.recv()
@@ -200,4 +202,7 @@ def _work(rank: int, world_size: int, folder: str, connection: Connection) -> No
             connection.send(outcome)
         except (TypeError, AttributeError, ValueError) as error:
             connection.send((False, f"the result cannot be pickled: {error}"))
+        # Models hold their groups in cycles, and each group has threads that wake up all the time.
+        del outcome
+        gc.collect()
         sys.stdout.flush()
