@@ -210,7 +210,7 @@ def fits(q: Tensor) -> bool:
 
 def native(q: Tensor) -> bool:
     """Whether they are those of ``native.c``, which read a prompt in one part and know no rows that are none."""
-    return not uses_triton("decode", q) and native_for("decode", q) is not None
+    return native_for("decode", q) is not None
 
 
 def decode_attention(
@@ -231,7 +231,7 @@ def decode_attention(
     B, Hq, D = q.shape
     _, Hk, limit, _ = k_own.shape
     rep = Hq // Hk
-    if native(q) and (lib := native_for("decode", q)) is not None:
+    if (lib := native_for("decode", q)) is not None:
         places = (
             q, k_slab, v_slab, k_own, v_own, reading.rows, reading.length, reading.members, reading.work
         )  # fmt: skip

@@ -57,21 +57,8 @@ def prefix_attention(
     """
     if uses_triton("attention", q) and attend.fits(q):
         return _PrefixAttention.apply(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
-    return _plain(q, k_prefix, v_prefix, prefix_bias, k_own, v_own, own_bias, scale)
-
-
-def _plain(
-    q: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_bias: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    own_bias: Tensor,
-    scale: float,
-) -> Tensor:
-    """The definition on so many continuations, or rows of one, at a time that their scores fit into a chunk
-    (``kernels.chunk_mb``). With gradients, the scores of several chunks are computed again in the backward."""
+    # The definition, on so many continuations, or rows of one, at a time that their scores fit into a chunk
+    # (kernels.chunk_mb). With gradients, the scores of several chunks are computed again in the backward.
     G, n, R, Hq, _ = q.shape
     L = k_own.size(3)
     most = max(1, chunk_bytes() // (4 * G * Hq * (k_prefix.size(2) + L)))

@@ -146,14 +146,12 @@ def pack(
     last_prompt: dict[int, int] = {}
     prompt_lengths = [len(prompts[copy.group].tokens) for copy in copies]
     prompt_rows = [sum(prompt_lengths[:g]) if unpadded else g * P for g in range(G + 1)]
-    prompt_tokens: list[int] = []
     for g, copy in enumerate(copies):
         prompt = prompts[copy.group]
         length, start = len(prompt.tokens), len(tokens)
         prompt_index[g, :length] = torch.arange(start, start + length, device="cpu")
         prompt_allowed[g, :length] = True
         stream_from += range(prompt_rows[g], prompt_rows[g] + length)
-        prompt_tokens += range(start, start + length)
         image_index += [start + p for p in prompt.image_positions]
         feature_index += range(first_feature[copy.group], first_feature[copy.group + 1])
         tokens += prompt.tokens
@@ -190,7 +188,7 @@ def pack(
         response_allowed.to(where) if R else None,
         there(stream_from),
         Spans.of(prompt_lengths, where) if unpadded else None,
-        there(prompt_tokens) if unpadded else None,
+        prompt_index[prompt_allowed].to(where) if unpadded else None,
     )
     return PackedBatch(
         there(tokens),
